@@ -1,0 +1,150 @@
+//! The block-device contract, and the devices that keep it.
+//!
+//! [`BlockDevice`] is the one contract for blocks: `target` serves one, `volume` is one and is built on many,
+//! `initiator` makes one of a remote namespace, tests use memory. Features that wrap I/O (delay, fault, rate
+//! limit, cache) are decorators of it, never flags inside.
+//!
+//! Architecture invariant: a device is a range of logical blocks. It knows no stripe, no volume and no NVMe
+//! queue.
+//!
+//! # The contract
+//!
+//! 1. **One thread.** A handle belongs to one `current_thread` runtime; futures are not `Send`. Nothing on
+//!    the data path takes a lock.
+//! 2. **Buffers are owned.** Writes take refcounted [`Bytes`], scattered; reads return `Bytes`, which may be
+//!    lent from where the data lives (memory, a receive buffer) without a copy. The kernel or a peer may
+//!    hold a buffer after its future is dropped, so no borrowed buffer could be sound.
+//! 3. **The future starts the I/O when it is made**, not when it is first polled: a caller may make n of
+//!    them and then wait. Dropping one abandons the answer, never the I/O: the effect may still happen.
+//! 4. **Durable or not is the caller's word.** A write with [`Durability::Durable`] survives the loss of
+//!    power once it has completed, as does every completed write once a later [`BlockDevice::flush`] has.
+//! 5. **No order** between operations in flight. Whoever needs one waits. A read that overlaps a write in flight sees,
+//!    per logical block, the old or the new bytes.
+//! 6. **Unknown is an outcome.** [`BlockError::Unknown`] says the operation may have happened or may happen
+//!    later; every other error of a write says it will not take effect after the error is returned, though
+//!    part of it may have.
+//! 7. Ranges come from outside: an implementation checks them itself and answers
+//!    [`BlockError::OutOfRange`]; it never panics on one.
+
+use std::rc::Rc;
+
+use bytes::Bytes;
+use futures_util::future::LocalBoxFuture;
+use weft_proto::units::{Lba, LbaRange};
+
+/// The future of one operation; see the contract, point 3.
+pub type Io<T> = LocalBoxFuture<'static, Result<T, BlockError>>;
+
+/// A shared handle to any device.
+pub type Device = Rc<dyn BlockDevice>;
+
+/// What a device is. Fixed while the handle lives, except that a namespace may grow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// Bytes of a logical block, 512 or 4096.
+    pub block_bytes: u32,
+    /// Size in logical blocks.
+    pub blocks: u64,
+    /// Longest single read or write, in bytes; a multiple of `block_bytes`.
+    pub transfer_bytes_max: u32,
+    /// Whether a completed write that was not [`Durability::Durable`] can be lost with power.
+    pub volatile_write_cache: bool,
+    /// Whether deallocated blocks read as zeroes.
+    pub deallocated_reads_zero: bool,
+}
+
+impl DeviceInfo {
+    /// Size in bytes.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.blocks * u64::from(self.block_bytes)
+    }
+}
+
+/// Whether a write must survive the loss of power when it completes (NVMe's FUA).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Durability {
+    /// May still be in a volatile cache.
+    Cached,
+    /// On the medium.
+    Durable,
+}
+
+/// A range of logical blocks that can be read and written. See the module for the contract.
+pub trait BlockDevice {
+    /// Size and properties.
+    fn info(&self) -> DeviceInfo;
+
+    /// Reads `range`; the answer has exactly its bytes.
+    fn read(&self, range: LbaRange) -> Io<Bytes>;
+
+    /// Writes `data` (whole blocks in total, cut anywhere) at `start`.
+    fn write(&self, start: Lba, data: Vec<Bytes>, durability: Durability) -> Io<()>;
+
+    /// Makes `range` read as zeroes; frees its space if `deallocate` is set and the device can.
+    fn write_zeroes(&self, range: LbaRange, deallocate: bool, durability: Durability) -> Io<()>;
+
+    /// Says that the contents of `ranges` are no longer needed (TRIM). Discard reaches the device.
+    fn deallocate(&self, ranges: Vec<LbaRange>) -> Io<()>;
+
+    /// Makes every write that completed before this call durable.
+    fn flush(&self) -> Io<()>;
+}
+
+/// Why a device could not do what it was asked, in terms a host can be told.
+///
+/// What the device can cure by itself, such as a stale band, is retried behind the contract and has no
+/// variant here. Mapped once to an NVMe status, in `target::status`.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BlockError {
+    /// The range ends past the device.
+    #[error("{count} blocks at {start} end past the device of {blocks} blocks")]
+    OutOfRange {
+        /// First block asked for.
+        start: Lba,
+        /// Blocks asked for.
+        count: u64,
+        /// Size of the device in blocks.
+        blocks: u64,
+    },
+    /// A length or alignment the device does not take: the caller's fault.
+    #[error("{bytes} bytes are not whole blocks of {block_bytes}, or more than one transfer takes")]
+    InvalidLength {
+        /// Bytes given.
+        bytes: u64,
+        /// Logical block size.
+        block_bytes: u32,
+    },
+    /// The write needs space and there is none. Reads and deallocation go on.
+    #[error("capacity exceeded")]
+    CapacityExceeded,
+    /// The medium lost these blocks: a checksum or the drive says so, and redundancy could not help.
+    #[error("unrecovered read error at {start}")]
+    Unrecovered {
+        /// The first block that could not be read.
+        start: Lba,
+    },
+    /// Another host holds a reservation, or this one was preempted.
+    #[error("reservation conflict")]
+    ReservationConflict,
+    /// Not served on this path now (ownership moves, no valid lease, not connected). Nothing was done; another
+    /// path or a retry will serve it.
+    #[error("not ready on this path")]
+    NotReady,
+    /// The device refuses writes.
+    #[error("write protected")]
+    WriteProtected,
+    /// The device is gone for good: a file vanished, a drive was pulled, a flush failed before (a drive that failed
+    /// to flush is not trusted again).
+    #[error("device is gone")]
+    Gone,
+    /// The outcome is unknown: the operation may have happened, or may still happen.
+    #[error("outcome unknown: no answer in time or connection lost")]
+    Unknown,
+    /// The operating system refused the operation.
+    #[error("i/o error (errno {errno})")]
+    Os {
+        /// As the kernel gave it.
+        errno: i32,
+    },
+}

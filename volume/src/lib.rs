@@ -1,0 +1,6 @@
+//! The log-structured, erasure-coded volume engine.
+//!
+//! Architecture invariant: the engine knows blocks, bands and epochs. It knows no NVMe, no socket and no
+//! clock; see [`seams`].
+
+pub mod seams;
