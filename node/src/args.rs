@@ -1,0 +1,329 @@
+//! What was typed. Subcommands are the nouns and verbs of a storage operator.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::builder::TypedValueParser as _;
+use clap::{Args, Parser, Subcommand};
+use weft_proto::nqn::Nqn;
+
+/// Software-defined storage for hyperconverged clusters.
+#[derive(Debug, Parser)]
+#[command(name = "weft", version, about, propagate_version = true, max_term_width = 110)]
+pub(crate) struct Cli {
+    /// Control addresses of one or more agents, HOST:PORT; the leader is found from any of them.
+    #[arg(long, global = true, value_delimiter = ',', default_value = "127.0.0.1:7420", env = "WEFT_CLUSTER")]
+    pub(crate) cluster: Vec<String>,
+
+    /// Print JSON for programs instead of tables for people.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// The nouns.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run the agent of this server in the foreground.
+    Agent {
+        /// The configuration file (TOML).
+        #[arg(long)]
+        config: PathBuf,
+    },
+    /// Make a new cluster of one running agent and the drives in its configuration.
+    Init {
+        /// Control address of the agent.
+        #[arg(long, default_value = "127.0.0.1:7420")]
+        agent: String,
+        /// The cluster's name.
+        #[arg(long)]
+        name: String,
+        /// How many agents vote on metadata.
+        #[arg(long, default_value_t = 3, value_parser = clap::builder::PossibleValuesParser::new(["1", "3", "5"]).map(|v| v.parse::<u32>().expect("a listed value")))]
+        voters: u32,
+        /// Overwrite drive labels of other clusters. Their data is lost.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Add a running agent and the drives in its configuration to the cluster that --cluster names.
+    Join {
+        /// Control address of the agent that joins.
+        #[arg(long)]
+        agent: String,
+        /// Overwrite drive labels of other clusters. Their data is lost.
+        #[arg(long)]
+        force: bool,
+    },
+    /// The cluster at a glance.
+    Status,
+    /// Servers that run an agent.
+    #[command(subcommand)]
+    Node(NodeCommand),
+    /// Drives, local to nodes or third-party.
+    #[command(subcommand)]
+    Drive(DriveCommand),
+    /// Pools: a default k+m and a failure domain.
+    #[command(subcommand)]
+    Pool(PoolCommand),
+    /// Volumes.
+    #[command(subcommand)]
+    Volume(VolumeCommand),
+    /// Hosts and the volumes they may use.
+    #[command(subcommand)]
+    Host(HostCommand),
+    /// Metrics.
+    #[command(subcommand)]
+    Metrics(MetricsCommand),
+    /// The whole story on one machine: a cluster, a volume, kills, a move, a new node, every byte compared.
+    Demo(DemoArgs),
+}
+
+/// `weft node …`
+#[derive(Debug, Subcommand)]
+pub(crate) enum NodeCommand {
+    /// All nodes.
+    List,
+    /// One node, with the live state of its agent.
+    Show {
+        /// Node name.
+        node: String,
+    },
+}
+
+/// `weft drive …`
+#[derive(Debug, Subcommand)]
+pub(crate) enum DriveCommand {
+    /// All drives.
+    List,
+    /// Add a drive: a local one with --path, or somebody's NVMe/TCP namespace with --nvme-tcp.
+    Add(DriveAddArgs),
+    /// One drive.
+    Show {
+        /// Drive name or id.
+        drive: String,
+    },
+}
+
+/// `weft drive add …`
+#[derive(Debug, Args)]
+pub(crate) struct DriveAddArgs {
+    /// Control address of the agent whose server holds the drive, or that proves a third-party one.
+    #[arg(long)]
+    pub(crate) agent: Option<String>,
+    /// A file or block device on the agent's server.
+    #[arg(long, conflicts_with_all = ["nvme_tcp", "subnqn", "nsid"], required_unless_present = "nvme_tcp")]
+    pub(crate) path: Option<PathBuf>,
+    /// A third-party NVMe/TCP target, HOST:PORT.
+    #[arg(long, requires_all = ["subnqn", "nsid"])]
+    pub(crate) nvme_tcp: Option<SocketAddr>,
+    /// Its subsystem.
+    #[arg(long)]
+    pub(crate) subnqn: Option<Nqn>,
+    /// Its namespace.
+    #[arg(long)]
+    pub(crate) nsid: Option<u32>,
+    /// Failure domain of a third-party drive: drives of one box share it. Default: its address.
+    #[arg(long = "box")]
+    pub(crate) box_name: Option<String>,
+    /// scm, tlc or qlc.
+    #[arg(long, default_value = "tlc", value_parser = ["scm", "tlc", "qlc"])]
+    pub(crate) class: String,
+    /// Overwrite the label of another cluster. Its data is lost.
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+/// `weft pool …`
+#[derive(Debug, Subcommand)]
+pub(crate) enum PoolCommand {
+    /// All pools.
+    List,
+    /// Create a pool.
+    Create {
+        /// Pool name.
+        name: String,
+        /// Default data+parity of its volumes, such as 4+2.
+        #[arg(long, default_value = "4+2", value_parser = parse_geometry)]
+        ec: weft_proto::band::Geometry,
+        /// Shards of a stripe lie in distinct ones of these.
+        #[arg(long, default_value = "node", value_parser = ["drive", "node", "rack"])]
+        domain: String,
+    },
+    /// One pool.
+    Show {
+        /// Pool name.
+        pool: String,
+    },
+}
+
+/// `weft volume …`
+#[derive(Debug, Subcommand)]
+pub(crate) enum VolumeCommand {
+    /// All volumes.
+    List,
+    /// Create a thin volume.
+    Create {
+        /// Volume name.
+        name: String,
+        /// Size, such as 10GiB or 500MiB; a multiple of 1 MiB.
+        #[arg(long, value_parser = parse_size)]
+        size: u64,
+        /// Its pool.
+        #[arg(long, default_value = "default")]
+        pool: String,
+        /// Data+parity, such as 4+2. Default: the pool's.
+        #[arg(long, value_parser = parse_geometry)]
+        ec: Option<weft_proto::band::Geometry>,
+        /// Logical block size that hosts see.
+        #[arg(long, default_value_t = 4096, value_parser = clap::builder::PossibleValuesParser::new(["512", "4096"]).map(|v| v.parse::<u32>().expect("a listed value")))]
+        block_bytes: u32,
+    },
+    /// One volume, its owner, paths and hosts.
+    Show {
+        /// Volume name.
+        name: String,
+    },
+    /// Allow a host to use a volume, and print its `nvme connect` lines.
+    Attach {
+        /// Volume name.
+        name: String,
+        /// The host's NQN (on Linux: /etc/nvme/hostnqn).
+        #[arg(long)]
+        host: Nqn,
+    },
+    /// Stop a host from using a volume; its connections end.
+    Detach {
+        /// Volume name.
+        name: String,
+        /// The host's NQN.
+        #[arg(long)]
+        host: Nqn,
+    },
+    /// Move a volume's owner to another node. No data is copied.
+    Move {
+        /// Volume name.
+        name: String,
+        /// Node name.
+        #[arg(long)]
+        to: String,
+    },
+    /// Grow a volume.
+    Resize {
+        /// Volume name.
+        name: String,
+        /// The new size.
+        #[arg(long, value_parser = parse_size)]
+        size: u64,
+    },
+    /// Delete a volume and its data.
+    Delete {
+        /// Volume name.
+        name: String,
+        /// Delete although hosts are attached.
+        #[arg(long)]
+        force: bool,
+    },
+}
+
+/// `weft host …`
+#[derive(Debug, Subcommand)]
+pub(crate) enum HostCommand {
+    /// Hosts and the volumes they may use.
+    List,
+}
+
+/// `weft metrics …`
+#[derive(Debug, Subcommand)]
+pub(crate) enum MetricsCommand {
+    /// Every metric an agent exports: name, kind, unit, labels, meaning.
+    List,
+}
+
+/// `weft demo …`
+#[derive(Clone, Debug, Args)]
+pub(crate) struct DemoArgs {
+    /// The real input: a file, or a folder whose files are written one after another. Default: the largest file of the
+    /// Rust toolchain.
+    #[arg(long)]
+    pub(crate) input: Option<PathBuf>,
+    /// Nodes to start with; one more is added on the way.
+    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(6..=16))]
+    pub(crate) nodes: u32,
+    /// Drives of each node.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=8))]
+    pub(crate) drives: u32,
+    /// Size of each drive file (sparse).
+    #[arg(long, default_value = "2GiB", value_parser = parse_size)]
+    pub(crate) drive_size: u64,
+    /// Where the cluster lives. Default: a temporary folder that is removed at the end.
+    #[arg(long)]
+    pub(crate) dir: Option<PathBuf>,
+    /// Leave the cluster up and print how to connect a real host.
+    #[arg(long)]
+    pub(crate) keep: bool,
+}
+
+/// Parses `K+M`.
+pub(crate) fn parse_geometry(text: &str) -> Result<weft_proto::band::Geometry, String> {
+    let usage = || format!("`{text}` is not K+M with 1 to 16 data and 1 to 4 parity shards, such as 4+2");
+    let (k, m) = text.split_once('+').ok_or_else(usage)?;
+    let (k, m) = (k.parse().map_err(|_| usage())?, m.parse().map_err(|_| usage())?);
+    weft_proto::band::Geometry::new(k, m).ok_or_else(usage)
+}
+
+/// Parses a size in bytes with an optional binary unit; a multiple of 1 MiB.
+pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
+    const UNITS: [(&str, u64); 8] = [
+        ("KiB", 1 << 10),
+        ("MiB", 1 << 20),
+        ("GiB", 1 << 30),
+        ("TiB", 1 << 40),
+        ("K", 1 << 10),
+        ("M", 1 << 20),
+        ("G", 1 << 30),
+        ("T", 1 << 40),
+    ];
+    let (digits, unit) = UNITS
+        .iter()
+        .find_map(|(suffix, unit)| text.strip_suffix(suffix).map(|digits| (digits, *unit)))
+        .unwrap_or((text, 1));
+    let bytes = digits
+        .trim()
+        .parse::<u64>()
+        .ok()
+        .and_then(|count| count.checked_mul(unit))
+        .ok_or_else(|| format!("`{text}` is not a size; write a number with KiB, MiB, GiB or TiB"))?;
+    if bytes == 0 || bytes % weft_proto::units::MIB != 0 {
+        return Err(format!("`{text}` is {bytes} bytes, not a multiple of 1 MiB"));
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        <Cli as clap::CommandFactory>::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_have_binary_units_and_are_whole_mebibytes() {
+        assert_eq!(parse_size("10GiB"), Ok(10 << 30));
+        assert_eq!(parse_size("3M"), Ok(3 << 20));
+        assert!(parse_size("10KiB").unwrap_err().contains("multiple of 1 MiB"));
+        for text in ["", "x", "0", "18446744073709551615TiB", "-1GiB"] {
+            assert!(parse_size(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_geometry_says_what_is_allowed() {
+        assert_eq!(parse_geometry("4+2").unwrap().to_string(), "4+2");
+        assert!(parse_geometry("17+2").unwrap_err().contains("1 to 16 data"));
+        assert!(parse_geometry("4").is_err());
+    }
+}
