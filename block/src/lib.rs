@@ -26,6 +26,12 @@
 //! 7. Ranges come from outside: an implementation checks them itself and answers
 //!    [`BlockError::OutOfRange`]; it never panics on one.
 
+pub mod buffer;
+pub mod counted;
+pub mod faulty;
+pub mod memory;
+pub mod testing;
+
 use std::rc::Rc;
 
 use bytes::Bytes;
@@ -58,6 +64,60 @@ impl DeviceInfo {
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.blocks * u64::from(self.block_bytes)
+    }
+
+    /// Checks that `range` lies on the device; an empty range may stand right behind the last block.
+    ///
+    /// # Errors
+    /// [`BlockError::OutOfRange`].
+    pub fn check_range(&self, range: LbaRange) -> Result<(), BlockError> {
+        if range.is_within(self.blocks) {
+            return Ok(());
+        }
+        Err(BlockError::OutOfRange {
+            start: range.start,
+            count: range.count,
+            blocks: self.blocks,
+        })
+    }
+
+    /// Checks a read of `range` and answers its length in bytes.
+    ///
+    /// # Errors
+    /// [`BlockError::OutOfRange`], or [`BlockError::InvalidLength`] past `transfer_bytes_max`.
+    pub fn check_read(&self, range: LbaRange) -> Result<usize, BlockError> {
+        self.check_range(range)?;
+        let bytes = range.count.saturating_mul(u64::from(self.block_bytes));
+        self.check_transfer(bytes)
+    }
+
+    /// Checks a write of `data` at `start` and answers the range it covers.
+    ///
+    /// # Errors
+    /// [`BlockError::InvalidLength`] unless `data` is whole blocks and one transfer, else
+    /// [`BlockError::OutOfRange`].
+    pub fn check_write(&self, start: Lba, data: &[Bytes]) -> Result<LbaRange, BlockError> {
+        let bytes = data
+            .iter()
+            .fold(0u64, |sum, segment| sum.saturating_add(segment.len() as u64));
+        self.check_transfer(bytes)?;
+        let range = LbaRange {
+            start,
+            count: bytes / u64::from(self.block_bytes),
+        };
+        self.check_range(range)?;
+        Ok(range)
+    }
+
+    fn check_transfer(&self, bytes: u64) -> Result<usize, BlockError> {
+        let invalid = BlockError::InvalidLength {
+            bytes,
+            block_bytes: self.block_bytes,
+        };
+        if !bytes.is_multiple_of(u64::from(self.block_bytes)) || bytes > u64::from(self.transfer_bytes_max) {
+            return Err(invalid);
+        }
+        usize::try_from(bytes).map_err(|_| invalid)
     }
 }
 
