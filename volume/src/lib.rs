@@ -3,4 +3,6 @@
 //! Architecture invariant: the engine knows blocks, bands and epochs. It knows no NVMe, no socket and no
 //! clock; see [`seams`].
 
+pub mod entry;
+pub mod format;
 pub mod seams;
