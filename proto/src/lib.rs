@@ -2,13 +2,16 @@
 //!
 //! - [`id`], [`units`], [`nqn`]: newtypes for whatever could be mistaken for something else;
 //! - [`band`]: where a volume's bytes lie, as metadata grants it and the volume engine writes it;
-//! - `nvme`, `fabrics`, `tcp`: the public specifications' structures, each with its section cited;
+//! - [`nvme`], [`fabrics`], `tcp`: the public specifications' structures, each with its section cited;
 //! - `grpc` (feature `grpc`): the control services.
 //!
 //! Architecture invariant: nothing here acts. Parsing gives a typed value or an error, and what the
 //! value means is decided in `target`, `initiator`, `metadata` or `volume`.
 
 pub mod band;
+pub mod fabrics;
 pub mod id;
 pub mod nqn;
+pub mod nvme;
+pub mod tcp;
 pub mod units;
