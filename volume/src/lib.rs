@@ -5,4 +5,5 @@
 
 pub mod entry;
 pub mod format;
+pub mod map;
 pub mod seams;

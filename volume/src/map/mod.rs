@@ -1,0 +1,695 @@
+//! The page map of a layer: LBA → where the block lies, which version it is, its checksum.
+//!
+//! ```text
+//!   insert, zero_range ─► delta ──freeze──► frozen ──write_frozen──► run ─┐
+//!                          (memory)          (memory)                    │ merge_step
+//!   lookup: delta, frozen, then runs from the newest to the oldest ◄─────┘
+//! ```
+//!
+//! Promises:
+//!
+//! - **A write never waits for a map page.** `insert`, `zero_range` and `relocate` touch memory only.
+//! - **The highest sequence of an LBA wins**, in whatever order inserts come, across delta and runs; of equal
+//!   sequences the newer copy. So a recovery may replay stripes in any order.
+//! - **Memory is bounded** by the cache and by what changed since the last checkpoint, not by the volume.
+//! - **Band counts are never lower than the truth**, so a band without references can be freed; see
+//!   [`PageMap::refers_to`].
+//!
+//! It reads no clock, spawns nothing and does no I/O but through [`PageStore`]. It does not know stripes, when to
+//! checkpoint, or when to merge: the engine decides that. `docs/format/checkpoint.md` has what it stores.
+
+mod address;
+mod cache;
+mod counts;
+mod delta;
+mod format;
+mod merge;
+mod pages;
+mod run;
+mod slot;
+mod store;
+mod writer;
+mod zeroes;
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use weft_proto::id::{BandId, Sequence};
+use weft_proto::units::{Lba, LbaRange};
+
+use crate::entry::MapEntry;
+
+use address::{PageId, RUNS};
+use counts::BandCounts;
+use delta::{Delta, SEQUENCE_ZERO};
+use merge::Merge;
+use pages::Pages;
+use slot::{Slot, Slots};
+use writer::{PendingCounts, RunWriter};
+
+pub use address::{HOST_LBA_END, MAP_LBA_START, ROOT_LBA_START, is_map_lba};
+pub use cache::CacheStats;
+pub use format::{FormatError, MapIdentity};
+pub use run::RunDescriptor;
+pub use slot::Mapping;
+pub use store::{MapBlock, MapError, PageStore};
+
+/// Limits of a page map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MapSettings {
+    /// Bytes of leaf and index blocks kept in memory.
+    pub cache_bytes: usize,
+    /// Runs above which a merge is due whatever their sizes.
+    pub runs_max: usize,
+    /// Runs of about one size that are merged at once.
+    pub merge_fan_in: usize,
+}
+
+impl Default for MapSettings {
+    fn default() -> Self {
+        Self {
+            cache_bytes: 32 << 20,
+            runs_max: 8,
+            merge_fan_in: 4,
+        }
+    }
+}
+
+/// Counts freezes: what an answer of a lookup is still worth when a copy of the block is relocated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Generation(u64);
+
+/// Whether a map block found in a band is in use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageState {
+    /// The map refers to this copy: move it before the band is freed.
+    Live,
+    /// Nothing refers to it.
+    Dead,
+    /// It may belong to a run that is being written. The band cannot be evacuated until that is done.
+    Pending,
+}
+
+/// What [`PageMap::merge_step`] did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MergeProgress {
+    /// Nothing to merge.
+    Idle,
+    /// More to do.
+    Working,
+    /// A merge was completed.
+    Done,
+}
+
+/// Figures of a page map.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MapStats {
+    /// Blocks and ranges changed since the last freeze.
+    pub delta_records: usize,
+    /// Blocks and ranges frozen and not yet written.
+    pub frozen_records: usize,
+    /// Runs.
+    pub runs: usize,
+    /// Records in all runs, superseded ones included.
+    pub run_records: u64,
+    /// Blocks of all runs.
+    pub run_blocks: u64,
+    /// Map blocks that lie elsewhere than their index says.
+    pub moved_blocks: usize,
+    /// The cache.
+    pub cache: CacheStats,
+}
+
+/// A run, and in which bands its blocks lie.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunRoot {
+    /// The run.
+    pub run: RunDescriptor,
+    /// Blocks by band.
+    pub page_counts: Vec<(BandId, u64)>,
+}
+
+/// What a root says of the page map.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MapRoot {
+    /// From the newest to the oldest.
+    pub runs: Vec<RunRoot>,
+    /// Map blocks that lie elsewhere than their index says.
+    pub moved: Vec<(Lba, MapEntry)>,
+    /// Records of the runs by band: an upper bound of the live blocks.
+    pub record_counts: Vec<(BandId, u64)>,
+    /// The number of the next run.
+    pub run_next: u32,
+}
+
+/// A run in use.
+#[derive(Debug)]
+struct Run {
+    descriptor: RunDescriptor,
+    page_counts: RefCell<BandCounts>,
+}
+
+/// The page map of one layer. See the module.
+pub struct PageMap {
+    settings: MapSettings,
+    pages: Rc<Pages>,
+    delta: RefCell<Delta>,
+    frozen: RefCell<Option<Rc<Delta>>>,
+    /// From the newest to the oldest.
+    runs: RefCell<Rc<[Rc<Run>]>>,
+    /// No frozen or written record has a higher sequence.
+    sequence_frozen: Cell<Sequence>,
+    /// Counts freezes.
+    generation: Cell<u64>,
+    /// The last freeze that has become a run.
+    installed: Cell<u64>,
+    /// Of the records of all runs.
+    record_counts: RefCell<BandCounts>,
+    /// Of the blocks of unfinished runs.
+    pending_counts: PendingCounts,
+    /// Bands without a live block, and the generation in which that was said.
+    evacuated: RefCell<BTreeMap<BandId, u64>>,
+    run_next: Cell<u32>,
+    merge: RefCell<Option<Merge>>,
+    /// Numbers of unfinished runs, a merge's that is between steps included.
+    unfinished: RefCell<Vec<u32>>,
+}
+
+impl PageMap {
+    /// The empty map of a new layer.
+    #[must_use]
+    pub fn new(identity: MapIdentity, store: Rc<dyn PageStore>, settings: MapSettings) -> Rc<Self> {
+        Self::load(identity, store, settings, &MapRoot::default())
+    }
+
+    /// The map as a root has it. Reads nothing: blocks are read when they are needed.
+    #[must_use]
+    pub fn load(
+        identity: MapIdentity,
+        store: Rc<dyn PageStore>,
+        settings: MapSettings,
+        root: &MapRoot,
+    ) -> Rc<Self> {
+        let collect = |list: &[(BandId, u64)]| {
+            let mut counts = BandCounts::default();
+            for (band, count) in list {
+                counts.add(*band, *count);
+            }
+            counts
+        };
+        let runs = root.runs.iter().map(|run| {
+            Rc::new(Run {
+                descriptor: run.run,
+                page_counts: RefCell::new(collect(&run.page_counts)),
+            })
+        });
+        let pages = Pages::new(identity, store, settings.cache_bytes);
+        for (lba, place) in &root.moved {
+            if let Some(id) = PageId::from_lba(*lba) {
+                pages.set_moved(id, *place);
+            }
+        }
+        let sequence_frozen = root.runs.iter().map(|run| run.run.sequence_max).max();
+        Rc::new(Self {
+            settings,
+            pages: Rc::new(pages),
+            delta: RefCell::default(),
+            frozen: RefCell::default(),
+            runs: RefCell::new(runs.collect()),
+            sequence_frozen: Cell::new(sequence_frozen.unwrap_or(SEQUENCE_ZERO)),
+            generation: Cell::new(0),
+            installed: Cell::new(0),
+            record_counts: RefCell::new(collect(&root.record_counts)),
+            pending_counts: PendingCounts::default(),
+            evacuated: RefCell::default(),
+            run_next: Cell::new(root.run_next),
+            merge: RefCell::default(),
+            unfinished: RefCell::default(),
+        })
+    }
+
+    // Changes. They touch memory only.
+
+    /// Enters a block that has become visible, or one that a recovery found. `false` when a higher sequence is
+    /// already known in memory; a higher one in a run still wins when the block is looked up.
+    pub fn insert(&self, lba: Lba, entry: MapEntry) -> bool {
+        debug_assert!(lba < HOST_LBA_END, "map blocks are relocated, not inserted");
+        let settled = entry.sequence > self.sequence_frozen.get();
+        if self.frozen_beats(lba, entry.sequence) {
+            return false;
+        }
+        self.delta.borrow_mut().insert(lba, entry, settled)
+    }
+
+    /// Makes `range` read as zeroes where it has no higher sequence: TRIM, Write Zeroes, zero blocks.
+    pub fn zero_range(&self, range: LbaRange, sequence: Sequence) {
+        let settled = sequence > self.sequence_frozen.get();
+        self.delta.borrow_mut().zero_range(range, sequence, settled);
+    }
+
+    /// Where the freezes stand. Taken before a lookup whose answer will be relocated.
+    #[must_use]
+    pub fn generation(&self) -> Generation {
+        Generation(self.generation.get())
+    }
+
+    /// Enters a copy, of the same sequence, of the block that a lookup since `seen` found at `expected`. `false` when the
+    /// block was overwritten, trimmed or moved meanwhile, as far as memory knows: the copy is then garbage.
+    pub fn relocate(&self, lba: Lba, expected: &MapEntry, copy: MapEntry, seen: Generation) -> bool {
+        debug_assert_eq!(expected.sequence, copy.sequence, "a copy keeps its sequence");
+        let stands = |found: Option<(slot::Cell, bool)>| match found {
+            None => true,
+            Some((slot::Cell::Data(entry), _)) => {
+                entry.sequence < copy.sequence
+                    || (entry.sequence == copy.sequence && entry.same_place(expected))
+            }
+            Some((slot::Cell::Zero(sequence), _)) => sequence < copy.sequence,
+        };
+        let in_delta = self.delta.borrow().get(lba);
+        let in_frozen = self.frozen.borrow().as_ref().and_then(|frozen| frozen.get(lba));
+        // What stands in the delta is newer than what is frozen.
+        if !stands(in_delta) || (in_delta.is_none() && !stands(in_frozen)) {
+            return false;
+        }
+        // Without a freeze since the lookup, everything newer than its answer is in the delta.
+        let settled = seen == self.generation();
+        self.delta.borrow_mut().insert(lba, copy, settled)
+    }
+
+    // Lookups.
+
+    /// What the map says of `lba`, if that takes no read.
+    #[must_use]
+    pub fn lookup_cached(&self, lba: Lba) -> Option<Mapping> {
+        let mut slot = [Slot::default()];
+        let mut slots = Slots::new(lba, &mut slot);
+        self.apply_memory(&mut slots);
+        if !slots.all_settled() {
+            for run in self.runs.borrow().iter() {
+                // A damaged block is reported by the lookup that may wait.
+                if !run::apply_cached(&run.descriptor, &self.pages, &mut slots).ok()? {
+                    return None;
+                }
+            }
+        }
+        Some(slot[0].mapping())
+    }
+
+    /// What the map says of `lba`, as of the moment of the call.
+    pub async fn lookup(&self, lba: Lba) -> Result<Mapping, MapError> {
+        if let Some(found) = self.lookup_cached(lba) {
+            return Ok(found);
+        }
+        let found = self.lookup_range(LbaRange { start: lba, count: 1 }).await?;
+        Ok(found.first().copied().unwrap_or(Mapping::Unwritten))
+    }
+
+    /// What the map says of each block of `range`, as of the moment of the call. The caller bounds the range.
+    pub async fn lookup_range(&self, range: LbaRange) -> Result<Vec<Mapping>, MapError> {
+        loop {
+            let layout = self.pages.layout();
+            let mut found = vec![Slot::default(); usize::try_from(range.count).unwrap_or(0)];
+            let mut slots = Slots::new(range.start, &mut found);
+            self.apply_memory(&mut slots);
+            let runs = Rc::clone(&self.runs.borrow());
+            let mut result = Ok(());
+            for run in runs.iter() {
+                result = run::apply(&run.descriptor, &self.pages, &mut slots).await;
+                if result.is_err() {
+                    break;
+                }
+            }
+            match result {
+                Ok(()) => return Ok(found.iter().map(Slot::mapping).collect()),
+                // A run was merged away under the lookup, and its blocks may be gone.
+                Err(_) if self.pages.layout() != layout => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    // Bands.
+
+    /// References to `band`, superseded ones that no merge has met included: an upper bound of its live blocks.
+    #[must_use]
+    pub fn references(&self, band: BandId) -> u64 {
+        if self.evacuated.borrow().contains_key(&band) {
+            return 0;
+        }
+        self.counted(band)
+    }
+
+    /// Whether a root built from [`PageMap::snapshot`] at this moment needs `band`, or what changed since does.
+    ///
+    /// A band may be freed with the publication of that root when this says `false` and nothing is appended to
+    /// the band any more.
+    #[must_use]
+    pub fn refers_to(&self, band: BandId) -> bool {
+        let installed = self.installed.get();
+        let evacuated = self.evacuated.borrow();
+        let shadowed = evacuated.get(&band).is_some_and(|said| *said < installed);
+        !shadowed && self.counted(band) > 0
+    }
+
+    /// Says that every block of `band` was looked up and none is live any more: dead, or relocated and entered. What older
+    /// runs still say of it will never win, and counts as nothing once the present delta has become a run.
+    pub fn evacuated(&self, band: BandId) {
+        let generation = self.generation.get();
+        self.evacuated.borrow_mut().entry(band).or_insert(generation);
+    }
+
+    /// Forgets a band that has been freed.
+    pub fn forget(&self, band: BandId) {
+        self.evacuated.borrow_mut().remove(&band);
+        self.record_counts.borrow_mut().forget(band);
+        for run in self.runs.borrow().iter() {
+            run.page_counts.borrow_mut().forget(band);
+        }
+    }
+
+    fn counted(&self, band: BandId) -> u64 {
+        let frozen = self.frozen.borrow();
+        let runs = self.runs.borrow();
+        self.delta.borrow().counts().of(band)
+            + frozen.as_ref().map_or(0, |frozen| frozen.counts().of(band))
+            + self.record_counts.borrow().of(band)
+            + self.pending_counts.borrow().of(band)
+            + runs
+                .iter()
+                .map(|run| run.page_counts.borrow().of(band))
+                .sum::<u64>()
+    }
+
+    // Map blocks as compaction meets them.
+
+    /// Whether the map block `lba` found at `place` is in use.
+    pub async fn page_state(&self, lba: Lba, place: &MapEntry) -> Result<PageState, MapError> {
+        let Some(id) = PageId::from_lba(lba) else {
+            return Ok(PageState::Dead);
+        };
+        loop {
+            if self.unfinished.borrow().contains(&id.run) {
+                return Ok(PageState::Pending);
+            }
+            let Some(run) = self.run(id.run) else {
+                return Ok(PageState::Dead);
+            };
+            let layout = self.pages.layout();
+            match self.place_of(&run.descriptor, id).await {
+                Ok(Some(found)) if found.same_place(place) && found.sequence == place.sequence => {
+                    return Ok(PageState::Live);
+                }
+                Ok(_) => return Ok(PageState::Dead),
+                Err(_) if self.pages.layout() != layout => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Enters a copy of the map block that [`PageMap::page_state`] found live at `expected`. `false` when its
+    /// run was merged away or the block moved meanwhile: the copy is then garbage.
+    pub fn relocate_page(&self, lba: Lba, expected: &MapEntry, copy: MapEntry) -> bool {
+        let Some((id, run)) = PageId::from_lba(lba).and_then(|id| Some((id, self.run(id.run)?))) else {
+            return false;
+        };
+        if self.pages.place(id, *expected) != *expected {
+            return false;
+        }
+        self.pages.set_moved(id, copy);
+        let mut counts = run.page_counts.borrow_mut();
+        counts.subtract(expected.band, 1);
+        counts.add(copy.band, 1);
+        true
+    }
+
+    /// Where `id` lies now; `None` when the run has no such block.
+    async fn place_of(&self, run: &RunDescriptor, id: PageId) -> Result<Option<MapEntry>, MapError> {
+        let mut at = run.top_id();
+        let mut place = run.top;
+        if id.level > at.level {
+            return Ok(None);
+        }
+        while at.level > id.level {
+            let page = self.pages.page(at, place).await?;
+            let Some(slot) = run::slot_towards(at, id).filter(|slot| *slot < page.records().len()) else {
+                return Ok(None);
+            };
+            (at, place) = run::child(at, slot, &page)?;
+        }
+        Ok((at == id).then(|| self.pages.place(id, place)))
+    }
+
+    // Checkpoints.
+
+    /// Sets the changes so far apart for the next run; later ones go to a new delta. `false` when the last ones set
+    /// apart have not been written yet.
+    ///
+    /// The engine captures append rows, H and counters in the same step, without an await in between: what is
+    /// not in this freeze must be found by a replay.
+    pub fn freeze(&self) -> bool {
+        let mut frozen = self.frozen.borrow_mut();
+        if frozen.is_some() {
+            return false;
+        }
+        let delta = self.delta.take();
+        self.sequence_frozen
+            .set(self.sequence_frozen.get().max(delta.sequence_max()));
+        *frozen = Some(Rc::new(delta));
+        self.generation.set(self.generation.get() + 1);
+        true
+    }
+
+    /// Writes what was frozen as a run, which the map uses from then on. After an error it may be called again. One call
+    /// at a time.
+    pub async fn write_frozen(&self) -> Result<(), MapError> {
+        let Some(frozen) = self.frozen.borrow().clone() else {
+            return Ok(());
+        };
+        let mut written = None;
+        if !frozen.is_empty() {
+            let number = self.next_run()?;
+            let _unfinished = Unfinished::new(self, number);
+            let pending = Rc::clone(&self.pending_counts);
+            let mut writer = RunWriter::new(Rc::clone(&self.pages), number, pending);
+            for item in frozen.items() {
+                writer.push(&item)?;
+                if writer.is_full() {
+                    writer.flush().await?;
+                }
+            }
+            written = writer.finish().await?;
+        }
+        let mut runs = self.runs.borrow().to_vec();
+        if let Some((descriptor, page_counts)) = written {
+            runs.insert(
+                0,
+                Rc::new(Run {
+                    descriptor,
+                    page_counts: RefCell::new(page_counts),
+                }),
+            );
+        }
+        *self.runs.borrow_mut() = runs.into();
+        self.record_counts.borrow_mut().add_all(frozen.counts());
+        *self.frozen.borrow_mut() = None;
+        self.installed.set(self.generation.get());
+        Ok(())
+    }
+
+    /// What the next root says of the map: the runs as they are now. Changes since the last freeze are not in it.
+    #[must_use]
+    pub fn snapshot(&self) -> MapRoot {
+        let runs = self.runs.borrow();
+        let tops: Vec<PageId> = runs.iter().map(|run| run.descriptor.top_id()).collect();
+        MapRoot {
+            runs: runs
+                .iter()
+                .map(|run| RunRoot {
+                    run: RunDescriptor {
+                        top: self.pages.place(run.descriptor.top_id(), run.descriptor.top),
+                        ..run.descriptor
+                    },
+                    page_counts: run.page_counts.borrow().iter().collect(),
+                })
+                .collect(),
+            moved: self
+                .pages
+                .moved()
+                .into_iter()
+                .filter(|(id, _)| !tops.contains(id))
+                .map(|(id, place)| (id.lba(), place))
+                .collect(),
+            record_counts: self.record_counts.borrow().iter().collect(),
+            run_next: self.run_next.get(),
+        }
+    }
+
+    // Merges.
+
+    /// Does about `blocks` blocks' worth of merging, if any is due. One call at a time.
+    ///
+    /// `floor`: no stripe that a replay from a later root could apply holds a version with a lower sequence than
+    /// this that a range of zeroes has superseded. Ranges below it are dropped where nothing older is left;
+    /// `Sequence { epoch: 0, counter: 0 }` keeps all.
+    pub async fn merge_step(&self, blocks: usize, floor: Sequence) -> Result<MergeProgress, MapError> {
+        let under_way = self.merge.take();
+        let merge = match under_way {
+            Some(merge) => merge,
+            None => {
+                let records: Vec<u64> = self.run_records();
+                let Some(count) = merge::choose(&records, self.settings.merge_fan_in, self.settings.runs_max)
+                else {
+                    return Ok(MergeProgress::Idle);
+                };
+                self.begin_merge(count, floor)?
+            }
+        };
+        self.continue_merge(merge, blocks).await
+    }
+
+    /// Merges all runs into one, so that band counts become exact as of the last checkpoint. For a pool
+    /// that is tight, and for tests; it reads and rewrites the whole map.
+    pub async fn merge_all(&self, floor: Sequence) -> Result<(), MapError> {
+        while let Some(merge) = self.merge.take() {
+            self.continue_merge(merge, usize::MAX).await?;
+        }
+        let count = self.runs.borrow().len();
+        if count > 0 {
+            let merge = self.begin_merge(count, floor)?;
+            self.continue_merge(merge, usize::MAX).await?;
+        }
+        Ok(())
+    }
+
+    fn run_records(&self) -> Vec<u64> {
+        self.runs
+            .borrow()
+            .iter()
+            .map(|run| run.descriptor.records)
+            .collect()
+    }
+
+    fn begin_merge(&self, count: usize, floor: Sequence) -> Result<Merge, MapError> {
+        let runs = Rc::clone(&self.runs.borrow());
+        let inputs: Vec<RunDescriptor> = runs.iter().take(count).map(|run| run.descriptor).collect();
+        let bottom = count >= runs.len();
+        let pending = Rc::clone(&self.pending_counts);
+        Ok(Merge::new(
+            &self.pages,
+            &inputs,
+            self.next_run()?,
+            bottom,
+            floor,
+            pending,
+        ))
+    }
+
+    async fn continue_merge(&self, mut merge: Merge, blocks: usize) -> Result<MergeProgress, MapError> {
+        // Lives until the merge is back in its place or done, so that a dropped future leaves nothing behind.
+        let unfinished = Unfinished::new(self, merge.output_number());
+        if !merge.step(blocks).await? {
+            unfinished.keep();
+            *self.merge.borrow_mut() = Some(merge);
+            return Ok(MergeProgress::Working);
+        }
+        let merged = merge.finish().await?;
+        let mut runs = self.runs.borrow().to_vec();
+        let at = runs
+            .iter()
+            .position(|run| merged.inputs.contains(&run.descriptor.number));
+        runs.retain(|run| !merged.inputs.contains(&run.descriptor.number));
+        if let (Some(at), Some((descriptor, page_counts))) = (at, merged.output) {
+            let output = Run {
+                descriptor,
+                page_counts: RefCell::new(page_counts),
+            };
+            runs.insert(at, Rc::new(output));
+        }
+        *self.runs.borrow_mut() = runs.into();
+        self.record_counts.borrow_mut().subtract_all(&merged.superseded);
+        for number in merged.inputs {
+            self.pages.retire(number);
+        }
+        Ok(MergeProgress::Done)
+    }
+
+    // The rest.
+
+    /// Figures as of now.
+    #[must_use]
+    pub fn stats(&self) -> MapStats {
+        let runs = self.runs.borrow();
+        MapStats {
+            delta_records: self.delta.borrow().len(),
+            frozen_records: self.frozen.borrow().as_ref().map_or(0, |frozen| frozen.len()),
+            runs: runs.len(),
+            run_records: runs.iter().map(|run| run.descriptor.records).sum(),
+            run_blocks: runs.iter().map(|run| run.descriptor.blocks()).sum(),
+            moved_blocks: self.pages.moved().len(),
+            cache: self.pages.cache_stats(),
+        }
+    }
+
+    fn apply_memory(&self, slots: &mut Slots<'_>) {
+        self.delta.borrow().apply(slots);
+        if let Some(frozen) = &*self.frozen.borrow() {
+            frozen.apply(slots);
+        }
+    }
+
+    fn frozen_beats(&self, lba: Lba, sequence: Sequence) -> bool {
+        let frozen = self.frozen.borrow();
+        let found = frozen.as_ref().and_then(|frozen| frozen.get(lba));
+        found.is_some_and(|(cell, _)| cell.sequence() > sequence)
+    }
+
+    fn run(&self, number: u32) -> Option<Rc<Run>> {
+        let runs = self.runs.borrow();
+        runs.iter().find(|run| run.descriptor.number == number).cloned()
+    }
+
+    fn next_run(&self) -> Result<u32, MapError> {
+        let number = self.run_next.get();
+        if number == RUNS - 1 {
+            return Err(MapError::Exhausted);
+        }
+        self.run_next.set(number + 1);
+        Ok(number)
+    }
+}
+
+/// Lists a run as unfinished while it lives.
+struct Unfinished<'a> {
+    map: &'a PageMap,
+    number: u32,
+    kept: bool,
+}
+
+impl<'a> Unfinished<'a> {
+    fn new(map: &'a PageMap, number: u32) -> Self {
+        let mut unfinished = map.unfinished.borrow_mut();
+        if !unfinished.contains(&number) {
+            unfinished.push(number);
+        }
+        Self {
+            map,
+            number,
+            kept: false,
+        }
+    }
+
+    /// The run stays unfinished, between two steps.
+    fn keep(mut self) {
+        self.kept = true;
+    }
+}
+
+impl Drop for Unfinished<'_> {
+    fn drop(&mut self) {
+        if !self.kept {
+            let mut unfinished = self.map.unfinished.borrow_mut();
+            unfinished.retain(|number| *number != self.number);
+        }
+    }
+}

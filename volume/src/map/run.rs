@@ -1,0 +1,210 @@
+//! A sorted, immutable run: a tree of blocks, leaves with records and index blocks with their places.
+//!
+//! Every level but the top is full except for its last block, so a child's position follows from its
+//! parent's: child `slot` of the index block at `position` stands at `position` × 89 + `slot`. Records are
+//! disjoint and ascending over the whole run, so one leaf answers for an LBA.
+
+use std::rc::Rc;
+
+use weft_proto::id::Sequence;
+
+use crate::entry::MapEntry;
+
+use super::address::PageId;
+use super::format::{FormatError, Page, RECORDS_PER_PAGE, damaged};
+use super::pages::Pages;
+use super::slot::Slots;
+use super::store::MapError;
+
+/// What a root says of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RunDescriptor {
+    /// Never reused within the layer.
+    pub number: u32,
+    /// Index levels above the leaves: 0 when the run is one leaf.
+    pub height: u8,
+    /// Where the one block of the highest level lies.
+    pub top: MapEntry,
+    /// Leaf blocks.
+    pub leaves: u32,
+    /// Records in all leaves.
+    pub records: u64,
+    /// No record has a higher sequence.
+    pub sequence_max: Sequence,
+}
+
+impl RunDescriptor {
+    pub(crate) fn top_id(&self) -> PageId {
+        PageId {
+            run: self.number,
+            level: self.height,
+            position: 0,
+        }
+    }
+
+    /// Blocks of all levels.
+    pub(crate) fn blocks(&self) -> u64 {
+        let mut level_blocks = u64::from(self.leaves);
+        let mut blocks = level_blocks;
+        for _ in 0..self.height {
+            level_blocks = level_blocks.div_ceil(RECORDS_PER_PAGE as u64);
+            blocks += level_blocks;
+        }
+        blocks
+    }
+}
+
+/// The way from the top of a run to the leaf that answers for an LBA.
+pub(crate) struct Descent {
+    lba: u64,
+    id: PageId,
+    place: MapEntry,
+    /// The leaf that will be found answers for LBAs below this.
+    end: u64,
+}
+
+/// What a [`Descent`] needs or has found.
+pub(crate) enum Step {
+    /// The records of the block that was given are the answer up to `end`, exclusive.
+    Leaf {
+        /// First LBA that another leaf answers for.
+        end: u64,
+    },
+    /// One level down.
+    Down,
+    /// The run has nothing before `end`, exclusive.
+    Nothing {
+        /// First LBA the run may know.
+        end: u64,
+    },
+}
+
+impl Descent {
+    pub(crate) fn new(run: &RunDescriptor, lba: u64) -> Self {
+        Self {
+            lba,
+            id: run.top_id(),
+            place: run.top,
+            end: u64::MAX,
+        }
+    }
+
+    /// The block needed now, and where it was written.
+    pub(crate) fn needs(&self) -> (PageId, MapEntry) {
+        (self.id, self.place)
+    }
+
+    /// Takes the block that was needed.
+    pub(crate) fn take(&mut self, page: &Page) -> Result<Step, MapError> {
+        if self.id.level == 0 {
+            return Ok(Step::Leaf { end: self.end });
+        }
+        let records = page.records();
+        let slot = records.partition_point(|record| record.lba() <= self.lba);
+        if let Some(next) = records.get(slot) {
+            self.end = self.end.min(next.lba());
+        }
+        let Some(slot) = slot.checked_sub(1) else {
+            return Ok(Step::Nothing { end: self.end });
+        };
+        let (id, place) = child(self.id, slot, page)?;
+        self.id = id;
+        self.place = place;
+        Ok(Step::Down)
+    }
+}
+
+/// The slot of the index block `at` under which `id`, which is below it, stands. `None` when it stands elsewhere.
+pub(crate) fn slot_towards(at: PageId, id: PageId) -> Option<usize> {
+    let mut position = u64::from(id.position);
+    for _ in id.level + 1..at.level {
+        position /= RECORDS_PER_PAGE as u64;
+    }
+    let slot = position.checked_sub(u64::from(at.position) * RECORDS_PER_PAGE as u64)?;
+    usize::try_from(slot).ok().filter(|slot| *slot < RECORDS_PER_PAGE)
+}
+
+/// The child in `slot` of the index block `parent`, and where it was written.
+pub(crate) fn child(parent: PageId, slot: usize, page: &Page) -> Result<(PageId, MapEntry), MapError> {
+    let out_of_range = || damaged(parent, FormatError::Field("record"));
+    let place = page
+        .records()
+        .get(slot)
+        .and_then(super::format::Record::child)
+        .ok_or_else(out_of_range)?;
+    let position = u64::from(parent.position) * RECORDS_PER_PAGE as u64 + slot as u64;
+    let id = PageId {
+        run: parent.run,
+        level: parent.level - 1,
+        position: u32::try_from(position).map_err(|_| out_of_range())?,
+    };
+    Ok((id, place))
+}
+
+/// Offers what a leaf knows.
+fn offer(page: &Page, slots: &mut Slots<'_>, from: u64, end: u64) {
+    let records = page.records();
+    let first = records
+        .partition_point(|record| record.lba() <= from)
+        .saturating_sub(1);
+    for record in &records[first..] {
+        let item = record.item();
+        if item.lba >= end {
+            break;
+        }
+        slots.offer(item.lba.max(from), item.end(), item.cell, item.settled);
+    }
+}
+
+/// Offers what `run` knows, as far as the cache reaches. `false` when a block would have to be read.
+pub(crate) fn apply_cached(
+    run: &RunDescriptor,
+    pages: &Pages,
+    slots: &mut Slots<'_>,
+) -> Result<bool, MapError> {
+    let mut from = slots.start();
+    while let Some(lba) = slots.next_open(from, run.sequence_max) {
+        let mut descent = Descent::new(run, lba);
+        from = loop {
+            let Some(page) = pages.cached(descent.needs().0) else {
+                return Ok(false);
+            };
+            match descent.take(&page)? {
+                Step::Down => {}
+                Step::Nothing { end } => break end,
+                Step::Leaf { end } => {
+                    let upto = end.min(slots.end());
+                    offer(&page, slots, lba, upto);
+                    break end;
+                }
+            }
+        };
+    }
+    Ok(true)
+}
+
+/// Offers what `run` knows, reading what is not cached.
+pub(crate) async fn apply(
+    run: &RunDescriptor,
+    pages: &Rc<Pages>,
+    slots: &mut Slots<'_>,
+) -> Result<(), MapError> {
+    let mut from = slots.start();
+    while let Some(lba) = slots.next_open(from, run.sequence_max) {
+        let mut descent = Descent::new(run, lba);
+        from = loop {
+            let (id, place) = descent.needs();
+            let page = pages.page(id, place).await?;
+            match descent.take(&page)? {
+                Step::Down => {}
+                Step::Nothing { end } => break end,
+                Step::Leaf { end } => {
+                    let upto = end.min(slots.end());
+                    offer(&page, slots, lba, upto);
+                    break end;
+                }
+            }
+        };
+    }
+    Ok(())
+}
