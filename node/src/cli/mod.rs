@@ -16,7 +16,7 @@ use weft_proto::grpc::admin::admin_client::AdminClient;
 
 use crate::args::{Cli, Command};
 use output::Output;
-pub(crate) use volume::connect_lines;
+pub(crate) use volume::{connect_lines, new_volume};
 
 /// How long a command looks for a leader before it gives up.
 const PATIENCE: Duration = Duration::from_secs(15);

@@ -1,10 +1,10 @@
 //! Volumes.
 
-use std::collections::BTreeSet;
-
 use rand::RngCore as _;
 use serde_json::json;
 use weft_metadata::state::{ClusterMap, Command as Proposal, NewVolume, Phase, Presentation, Volume};
+use weft_proto::band::Geometry;
+use weft_proto::nqn::Nqn;
 
 use super::cluster::not_found;
 use super::output::{bytes, table};
@@ -31,24 +31,7 @@ impl Session {
                 });
             }
             VolumeCommand::Create { name, size, pool, ec, block_bytes } => {
-                crate::config::check_name("volume name", &name)?;
-                let found = map.pool_named(&pool).ok_or_else(|| not_found("pool", &pool, map.pools.values().map(|pool| &pool.name)))?;
-                let cluster = map.cluster.as_ref().ok_or_else(|| Failure::Refused("the cluster has not been initialised".into()))?;
-                let mut uuid = [0; 16];
-                rand::rng().fill_bytes(&mut uuid);
-                self.propose(Proposal::CreateVolume(NewVolume {
-                    name: name.clone(),
-                    pool: found.id,
-                    size_bytes: size,
-                    block_bytes,
-                    geometry: ec,
-                    uuid,
-                    subnqn: crate::view::volume_subnqn(cluster.id, &name),
-                    allowed_hosts: BTreeSet::new(),
-                    presentation: Presentation::All,
-                    preferred: None,
-                }))
-                .await?;
+                self.propose(new_volume(&map, &name, &pool, size, ec, block_bytes, [])?).await?;
                 self.output.one(&json!({ "volume": name, "bytes": size }), |_| {
                     format!("volume {name} created, {}; allow a host with `weft volume attach {name} --host NQN`\n", bytes(size))
                 });
@@ -131,6 +114,37 @@ impl Session {
             tokio::time::sleep(std::time::Duration::from_millis(50)).await;
         }
     }
+}
+
+/// The proposal that creates a volume.
+pub(crate) fn new_volume(
+    map: &ClusterMap,
+    name: &str,
+    pool: &str,
+    size_bytes: u64,
+    geometry: Option<Geometry>,
+    block_bytes: u32,
+    allowed_hosts: impl IntoIterator<Item = Nqn>,
+) -> Result<Proposal, Failure> {
+    crate::config::check_name("volume name", name)?;
+    let found =
+        map.pool_named(pool).ok_or_else(|| not_found("pool", pool, map.pools.values().map(|pool| &pool.name)))?;
+    let cluster =
+        map.cluster.as_ref().ok_or_else(|| Failure::Refused("the cluster has not been initialised".into()))?;
+    let mut uuid = [0; 16];
+    rand::rng().fill_bytes(&mut uuid);
+    Ok(Proposal::CreateVolume(NewVolume {
+        name: name.to_owned(),
+        pool: found.id,
+        size_bytes,
+        block_bytes,
+        geometry,
+        uuid,
+        subnqn: crate::view::volume_subnqn(cluster.id, name),
+        allowed_hosts: allowed_hosts.into_iter().collect(),
+        presentation: Presentation::All,
+        preferred: None,
+    }))
 }
 
 fn named<'a>(map: &'a ClusterMap, name: &str) -> Result<&'a Volume, Failure> {
