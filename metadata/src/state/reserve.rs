@@ -1,0 +1,105 @@
+//! The space of a pool, and the part of it that host writes never get.
+//!
+//! A full pool must still be able to compact, take over, checkpoint and rebuild: otherwise it could never be
+//! emptied again (design section 4, "Space").
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use weft_proto::band::Geometry;
+
+use super::ClusterState;
+use super::map::{Domain, Pool};
+
+/// Bands per volume kept for the engine's own writes. Guessed: one open for compaction, one for checkpoints, and as
+/// many again for a takeover in the meantime.
+const INTERNAL_BANDS_PER_VOLUME: u64 = 4;
+/// MiB of a chunk of those.
+const INTERNAL_CHUNK_MIB: u64 = 8;
+/// The engine's own part in percent of the capacity, at least and at most. Guessed.
+const INTERNAL_PERCENT: std::ops::RangeInclusive<u64> = 2..=10;
+
+/// How full a pool is: over its drives in service, in MiB of raw capacity.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolSpace {
+    /// Chunk areas.
+    pub capacity_mib: u64,
+    /// Neither taken nor in quarantine.
+    pub free_mib: u64,
+    /// In quarantine.
+    pub quarantined_mib: u64,
+    /// Distinct failure domains.
+    pub domains: u32,
+    /// Kept so that the largest failure domain can be rebuilt on the others.
+    pub rebuild_reserve_mib: u64,
+    /// Kept for compaction, takeover, checkpoints and TRIM records.
+    pub internal_reserve_mib: u64,
+    /// The pool's default, for [`PoolSpace::usable_bytes`].
+    pub geometry: Geometry,
+}
+
+impl PoolSpace {
+    /// What host writes never get.
+    #[must_use]
+    pub fn reserve_mib(&self) -> u64 {
+        self.rebuild_reserve_mib + self.internal_reserve_mib
+    }
+
+    /// What hosts could store in an empty pool of this shape, in full stripes of the pool's geometry, in bytes.
+    #[must_use]
+    pub fn usable_bytes(&self) -> u64 {
+        let raw = self.capacity_mib.saturating_sub(self.reserve_mib()) << 20;
+        raw / u64::from(self.geometry.n()) * u64::from(self.geometry.k)
+    }
+}
+
+impl ClusterState {
+    /// The pool's space now.
+    #[must_use]
+    pub fn pool_space(&self, pool: &Pool) -> PoolSpace {
+        let mut capacity_by_domain: BTreeMap<Domain, u64> = BTreeMap::new();
+        let (mut free_mib, mut quarantined_mib) = (0, 0);
+        for drive in self.map.drives.values() {
+            if !self.map.in_service(drive) || !pool.classes.contains(&drive.class) {
+                continue;
+            }
+            let Some(chunks) = self.chunks.get(&drive.id) else {
+                continue;
+            };
+            *capacity_by_domain
+                .entry(self.map.domain(drive, pool.domain))
+                .or_default() += chunks.space.capacity_mib();
+            free_mib += chunks.space.free_mib();
+            quarantined_mib += chunks.quarantined_mib();
+        }
+        let capacity_mib: u64 = capacity_by_domain.values().sum();
+        let volumes = self
+            .map
+            .volumes
+            .values()
+            .filter(|volume| volume.pool == pool.id)
+            .count() as u64;
+        let n = u64::from(pool.geometry.n());
+        let wished_mib = volumes * INTERNAL_BANDS_PER_VOLUME * n * INTERNAL_CHUNK_MIB;
+        let internal_reserve_mib = wished_mib.clamp(
+            capacity_mib * INTERNAL_PERCENT.start() / 100,
+            capacity_mib * INTERNAL_PERCENT.end() / 100,
+        );
+        // Losing the largest domain d needs room for its chunks on the others: free − free(d) ≥ taken(d), which is
+        // free ≥ capacity(d). With only n domains there is nowhere to rebuild to and nothing to keep.
+        let rebuild_reserve_mib = if capacity_by_domain.len() as u64 > n {
+            capacity_by_domain.values().copied().max().unwrap_or(0)
+        } else {
+            0
+        };
+        PoolSpace {
+            capacity_mib,
+            free_mib,
+            quarantined_mib,
+            domains: u32::try_from(capacity_by_domain.len()).unwrap_or(u32::MAX),
+            rebuild_reserve_mib,
+            internal_reserve_mib,
+            geometry: pool.geometry,
+        }
+    }
+}

@@ -1,0 +1,252 @@
+//! Bands, chunks, quarantine and the reserve.
+
+use weft_proto::band::ChunkSize;
+use weft_proto::id::{DriveId, Epoch, IncarnationId, NodeId};
+
+use super::super::command::{BandProposal, Command, Purpose, Refusal, Reply};
+use super::{Checked, geometry};
+
+#[test]
+fn a_repeated_request_is_answered_with_the_same_bands() {
+    let mut cluster = Checked::cluster(3, 256, geometry(1, 1));
+    let volume = cluster.volume("v");
+    cluster.serve(volume, 1);
+    let command = Command::GrantBands {
+        volume,
+        epoch: Epoch(1),
+        request: 1234,
+        purpose: Purpose::User,
+        chunk_size: ChunkSize::Mib8,
+        proposals: vec![BandProposal {
+            geometry: geometry(1, 1),
+            drives: vec![DriveId(1), DriveId(3)],
+        }],
+    };
+    let first = cluster.accept(command.clone());
+    let before = cluster.state.clone();
+    assert_eq!(cluster.accept(command), first);
+    assert_eq!(cluster.state, before);
+}
+
+#[test]
+fn a_band_is_granted_only_where_the_owner_is_registered_and_domains_differ() {
+    let mut cluster = Checked::cluster(3, 256, geometry(1, 1));
+    let volume = cluster.volume("v");
+    // A new life of node 1 is registered nowhere yet.
+    let fresh = cluster.start(NodeId(1));
+    cluster.begin(volume, 1).unwrap();
+    let propose = |drives: Vec<u32>, k| Command::GrantBands {
+        volume,
+        epoch: Epoch(1),
+        request: 1,
+        purpose: Purpose::Internal,
+        chunk_size: ChunkSize::Mib1,
+        proposals: vec![BandProposal {
+            geometry: geometry(k, 1),
+            drives: drives.into_iter().map(DriveId).collect(),
+        }],
+    };
+    assert_eq!(
+        cluster.refuse(propose(vec![1, 2], 1)),
+        Refusal::ProposalConflict { drive: DriveId(1) }
+    );
+    cluster.register(fresh);
+    assert_eq!(
+        cluster.refuse(propose(vec![2, 2], 1)),
+        Refusal::ProposalConflict { drive: DriveId(2) },
+        "shards never double up"
+    );
+    assert!(matches!(
+        cluster.refuse(propose(vec![1, 2, 3], 2)),
+        Refusal::Invalid { .. }
+    ));
+    cluster.accept(Command::MarkDead {
+        incarnation: IncarnationId(3),
+    });
+    assert_eq!(
+        cluster.refuse(propose(vec![1, 3], 1)),
+        Refusal::ProposalConflict { drive: DriveId(3) },
+        "its node is down"
+    );
+    assert!(matches!(
+        cluster.accept(propose(vec![1, 2], 1)),
+        Reply::Bands(bands) if bands.len() == 1
+    ));
+}
+
+#[test]
+fn host_writes_leave_the_reserve_and_the_engine_may_use_it() {
+    // Four domains for 1+1: the largest one, 640 MiB, is kept for its rebuild, and 10 % for the engine at most.
+    let mut cluster = Checked::cluster(4, 640, geometry(1, 1));
+    let volume = cluster.volume("v");
+    cluster.serve(volume, 1);
+    let pool = cluster.state.map.pools[&weft_proto::id::PoolId(1)].clone();
+    let space = cluster.state.pool_space(&pool);
+    assert_eq!((space.capacity_mib, space.rebuild_reserve_mib), (2560, 640));
+    assert_eq!(space.internal_reserve_mib, 64, "4 bands of 2 chunks of 8 MiB");
+    let refused = loop {
+        match fullest(&mut cluster, volume, Purpose::User) {
+            Reply::Bands(_) => {}
+            Reply::Refused(refusal) => break refusal,
+            reply => panic!("{reply:?}"),
+        }
+    };
+    let Refusal::NoSpace {
+        free_mib,
+        reserve_mib,
+    } = refused
+    else {
+        panic!("{refused:?}");
+    };
+    assert_eq!(reserve_mib, 704);
+    assert!((704..704 + 128).contains(&free_mib), "{free_mib} MiB left");
+    assert!(matches!(
+        fullest(&mut cluster, volume, Purpose::Internal),
+        Reply::Bands(_)
+    ));
+}
+
+/// One band of 64 MiB chunks on the two emptiest drives.
+fn fullest(cluster: &mut Checked, volume: weft_proto::id::VolumeId, purpose: Purpose) -> Reply {
+    let mut drives: Vec<(u64, DriveId)> = cluster
+        .state
+        .chunks
+        .iter()
+        .map(|(id, chunks)| (chunks.space.allocated_mib(), *id))
+        .collect();
+    drives.sort_unstable();
+    let request = cluster.state.next.band + 1_000_000;
+    cluster.apply(Command::GrantBands {
+        volume,
+        epoch: Epoch(1),
+        request,
+        purpose,
+        chunk_size: ChunkSize::Mib64,
+        proposals: vec![BandProposal {
+            geometry: geometry(1, 1),
+            drives: drives[..2].iter().map(|(_, id)| *id).collect(),
+        }],
+    })
+}
+
+#[test]
+fn what_the_live_owner_frees_is_free_at_once_but_for_the_chunks_it_lists() {
+    let mut cluster = Checked::cluster(3, 256, geometry(1, 1));
+    let volume = cluster.volume("v");
+    let first = cluster.serve(volume, 1);
+    let second = cluster.band(volume);
+    let update = cluster.root(volume, second.id, &[first.id]);
+    cluster.accept(Command::PublishRoot {
+        update,
+        quarantine: vec![first.columns[1]],
+    });
+    let of = |cluster: &Checked, index: usize| {
+        cluster.state.chunks[&first.columns[index].drive]
+            .space
+            .is_allocated(first.columns[index].offset_mib, first.chunk_size)
+    };
+    assert!(!of(&cluster, 0));
+    assert!(of(&cluster, 1), "a write is still under way there");
+    cluster.fence(IncarnationId(1), &[first.columns[1].drive.0]);
+    assert!(!of(&cluster, 1));
+}
+
+#[test]
+fn a_root_outside_of_the_volumes_bands_is_refused() {
+    let mut cluster = Checked::cluster(3, 256, geometry(1, 1));
+    let volume = cluster.volume("v");
+    let band = cluster.serve(volume, 1);
+    for update in [
+        cluster.root(volume, weft_proto::id::BandId(99), &[]),
+        cluster.root(volume, band.id, &[band.id]),
+        cluster.root(volume, band.id, &[weft_proto::id::BandId(99)]),
+    ] {
+        assert!(matches!(
+            cluster.refuse(Command::PublishRoot {
+                update,
+                quarantine: vec![]
+            }),
+            Refusal::NoSuchBand(_)
+        ));
+    }
+}
+
+#[test]
+fn returned_bands_are_free_and_may_be_returned_again() {
+    let mut cluster = Checked::cluster(3, 256, geometry(1, 1));
+    let volume = cluster.volume("v");
+    cluster.serve(volume, 1);
+    let before = cluster.state.chunks.clone();
+    let band = cluster.band(volume);
+    let back = Command::ReturnBands {
+        volume,
+        epoch: Epoch(1),
+        bands: vec![band.id],
+    };
+    assert_eq!(cluster.accept(back.clone()), Reply::Applied);
+    assert_eq!(cluster.state.chunks, before);
+    assert_eq!(cluster.accept(back), Reply::Unchanged);
+}
+
+#[test]
+fn a_deleted_volume_gives_its_space_back_once_its_owner_has_stopped() {
+    let mut cluster = Checked::cluster(3, 256, geometry(1, 1));
+    let volume = cluster.volume("v");
+    cluster.serve(volume, 1);
+    cluster.accept(Command::DeleteVolume { volume });
+    assert_eq!(
+        cluster.refuse(Command::ResizeVolume {
+            volume,
+            size_bytes: 2 << 30
+        }),
+        Refusal::NoSuchVolume(volume)
+    );
+    cluster.accept(Command::FinishDelete {
+        volume,
+        epoch: Epoch(1),
+    });
+    assert!(
+        cluster
+            .state
+            .chunks
+            .values()
+            .all(|chunks| chunks.space.allocated_mib() == 0)
+    );
+    assert_eq!(
+        cluster.accept(Command::DeleteVolume { volume }),
+        Reply::Unchanged,
+        "the answer may have been lost"
+    );
+}
+
+#[test]
+fn a_dead_owners_deleted_volume_leaves_its_chunks_in_quarantine() {
+    let mut cluster = Checked::cluster(3, 256, geometry(1, 1));
+    let volume = cluster.volume("v");
+    cluster.serve(volume, 1);
+    cluster.accept(Command::Batch(vec![
+        Command::DeleteVolume { volume },
+        Command::MarkDead {
+            incarnation: IncarnationId(1),
+        },
+        Command::FinishDelete {
+            volume,
+            epoch: Epoch(1),
+        },
+    ]));
+    let quarantined: u64 = cluster
+        .state
+        .chunks
+        .values()
+        .map(|chunks| chunks.quarantined_mib())
+        .sum();
+    assert_eq!(quarantined, 2);
+    cluster.fence(IncarnationId(1), &[1, 2, 3]);
+    assert!(
+        cluster
+            .state
+            .chunks
+            .values()
+            .all(|chunks| chunks.space.allocated_mib() == 0)
+    );
+}
