@@ -61,6 +61,14 @@ impl AlignedBuf {
         Self { start, len, capacity }
     }
 
+    /// A buffer of `len` zeroes.
+    #[must_use]
+    pub fn zeroed(len: usize) -> Self {
+        let mut buffer = Self::new(len);
+        buffer.fill(0);
+        buffer
+    }
+
     /// A buffer with the bytes of `segments`, one after another.
     #[must_use]
     pub fn gather(segments: &[Bytes]) -> Self {

@@ -28,8 +28,10 @@
 
 pub mod buffer;
 pub mod counted;
+pub mod drive;
 pub mod faulty;
 pub mod memory;
+pub mod metrics;
 pub mod testing;
 
 use std::rc::Rc;

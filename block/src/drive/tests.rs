@@ -1,0 +1,259 @@
+//! Drives over real files: direct where the file system allows, with io_uring and with threads.
+
+use tempfile::TempDir;
+
+use super::*;
+use crate::testing;
+
+const MIB: u64 = 1 << 20;
+
+/// Beside the test's binary rather than in `/tmp`, which may be memory and then takes no direct I/O.
+fn folder() -> TempDir {
+    let binary = std::env::current_exe().unwrap();
+    tempfile::tempdir_in(binary.parent().unwrap()).unwrap()
+}
+
+async fn open(path: &Path, engine: Engine) -> Drive {
+    let options = DriveOptions {
+        engine,
+        ..DriveOptions::default()
+    };
+    Drive::open(path, options).await.unwrap()
+}
+
+/// Runs on a runtime as the data path has it.
+fn run<T>(test: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    tokio::task::LocalSet::new().block_on(&runtime, test)
+}
+
+fn range(start: u64, count: u64) -> LbaRange {
+    LbaRange {
+        start: Lba(start),
+        count,
+    }
+}
+
+fn block(byte: u8) -> Vec<Bytes> {
+    vec![Bytes::from(vec![byte; 4096])]
+}
+
+async fn conformance_in(folder: &TempDir, engine: Engine, depth: usize) {
+    let count = std::cell::Cell::new(0);
+    testing::conformance(async || {
+        count.set(count.get() + 1);
+        let path = folder
+            .path()
+            .join(format!("drive{}-{engine:?}-{depth}", count.get()));
+        create_file(&path, 16 * MIB).unwrap();
+        let options = DriveOptions {
+            engine,
+            queue_depth: depth,
+            ..DriveOptions::default()
+        };
+        Drive::open(&path, options).await.unwrap().device()
+    })
+    .await;
+}
+
+#[test]
+fn a_file_keeps_the_contract_through_io_uring() {
+    run(conformance_in(&folder(), Engine::Auto, 128));
+}
+
+#[test]
+fn a_file_keeps_the_contract_with_one_operation_at_a_time() {
+    run(conformance_in(&folder(), Engine::Auto, 1));
+}
+
+#[test]
+fn a_file_keeps_the_contract_through_threads() {
+    run(conformance_in(&folder(), Engine::Threads, 128));
+}
+
+#[test]
+fn a_file_in_memory_keeps_the_contract() {
+    // tmpfs: takes no ZERO_RANGE, and before Linux 6.6 no direct I/O.
+    let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+    run(conformance_in(&folder, Engine::Auto, 128));
+}
+
+#[test]
+fn a_second_opener_is_refused_and_told_the_path() {
+    run(async {
+        let folder = folder();
+        let path = folder.path().join("drive");
+        create_file(&path, 16 * MIB).unwrap();
+        let first = open(&path, Engine::Auto).await;
+        let options = DriveOptions {
+            lock_wait: Duration::from_millis(50),
+            ..DriveOptions::default()
+        };
+        let error = Drive::open(&path, options.clone()).await.err().unwrap();
+        assert!(matches!(&error, DriveError::Locked { path: locked } if *locked == path));
+        assert!(error.to_string().contains(path.to_str().unwrap()));
+        drop(first);
+        let options = DriveOptions {
+            lock_wait: Duration::from_secs(10),
+            ..options
+        };
+        Drive::open(&path, options).await.unwrap();
+    });
+}
+
+#[test]
+fn what_is_not_a_drive_is_refused_by_path() {
+    run(async {
+        let folder = folder();
+        let options = DriveOptions::default;
+        let error = Drive::open(folder.path(), options()).await.err().unwrap();
+        assert!(matches!(error, DriveError::NotADrive { .. }), "{error}");
+        let missing = folder.path().join("missing");
+        let error = Drive::open(&missing, options()).await.err().unwrap();
+        assert!(error.to_string().contains("missing"), "{error}");
+        let empty = folder.path().join("empty");
+        create_file(&empty, 4095).unwrap();
+        let error = Drive::open(&empty, options()).await.err().unwrap();
+        assert!(matches!(error, DriveError::Empty { .. }), "{error}");
+        assert!(
+            create_file(&empty, MIB).is_err(),
+            "never over something that exists"
+        );
+    });
+}
+
+#[test]
+fn a_file_that_is_deleted_is_gone() {
+    run(async {
+        let folder = folder();
+        let path = folder.path().join("drive");
+        create_file(&path, 16 * MIB).unwrap();
+        let options = DriveOptions {
+            health_interval: Duration::from_millis(10),
+            ..DriveOptions::default()
+        };
+        let drive = Drive::open(&path, options).await.unwrap();
+        let mut health = drive.health();
+        assert_eq!(*health.borrow_and_update(), Health::Good);
+        std::fs::remove_file(&path).unwrap();
+        health.changed().await.unwrap();
+        assert_eq!(*health.borrow(), Health::Gone(GoneReason::Unlinked));
+        assert_eq!(drive.read(range(0, 1)).await, Err(BlockError::Gone));
+        let written = drive.write(Lba(0), block(1), Durability::Durable).await;
+        assert_eq!(written, Err(BlockError::Gone));
+        assert_eq!(drive.flush().await, Err(BlockError::Gone));
+    });
+}
+
+#[test]
+fn a_truncated_file_is_gone_at_the_first_read_that_misses_it() {
+    run(async {
+        let folder = folder();
+        let path = folder.path().join("drive");
+        create_file(&path, 16 * MIB).unwrap();
+        let options = DriveOptions {
+            health_interval: Duration::from_secs(3600),
+            ..DriveOptions::default()
+        };
+        let drive = Drive::open(&path, options).await.unwrap();
+        let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+        file.set_len(MIB).unwrap();
+        assert_eq!(drive.read(range(0, 1)).await.unwrap().len(), 4096);
+        assert_eq!(drive.read(range(255, 2)).await, Err(BlockError::Gone));
+        let gone = GoneReason::Truncated {
+            expected: 257 * 4096,
+            bytes: MIB,
+        };
+        assert_eq!(*drive.health().borrow(), Health::Gone(gone));
+    });
+}
+
+#[test]
+fn a_deallocated_range_gives_its_space_back() {
+    use std::os::unix::fs::MetadataExt;
+    run(async {
+        let folder = folder();
+        let path = folder.path().join("drive");
+        create_file(&path, 16 * MIB).unwrap();
+        let drive = open(&path, Engine::Auto).await;
+        let used = || std::fs::metadata(&path).unwrap().blocks() * 512;
+        let data = vec![Bytes::from(vec![7; MIB as usize])];
+        for at in 0..4 {
+            let written = drive.write(Lba(at * 256), data.clone(), Durability::Durable);
+            written.await.unwrap();
+        }
+        let full = used();
+        assert!(full >= 4 * MIB);
+        drive.deallocate(vec![range(0, 512)]).await.unwrap();
+        assert!(used() <= full - 2 * MIB, "two of four mebibytes are free");
+        let zeroed = drive.write_zeroes(range(512, 512), true, Durability::Durable);
+        zeroed.await.unwrap();
+        assert!(used() <= full - 4 * MIB, "Write Zeroes frees too, where asked");
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), 16 * MIB);
+    });
+}
+
+#[test]
+fn operations_in_flight_are_waited_for_when_the_runtime_ends() {
+    for engine in [Engine::Auto, Engine::Threads] {
+        let folder = folder();
+        let path = folder.path().join("drive");
+        create_file(&path, 64 * MIB).unwrap();
+        run(async {
+            let drive = open(&path, engine).await;
+            for at in 0..32 {
+                // Made, and never looked at again.
+                drop(drive.write(Lba(at), block(at as u8 + 1), Durability::Durable));
+            }
+        });
+        let bytes = std::fs::read(&path).unwrap();
+        for at in 0..32 {
+            assert_eq!(bytes[at * 4096], at as u8 + 1, "{engine:?}");
+        }
+        // Nobody holds the lock any more.
+        run(async { drop(open(&path, engine).await) });
+    }
+}
+
+#[test]
+fn a_thread_can_run_one_runtime_after_another() {
+    let folder = folder();
+    let path = folder.path().join("drive");
+    create_file(&path, 16 * MIB).unwrap();
+    let old = run(async {
+        let drive = open(&path, Engine::Auto).await;
+        drive.write(Lba(3), block(9), Durability::Durable).await.unwrap();
+        drive
+    });
+    // A handle of the runtime that ended answers, and does nothing.
+    assert_eq!(run(old.read(range(3, 1))), Err(BlockError::NotReady));
+    drop(old);
+    run(async {
+        let drive = open(&path, Engine::Auto).await;
+        assert_eq!(drive.read(range(3, 1)).await.unwrap()[0], 9);
+    });
+}
+
+#[test]
+fn draining_waits_for_everything_that_was_started() {
+    run(async {
+        let folder = folder();
+        let path = folder.path().join("drive");
+        create_file(&path, 16 * MIB).unwrap();
+        let options = DriveOptions {
+            queue_depth: 2,
+            ..DriveOptions::default()
+        };
+        let drive = Drive::open(&path, options).await.unwrap();
+        drive.drained().await;
+        for at in 0..64 {
+            drop(drive.write(Lba(at), block(1), Durability::Cached));
+        }
+        drive.drained().await;
+        let bytes = drive.read(range(0, 64)).await.unwrap();
+        assert!(bytes.iter().all(|byte| *byte == 1));
+    });
+}
