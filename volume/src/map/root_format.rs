@@ -1,0 +1,536 @@
+//! The layout of a root: header, body sections, and the head of a spilled one.
+//!
+//! Every count that comes from a drive is bounded by the bytes that are there before it sizes anything.
+
+use weft_proto::band::{Band, ChunkAddress, ChunkSize, Geometry};
+use weft_proto::id::{BandId, ClusterId, DriveId, Epoch, LayerId, Sequence, StripeNumber, VolumeId};
+use weft_proto::units::Lba;
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use crate::entry::MapEntry;
+
+use super::address::INDEX_LEVEL_MAX;
+use super::format::{FormatError, Item, MapIdentity, PAGE_BODY_BYTES, Record, crc32c};
+use super::root::{BandState, Root, RootBand, Spilled};
+use super::run::RunDescriptor;
+use super::slot::Cell;
+use super::{MapRoot, RunRoot};
+
+/// First bytes of every root.
+pub(crate) const ROOT_MAGIC: [u8; 8] = *b"WEFTROOT";
+/// Versions of the root's layout. 1: the first.
+pub(crate) const ROOT_VERSION: u16 = 1;
+
+/// The first 144 bytes of a root.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RootHeader {
+    /// [`ROOT_MAGIC`].
+    magic: [u8; 8],
+    /// [`ROOT_VERSION`].
+    version: U16,
+    /// k of new bands.
+    k: u8,
+    /// m of new bands.
+    m: u8,
+    /// Table blocks that hold the body; 0 when it follows this header.
+    table_blocks: U32,
+    cluster: [u8; 16],
+    volume: U64,
+    layer: U64,
+    epoch: U64,
+    root_version: U64,
+    size_bytes: U64,
+    counter_next: U64,
+    stripe_next: U64,
+    /// H.
+    complete: U64,
+    run_next: U32,
+    /// The run number of the table blocks.
+    table_run: U32,
+    /// Bytes that follow this header in the stripe.
+    inline_bytes: U32,
+    /// crc32c of them.
+    inline_crc: U32,
+    /// Bytes of the body, wherever it lies.
+    body_bytes: U32,
+    /// crc32c of the body.
+    body_crc: U32,
+    rsvd120: [u8; 20],
+    /// crc32c of bytes 0 … 139.
+    header_crc: U32,
+}
+
+const _: () = assert!(size_of::<RootHeader>() == 144);
+const _: () = assert!(std::mem::offset_of!(RootHeader, volume) == 32);
+const _: () = assert!(std::mem::offset_of!(RootHeader, run_next) == 96);
+const _: () = assert!(std::mem::offset_of!(RootHeader, header_crc) == 140);
+
+/// A band in a root; its columns follow.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct BandRecord {
+    band: U64,
+    volume: U64,
+    layer: U64,
+    epoch: U64,
+    version: U64,
+    stripe_last: U64,
+    window_rows: U32,
+    append_row: U32,
+    chunk_mib: U16,
+    k: u8,
+    m: u8,
+    /// 0 granted, 1 open, 2 sealed.
+    state: u8,
+    rsvd61: [u8; 3],
+}
+
+const _: () = assert!(size_of::<BandRecord>() == 64);
+
+/// A column of a band.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct ColumnRecord {
+    drive: U32,
+    offset_mib: U32,
+}
+
+/// A run; where its blocks lie, by band, follows as [`CountRecord`]s.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RunRecord {
+    number: U32,
+    leaves: U32,
+    records: U64,
+    /// Of the highest sequence.
+    epoch: U64,
+    /// Of the highest sequence.
+    counter: U64,
+    height: u8,
+    rsvd33: [u8; 2],
+    /// As in an index block; its LBA is 0.
+    top: Record,
+}
+
+const _: () = assert!(size_of::<RunRecord>() == 80);
+
+/// A band and a count.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct CountRecord {
+    band: U64,
+    count: U64,
+}
+
+/// An earlier epoch and the last of its stripes that is valid.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct EndedRecord {
+    epoch: U64,
+    stripe: U64,
+}
+
+/// A root's stripe, checked.
+#[derive(Clone, Debug)]
+pub(crate) struct Head {
+    header: RootHeader,
+    pub(crate) identity: MapIdentity,
+    pub(crate) body_bytes: usize,
+    pub(crate) spilled: Option<Spilled>,
+    /// The body, unless it is spilled.
+    pub(crate) inline: Vec<u8>,
+}
+
+/// Lays out header and what follows it: the body, or where it lies.
+pub(crate) fn encode_head(root: &Root, body: &[u8], spilled: Option<&Spilled>) -> Vec<u8> {
+    let mut inline = Vec::new();
+    match spilled {
+        None => inline.extend_from_slice(body),
+        Some(spilled) => {
+            for place in &spilled.places {
+                inline.extend_from_slice(place_record(Lba(0), *place).as_bytes());
+            }
+            encode_bands(&mut inline, &spilled.bands);
+        }
+    }
+    let mut header = RootHeader {
+        magic: ROOT_MAGIC,
+        version: ROOT_VERSION.into(),
+        k: root.geometry.k,
+        m: root.geometry.m,
+        table_blocks: length(spilled.map_or(0, |spilled| spilled.places.len())),
+        cluster: root.cluster.0,
+        volume: root.volume.0.into(),
+        layer: root.layer.0.into(),
+        epoch: root.epoch.0.into(),
+        root_version: root.root_version.into(),
+        size_bytes: root.size_bytes.into(),
+        counter_next: root.counter_next.into(),
+        stripe_next: root.stripe_next.0.into(),
+        complete: root.complete.0.into(),
+        run_next: root.map.run_next.into(),
+        table_run: spilled.map_or(0, |spilled| spilled.run).into(),
+        inline_bytes: length(inline.len()),
+        inline_crc: crc32c(&inline).into(),
+        body_bytes: length(body.len()),
+        body_crc: crc32c(body).into(),
+        rsvd120: [0; 20],
+        header_crc: 0.into(),
+    };
+    header.header_crc = crc32c(&header.as_bytes()[..140]).into();
+    let mut bytes = header.as_bytes().to_vec();
+    bytes.append(&mut inline);
+    bytes
+}
+
+/// Lays out the sections in their order.
+pub(crate) fn encode_body(root: &Root) -> Vec<u8> {
+    let mut body = Vec::new();
+    put(&mut body, &length(root.name.len()));
+    body.extend_from_slice(root.name.as_bytes());
+    put(&mut body, &length(root.layers.len()));
+    for layer in &root.layers {
+        put(&mut body, &U64::new(layer.0));
+    }
+    put(&mut body, &length(root.ended.len()));
+    for (epoch, stripe) in &root.ended {
+        let record = EndedRecord {
+            epoch: epoch.0.into(),
+            stripe: stripe.0.into(),
+        };
+        put(&mut body, &record);
+    }
+    encode_bands(&mut body, &root.bands);
+    put(&mut body, &length(root.map.runs.len()));
+    for run in &root.map.runs {
+        put(&mut body, &run_record(&run.run));
+        encode_counts(&mut body, &run.page_counts);
+    }
+    put(&mut body, &length(root.map.moved.len()));
+    for (lba, place) in &root.map.moved {
+        put(&mut body, &place_record(*lba, *place));
+    }
+    encode_counts(&mut body, &root.map.record_counts);
+    body
+}
+
+fn encode_bands(body: &mut Vec<u8>, bands: &[RootBand]) {
+    put(body, &length(bands.len()));
+    for root_band in bands {
+        let band = &root_band.band;
+        let record = BandRecord {
+            band: band.id.0.into(),
+            volume: band.volume.0.into(),
+            layer: band.layer.0.into(),
+            epoch: band.epoch.0.into(),
+            version: band.version.into(),
+            stripe_last: root_band.stripe_last.0.into(),
+            window_rows: band.window_rows.into(),
+            append_row: root_band.append_row.into(),
+            chunk_mib: (band.chunk_size.mib() as u16).into(),
+            k: band.geometry.k,
+            m: band.geometry.m,
+            state: match root_band.state {
+                BandState::Granted => 0,
+                BandState::Open => 1,
+                BandState::Sealed => 2,
+            },
+            rsvd61: [0; 3],
+        };
+        put(body, &record);
+        assert_eq!(
+            band.columns.len(),
+            usize::from(band.geometry.n()),
+            "a band has n columns"
+        );
+        for column in &band.columns {
+            let record = ColumnRecord {
+                drive: column.drive.0.into(),
+                offset_mib: column.offset_mib.into(),
+            };
+            put(body, &record);
+        }
+    }
+}
+
+fn encode_counts(body: &mut Vec<u8>, counts: &[(BandId, u64)]) {
+    put(body, &length(counts.len()));
+    for (band, count) in counts {
+        let record = CountRecord {
+            band: band.0.into(),
+            count: (*count).into(),
+        };
+        put(body, &record);
+    }
+}
+
+fn run_record(run: &RunDescriptor) -> RunRecord {
+    RunRecord {
+        number: run.number.into(),
+        leaves: run.leaves.into(),
+        records: run.records.into(),
+        epoch: run.sequence_max.epoch.0.into(),
+        counter: run.sequence_max.counter.into(),
+        height: run.height,
+        rsvd33: [0; 2],
+        top: place_record(Lba(0), run.top),
+    }
+}
+
+fn place_record(lba: Lba, place: MapEntry) -> Record {
+    Record::new(&Item {
+        lba: lba.0,
+        count: 1,
+        cell: Cell::Data(place),
+        settled: false,
+    })
+}
+
+fn put<T: IntoBytes + Immutable>(body: &mut Vec<u8>, value: &T) {
+    body.extend_from_slice(value.as_bytes());
+}
+
+fn length(length: usize) -> U32 {
+    U32::new(u32::try_from(length).expect("a root has less than 4 GiB"))
+}
+
+impl Head {
+    /// The one place where a root is believed. `payload` may have padding behind it.
+    pub(crate) fn read(payload: &[u8]) -> Result<Self, FormatError> {
+        let (header, rest) = RootHeader::read_from_prefix(payload).map_err(|_| FormatError::Length {
+            expected: size_of::<RootHeader>(),
+            found: payload.len(),
+        })?;
+        if header.magic != ROOT_MAGIC {
+            return Err(FormatError::Magic);
+        }
+        if header.header_crc.get() != crc32c(&payload[..140]) {
+            return Err(FormatError::HeaderChecksum);
+        }
+        if header.version.get() != ROOT_VERSION {
+            return Err(FormatError::Version(header.version.get()));
+        }
+        let inline_bytes = header.inline_bytes.get() as usize;
+        let inline = rest.get(..inline_bytes).ok_or(FormatError::Length {
+            expected: inline_bytes,
+            found: rest.len(),
+        })?;
+        if header.inline_crc.get() != crc32c(inline) {
+            return Err(FormatError::BodyChecksum);
+        }
+        let table_blocks = header.table_blocks.get() as usize;
+        let body_bytes = header.body_bytes.get() as usize;
+        let mut head = Self {
+            header,
+            identity: MapIdentity {
+                volume: VolumeId(header.volume.get()),
+                layer: LayerId(header.layer.get()),
+            },
+            body_bytes,
+            spilled: None,
+            inline: Vec::new(),
+        };
+        if table_blocks == 0 {
+            head.inline = inline.to_vec();
+            return Ok(head);
+        }
+        if body_bytes.div_ceil(PAGE_BODY_BYTES) != table_blocks {
+            return Err(FormatError::Field("table_blocks"));
+        }
+        let mut input = Input(inline);
+        let mut places = Vec::new();
+        for _ in 0..table_blocks {
+            places.push(input.place()?.1);
+        }
+        head.spilled = Some(Spilled {
+            run: header.table_run.get(),
+            places,
+            bands: input.bands()?,
+        });
+        input.end()?;
+        Ok(head)
+    }
+}
+
+/// Reads the sections of a body.
+pub(crate) fn decode_body(head: &Head, body: &[u8]) -> Result<Root, FormatError> {
+    let header = &head.header;
+    if body.len() != head.body_bytes {
+        return Err(FormatError::Length {
+            expected: head.body_bytes,
+            found: body.len(),
+        });
+    }
+    if header.body_crc.get() != crc32c(body) {
+        return Err(FormatError::BodyChecksum);
+    }
+    let mut input = Input(body);
+    let name_bytes = input.count(1)?;
+    let name =
+        String::from_utf8(input.bytes(name_bytes)?.to_vec()).map_err(|_| FormatError::Field("name"))?;
+    let mut layers = Vec::new();
+    for _ in 0..input.count(size_of::<U64>())? {
+        layers.push(LayerId(input.take::<U64>()?.get()));
+    }
+    let mut ended = Vec::new();
+    for _ in 0..input.count(size_of::<EndedRecord>())? {
+        let record = input.take::<EndedRecord>()?;
+        ended.push((Epoch(record.epoch.get()), StripeNumber(record.stripe.get())));
+    }
+    let bands = input.bands()?;
+    let mut runs = Vec::new();
+    for _ in 0..input.count(size_of::<RunRecord>())? {
+        runs.push(RunRoot {
+            run: input.run()?,
+            page_counts: input.counts()?,
+        });
+    }
+    let mut moved = Vec::new();
+    for _ in 0..input.count(size_of::<Record>())? {
+        moved.push(input.place()?);
+    }
+    let record_counts = input.counts()?;
+    input.end()?;
+    Ok(Root {
+        cluster: ClusterId(header.cluster),
+        volume: head.identity.volume,
+        name,
+        size_bytes: header.size_bytes.get(),
+        layer: head.identity.layer,
+        layers,
+        geometry: Geometry::new(header.k, header.m).ok_or(FormatError::Field("k, m"))?,
+        epoch: Epoch(header.epoch.get()),
+        root_version: header.root_version.get(),
+        counter_next: header.counter_next.get(),
+        stripe_next: StripeNumber(header.stripe_next.get()),
+        complete: StripeNumber(header.complete.get()),
+        ended,
+        bands,
+        map: MapRoot {
+            runs,
+            moved,
+            record_counts,
+            run_next: header.run_next.get(),
+        },
+    })
+}
+
+/// What is left to read of a section list.
+struct Input<'a>(&'a [u8]);
+
+impl<'a> Input<'a> {
+    fn bytes(&mut self, count: usize) -> Result<&'a [u8], FormatError> {
+        let (taken, rest) = self.0.split_at_checked(count).ok_or(FormatError::Length {
+            expected: count,
+            found: self.0.len(),
+        })?;
+        self.0 = rest;
+        Ok(taken)
+    }
+
+    fn take<T: FromBytes>(&mut self) -> Result<T, FormatError> {
+        let bytes = self.bytes(size_of::<T>())?;
+        T::read_from_bytes(bytes).map_err(|_| FormatError::Field("section"))
+    }
+
+    /// A count of items of at least `item_bytes` each, as many as can be there.
+    fn count(&mut self, item_bytes: usize) -> Result<usize, FormatError> {
+        let count = self.take::<U32>()?.get() as usize;
+        let expected = count.saturating_mul(item_bytes);
+        if expected > self.0.len() {
+            return Err(FormatError::Length {
+                expected,
+                found: self.0.len(),
+            });
+        }
+        Ok(count)
+    }
+
+    fn end(&self) -> Result<(), FormatError> {
+        match self.0 {
+            [] => Ok(()),
+            rest => Err(FormatError::Length {
+                expected: 0,
+                found: rest.len(),
+            }),
+        }
+    }
+
+    fn place(&mut self) -> Result<(Lba, MapEntry), FormatError> {
+        let record = self.take::<Record>()?;
+        let place = record.child().ok_or(FormatError::Field("w"))?;
+        Ok((Lba(record.lba()), place))
+    }
+
+    fn bands(&mut self) -> Result<Vec<RootBand>, FormatError> {
+        let mut bands = Vec::new();
+        for _ in 0..self.count(size_of::<BandRecord>())? {
+            let record = self.take::<BandRecord>()?;
+            let geometry = Geometry::new(record.k, record.m).ok_or(FormatError::Field("k, m"))?;
+            let mut columns = Vec::new();
+            for _ in 0..geometry.n() {
+                let column = self.take::<ColumnRecord>()?;
+                columns.push(ChunkAddress {
+                    drive: DriveId(column.drive.get()),
+                    offset_mib: column.offset_mib.get(),
+                });
+            }
+            bands.push(RootBand {
+                band: Band {
+                    id: BandId(record.band.get()),
+                    volume: VolumeId(record.volume.get()),
+                    layer: LayerId(record.layer.get()),
+                    epoch: Epoch(record.epoch.get()),
+                    geometry,
+                    chunk_size: match record.chunk_mib.get() {
+                        1 => ChunkSize::Mib1,
+                        8 => ChunkSize::Mib8,
+                        64 => ChunkSize::Mib64,
+                        _ => return Err(FormatError::Field("chunk_mib")),
+                    },
+                    window_rows: record.window_rows.get(),
+                    version: record.version.get(),
+                    columns,
+                },
+                state: match record.state {
+                    0 => BandState::Granted,
+                    1 => BandState::Open,
+                    2 => BandState::Sealed,
+                    _ => return Err(FormatError::Field("state")),
+                },
+                append_row: record.append_row.get(),
+                stripe_last: StripeNumber(record.stripe_last.get()),
+            });
+        }
+        Ok(bands)
+    }
+
+    fn run(&mut self) -> Result<RunDescriptor, FormatError> {
+        let record = self.take::<RunRecord>()?;
+        if record.height > INDEX_LEVEL_MAX {
+            return Err(FormatError::Field("height"));
+        }
+        Ok(RunDescriptor {
+            number: record.number.get(),
+            height: record.height,
+            top: record.top.child().ok_or(FormatError::Field("w"))?,
+            leaves: record.leaves.get(),
+            records: record.records.get(),
+            sequence_max: Sequence {
+                epoch: Epoch(record.epoch.get()),
+                counter: record.counter.get(),
+            },
+        })
+    }
+
+    fn counts(&mut self) -> Result<Vec<(BandId, u64)>, FormatError> {
+        let mut counts = Vec::new();
+        for _ in 0..self.count(size_of::<CountRecord>())? {
+            let record = self.take::<CountRecord>()?;
+            counts.push((BandId(record.band.get()), record.count.get()));
+        }
+        Ok(counts)
+    }
+}
