@@ -3,7 +3,13 @@
 //! Architecture invariant: the engine knows blocks, bands and epochs. It knows no NVMe, no socket and no
 //! clock; see [`seams`].
 
+mod band;
 pub mod entry;
+pub mod error;
 pub mod format;
 pub mod map;
 pub mod seams;
+pub mod testing;
+pub mod settings;
+mod stripes;
+mod sync;

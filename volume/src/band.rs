@@ -1,0 +1,311 @@
+//! A band in use: where its next stripe goes, what is in flight in it, and when it may be freed.
+//!
+//! Invariant: a row of a column is given to one stripe only (`Writer::reserve` moves the column's frontier past
+//! it at once). Rows that an abandoned stripe held are never given again.
+//!
+//! Columns whose drives are out of service are passed over stripe by stripe; nothing of that is remembered
+//! here, because a row that was skipped is simply never written.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use weft_proto::band::{Band, ChunkAddress, Geometry};
+use weft_proto::id::{BandId, StripeNumber};
+
+use crate::entry::{ColumnSet, Shape};
+use crate::seams::BandPurpose;
+
+/// Where a band is in its life. Freed bands are not kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Granted, nothing written yet.
+    Granted,
+    /// Takes appends.
+    Open,
+    /// Takes no more appends.
+    Sealed,
+}
+
+/// One band of the volume, of this epoch or an earlier one.
+pub(crate) struct BandState {
+    pub(crate) id: BandId,
+    pub(crate) geometry: Geometry,
+    /// Rows of a column.
+    pub(crate) rows: u32,
+    pub(crate) purpose: BandPurpose,
+    /// As the directory has it; chunks may be replaced.
+    pub(crate) band: RefCell<Rc<Band>>,
+    pub(crate) phase: Cell<Phase>,
+    pub(crate) writer: RefCell<Writer>,
+    /// Writes sent to its chunks and not answered yet.
+    pub(crate) outstanding: Cell<u32>,
+    /// A write to it ended with an unknown outcome: its chunks cannot be reused before this incarnation has been
+    /// fenced.
+    pub(crate) tainted: Cell<bool>,
+    /// Readers hold clones: a band is not freed under one.
+    pub(crate) pin: Rc<()>,
+    /// Compaction found nothing live in it.
+    pub(crate) evacuated: Cell<bool>,
+    /// Grows by one with each band that was opened: the age of its data.
+    pub(crate) order: u64,
+}
+
+/// The append side of a band.
+pub(crate) struct Writer {
+    geometry: Geometry,
+    rows: u32,
+    window: u32,
+    /// By column: the first row never given to a stripe.
+    frontier: Vec<u32>,
+    /// The column after the last stripe's last one.
+    next: u8,
+    /// First rows of stripes not closed.
+    open: BTreeMap<StripeNumber, u32>,
+}
+
+/// Rows and columns given to one stripe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Reservation {
+    /// The header row.
+    pub(crate) row: u32,
+    pub(crate) shape: Shape,
+}
+
+impl BandState {
+    pub(crate) fn new(band: Band, purpose: BandPurpose, phase: Phase, order: u64) -> Rc<Self> {
+        let rows = band.chunk_size.rows();
+        Rc::new(Self {
+            id: band.id,
+            geometry: band.geometry,
+            rows,
+            purpose,
+            phase: Cell::new(phase),
+            writer: RefCell::new(Writer {
+                geometry: band.geometry,
+                rows,
+                window: band.window_rows.min(rows),
+                frontier: vec![0; usize::from(band.geometry.n())],
+                next: 0,
+                open: BTreeMap::new(),
+            }),
+            band: RefCell::new(Rc::new(band)),
+            outstanding: Cell::new(0),
+            tainted: Cell::new(false),
+            pin: Rc::new(()),
+            evacuated: Cell::new(false),
+            order,
+        })
+    }
+
+    /// Where `column` lies now.
+    pub(crate) fn chunk(&self, column: u8) -> Option<ChunkAddress> {
+        self.band.borrow().columns.get(usize::from(column)).copied()
+    }
+
+    /// Blocks of payload that a band written only with full, deep stripes holds: what its live blocks are measured by.
+    pub(crate) fn capacity_blocks(&self) -> u64 {
+        u64::from(self.rows) * u64::from(self.geometry.k)
+    }
+
+    /// Whether nobody reads it or has a write to it unanswered.
+    pub(crate) fn is_quiet(&self) -> bool {
+        Rc::strong_count(&self.pin) == 1 && self.outstanding.get() == 0 && !self.tainted.get()
+    }
+}
+
+impl Writer {
+    /// The rows that a stripe on `shards` columns could have at most, header included, and where it would start.
+    /// `None` when too few columns are in service.
+    pub(crate) fn room(&self, shards: u8, skipped: ColumnSet) -> Option<u32> {
+        let (row, _) = self.lowest(shards, skipped)?;
+        let window_end = self
+            .open
+            .values()
+            .min()
+            .map_or(self.rows, |base| base.saturating_add(self.window).min(self.rows));
+        Some(window_end.saturating_sub(row).min(self.window))
+    }
+
+    /// Whether the window, and not the end of the chunks, is what leaves no room.
+    pub(crate) fn waits_for_window(&self) -> bool {
+        !self.open.is_empty()
+    }
+
+    /// The rows left on the columns that are least full, whatever is in flight.
+    pub(crate) fn rows_left(&self, shards: u8, skipped: ColumnSet) -> u32 {
+        self.lowest(shards, skipped)
+            .map_or(0, |(row, _)| self.rows.saturating_sub(row))
+    }
+
+    /// Gives `rows` rows of w + m columns to stripe `number`.
+    ///
+    /// # Panics
+    ///
+    /// When [`Self::room`] said otherwise: our own mistake.
+    pub(crate) fn reserve(
+        &mut self,
+        number: StripeNumber,
+        w: u8,
+        rows: u32,
+        skipped: ColumnSet,
+    ) -> Reservation {
+        let shards = w + self.geometry.m;
+        let room = self.room(shards, skipped).unwrap_or(0);
+        assert!(rows <= room, "a stripe of {rows} rows was formed for {room}");
+        let (row, start) = self
+            .lowest(shards, skipped)
+            .expect("room was found on these columns");
+        let shape = Shape { start, w, skipped };
+        let mut last = start;
+        for column in shape.columns(self.geometry) {
+            let frontier = &mut self.frontier[usize::from(column)];
+            assert!(*frontier <= row, "a row is written once");
+            *frontier = row + rows;
+            last = column;
+        }
+        self.next = (last + 1) % self.geometry.n();
+        self.open.insert(number, row);
+        Reservation { row, shape }
+    }
+
+    /// Stripe `number` is closed.
+    pub(crate) fn close(&mut self, number: StripeNumber) {
+        self.open.remove(&number);
+    }
+
+    /// Whether a stripe of it is not closed.
+    pub(crate) fn has_open_stripes(&self) -> bool {
+        !self.open.is_empty()
+    }
+
+    /// The row from which a recovery has to look: below it, every stripe is closed.
+    pub(crate) fn append_row(&self) -> u32 {
+        let frontier = self.frontier.iter().copied().min().unwrap_or(0);
+        self.open
+            .values()
+            .copied()
+            .min()
+            .map_or(frontier, |row| row.min(frontier))
+    }
+
+    /// Whether anything was ever given away.
+    pub(crate) fn is_untouched(&self) -> bool {
+        self.frontier.iter().all(|row| *row == 0)
+    }
+
+    /// The lowest row at which `shards` columns in cyclic order are free, and the first of them. Of equal
+    /// rows the one next to the last stripe, so that stripes stand side by side.
+    fn lowest(&self, shards: u8, skipped: ColumnSet) -> Option<(u32, u8)> {
+        let n = self.geometry.n();
+        if shards > n - skipped.count().min(n) {
+            return None;
+        }
+        let mut best = None;
+        for step in 0..n {
+            let start = (self.next + step) % n;
+            if skipped.contains(start) {
+                continue;
+            }
+            let shape = Shape {
+                start,
+                w: shards - self.geometry.m,
+                skipped,
+            };
+            let row = shape
+                .columns(self.geometry)
+                .map(|column| self.frontier[usize::from(column)])
+                .max()?;
+            if best.is_none_or(|(lowest, _)| row < lowest) {
+                best = Some((row, start));
+            }
+        }
+        best
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use weft_proto::band::ChunkSize;
+    use weft_proto::id::{DriveId, Epoch, LayerId, VolumeId};
+
+    fn band() -> Rc<BandState> {
+        let band = Band {
+            id: BandId(1),
+            volume: VolumeId(1),
+            layer: LayerId(1),
+            epoch: Epoch(1),
+            geometry: Geometry { k: 4, m: 2 },
+            chunk_size: ChunkSize::Mib1,
+            window_rows: 64,
+            version: 1,
+            columns: (0..6)
+                .map(|drive| ChunkAddress {
+                    drive: DriveId(drive),
+                    offset_mib: 1,
+                })
+                .collect(),
+        };
+        BandState::new(band, BandPurpose::User, Phase::Open, 0)
+    }
+
+    #[test]
+    fn narrow_stripes_stand_side_by_side() {
+        let band = band();
+        let mut writer = band.writer.borrow_mut();
+        let first = writer.reserve(StripeNumber(1), 1, 2, ColumnSet::NONE);
+        let second = writer.reserve(StripeNumber(2), 1, 2, ColumnSet::NONE);
+        let third = writer.reserve(StripeNumber(3), 1, 2, ColumnSet::NONE);
+        assert_eq!((first.row, first.shape.start), (0, 0));
+        assert_eq!((second.row, second.shape.start), (0, 3));
+        assert_eq!((third.row, third.shape.start), (2, 0));
+        assert_eq!(writer.append_row(), 0);
+    }
+
+    #[test]
+    fn columns_out_of_service_are_passed_over() {
+        let band = band();
+        let mut writer = band.writer.borrow_mut();
+        let skipped = ColumnSet::NONE.with(1).with(4);
+        assert_eq!(writer.room(5, skipped), None);
+        let stripe = writer.reserve(StripeNumber(1), 2, 9, skipped);
+        assert_eq!(
+            stripe.shape.columns(Geometry { k: 4, m: 2 }).collect::<Vec<_>>(),
+            [0, 2, 3, 5]
+        );
+        assert_eq!(
+            writer.room(3, ColumnSet::NONE.with(0).with(2).with(3).with(5)),
+            None
+        );
+    }
+
+    #[test]
+    fn writes_in_flight_stay_within_the_window() {
+        let band = band();
+        let mut writer = band.writer.borrow_mut();
+        for number in 1..=8 {
+            assert!(writer.room(6, ColumnSet::NONE).unwrap() >= 8);
+            writer.reserve(StripeNumber(number), 4, 8, ColumnSet::NONE);
+        }
+        assert_eq!(writer.room(6, ColumnSet::NONE), Some(0));
+        assert!(writer.waits_for_window());
+        writer.close(StripeNumber(2));
+        assert_eq!(writer.room(6, ColumnSet::NONE), Some(0));
+        writer.close(StripeNumber(1));
+        assert_eq!(writer.room(6, ColumnSet::NONE), Some(16));
+        assert_eq!(writer.append_row(), 16);
+    }
+
+    #[test]
+    fn a_chunk_ends() {
+        let band = band();
+        let mut writer = band.writer.borrow_mut();
+        for number in 1..=4 {
+            writer.reserve(StripeNumber(number), 4, 64, ColumnSet::NONE);
+            writer.close(StripeNumber(number));
+        }
+        assert_eq!(writer.rows_left(6, ColumnSet::NONE), 0);
+        assert!(!writer.waits_for_window());
+    }
+}

@@ -1,0 +1,70 @@
+//! What can be set of an engine, with the defaults it has otherwise.
+
+use std::time::Duration;
+
+use weft_proto::band::ChunkSize;
+use weft_proto::id::ClusterId;
+use weft_proto::units::MIB;
+
+use crate::format::header::HeaderKey;
+use crate::map::MapSettings;
+
+/// Who the engine works for.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// The cluster, in every header.
+    pub cluster: ClusterId,
+    /// The cluster's key, from the drive labels.
+    pub key: HeaderKey,
+    /// The volume's name, kept in the root so that drives alone tell what they hold.
+    pub name: String,
+}
+
+/// Limits and times of one engine.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Settings {
+    /// Host stripes in flight. Few make stripes wide at depth, many use fast drives better. Guessed.
+    pub stripes_in_flight_max: usize,
+    /// Stripes in flight of compaction, checkpoints and recovery.
+    pub internal_stripes_in_flight_max: usize,
+    /// A column that has not answered a write for this long is passed over. A guess between the slowest healthy
+    /// flush and what a host notices.
+    pub stall: Duration,
+    /// A read that has not been answered for this long is reconstructed from other columns.
+    pub read_stall: Duration,
+    /// How long a drive that failed or stalled is left alone before it is probed.
+    pub suspect: Duration,
+    /// How long the drives' word is good for. A successor serves one lease plus drift after its fence.
+    pub lease: Duration,
+    /// How often a wait for the lease, a band or a drive looks again.
+    pub retry: Duration,
+    /// Bytes written to drives between two checkpoints. Bounds what a takeover scans.
+    pub log_budget_bytes: u64,
+    /// Largest chunk asked for. Volumes start with 1 MiB and grow.
+    pub chunk_size_max: ChunkSize,
+    /// Share of dead blocks in the sealed bands above which idle compaction starts.
+    pub garbage_max: f64,
+    /// Blocks that compaction has in flight at once.
+    pub compaction_blocks: usize,
+    /// Page map: cache and merges.
+    pub map: MapSettings,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            stripes_in_flight_max: 4,
+            internal_stripes_in_flight_max: 4,
+            stall: Duration::from_millis(300),
+            read_stall: Duration::from_millis(300),
+            suspect: Duration::from_secs(1),
+            lease: Duration::from_secs(1),
+            retry: Duration::from_millis(20),
+            log_budget_bytes: 128 * MIB,
+            chunk_size_max: ChunkSize::Mib64,
+            garbage_max: 0.5,
+            compaction_blocks: 512,
+            map: MapSettings::default(),
+        }
+    }
+}

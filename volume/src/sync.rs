@@ -1,0 +1,121 @@
+//! Waiting within one thread: a condition that changed, and the answer to one question.
+//!
+//! Nothing here is `Send` and nothing can be missed: a [`Changed`] is made after its condition was looked at,
+//! with no await in between.
+
+use std::cell::{Cell, RefCell};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker};
+
+use futures_util::future::{Either, LocalBoxFuture, select};
+
+use crate::seams::{Env, Timestamp};
+
+/// Wakes everyone who waits for something to change.
+#[derive(Default)]
+pub(crate) struct Notify {
+    generation: Cell<u64>,
+    wakers: RefCell<Vec<Waker>>,
+}
+
+impl Notify {
+    /// Something changed.
+    pub(crate) fn notify(&self) {
+        self.generation.set(self.generation.get().wrapping_add(1));
+        for waker in self.wakers.take() {
+            waker.wake();
+        }
+    }
+
+    /// Completes at the first [`Self::notify`] after this call.
+    pub(crate) fn changed(self: &Rc<Self>) -> Changed {
+        Changed {
+            seen: self.generation.get(),
+            notify: Rc::clone(self),
+        }
+    }
+}
+
+/// The future of [`Notify::changed`].
+pub(crate) struct Changed {
+    notify: Rc<Notify>,
+    seen: u64,
+}
+
+impl Future for Changed {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+        if self.notify.generation.get() != self.seen {
+            return Poll::Ready(());
+        }
+        let mut wakers = self.notify.wakers.borrow_mut();
+        if !wakers.iter().any(|waker| waker.will_wake(context.waker())) {
+            wakers.push(context.waker().clone());
+        }
+        Poll::Pending
+    }
+}
+
+/// An answer that is given once. The first one counts.
+pub(crate) struct Reply<T> {
+    value: RefCell<Option<T>>,
+    given: Cell<bool>,
+    waker: RefCell<Option<Waker>>,
+}
+
+impl<T> Reply<T> {
+    pub(crate) fn new() -> Rc<Self> {
+        Rc::new(Self {
+            value: RefCell::new(None),
+            given: Cell::new(false),
+            waker: RefCell::new(None),
+        })
+    }
+
+    /// Gives the answer unless there is one.
+    pub(crate) fn give(&self, value: T) {
+        if self.given.replace(true) {
+            return;
+        }
+        *self.value.borrow_mut() = Some(value);
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
+    }
+
+    /// Waits for it. One waiter only.
+    pub(crate) fn wait(self: &Rc<Self>) -> ReplyWait<T> {
+        ReplyWait(Rc::clone(self))
+    }
+}
+
+/// The future of [`Reply::wait`].
+pub(crate) struct ReplyWait<T>(Rc<Reply<T>>);
+
+impl<T> Future for ReplyWait<T> {
+    type Output = T;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<T> {
+        match self.0.value.take() {
+            Some(value) => Poll::Ready(value),
+            None => {
+                *self.0.waker.borrow_mut() = Some(context.waker().clone());
+                Poll::Pending
+            }
+        }
+    }
+}
+
+/// The output of `future`, or `None` when `deadline` comes first. The future is dropped then.
+pub(crate) async fn within<T>(
+    env: &dyn Env,
+    deadline: Timestamp,
+    future: LocalBoxFuture<'_, T>,
+) -> Option<T> {
+    match select(future, env.sleep_until(deadline)).await {
+        Either::Left((output, _)) => Some(output),
+        Either::Right(_) => None,
+    }
+}
