@@ -30,6 +30,8 @@ mod root_format;
 mod run;
 mod slot;
 mod store;
+#[cfg(test)]
+mod tests;
 mod writer;
 mod zeroes;
 
