@@ -10,6 +10,8 @@
 
 pub mod band;
 pub mod fabrics;
+#[cfg(feature = "grpc")]
+pub mod grpc;
 pub mod id;
 pub mod nqn;
 pub mod nvme;
