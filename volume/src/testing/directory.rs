@@ -1,0 +1,775 @@
+//! The metadata service of the simulated world: its rules for epochs, bands and roots, without Raft.
+//!
+//! A call is committed at a point of virtual time (an effect, and numbered as one) and answered at a later one; it
+//! can be answered [`DirectoryError::Unavailable`] before or after it was committed, and a crashed caller's call can
+//! still be committed later. What a rule forbids is refused; what no correct engine asks for is noted as a violation.
+//!
+//! The rules it enforces:
+//! - epochs only grow; a command of any other than the current one is stale;
+//! - a chunk belongs to one band, on drives of distinct failure domains, and is reused only when its writers have
+//!   ended or are fenced on its drive;
+//! - user bands leave the reserve alone;
+//! - roots change by compare-and-swap, and never lie in a band that is freed;
+//! - bands of a takeover that was not finished count for nothing.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::{Rc, Weak};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::LocalBoxFuture;
+use weft_proto::band::{
+    Band, ChunkAddress, ChunkSize, EpochGrant, Geometry, RootPointer, RootUpdate, WINDOW_ROWS_DEFAULT,
+};
+use weft_proto::id::{BandId, DriveId, Epoch, IncarnationId, LayerId, StripeNumber, VolumeId};
+
+use super::answer::{Giver, answer};
+use super::drive::{Health, SimDrive};
+use super::monitor::BLOCKS_PER_MIB;
+use super::rng::Rng;
+use super::world::{InFlight, World};
+use crate::seams::{BandPurpose, Directory, DirectoryError};
+
+/// How the service behaves.
+#[derive(Clone, Debug)]
+pub struct MetadataSpec {
+    /// MiB per drive that user bands never get.
+    pub reserve_mib: u32,
+    /// Window of the bands it grants.
+    pub window_rows: u32,
+    /// Shortest and longest time to commit, and the same again to answer, in microseconds.
+    pub latency_us: (u64, u64),
+    /// One call in so many is answered [`DirectoryError::Unavailable`], half of them after the commit; 0 for none.
+    pub unavailable_one_in: u64,
+}
+
+impl Default for MetadataSpec {
+    fn default() -> Self {
+        Self {
+            reserve_mib: 0,
+            window_rows: WINDOW_ROWS_DEFAULT,
+            latency_us: (300, 3000),
+            unavailable_one_in: 0,
+        }
+    }
+}
+
+type Commit = Box<dyn FnOnce(&Rc<World>)>;
+
+/// The state, and the calls on their way to it.
+pub(super) struct Metadata {
+    rng: Rng,
+    spec: MetadataSpec,
+    volumes: BTreeMap<VolumeId, Volume>,
+    bands: BTreeMap<BandId, Granted>,
+    band_next: u64,
+    /// Allocated chunks by drive and first MiB: their size, and whose they are. Quarantined ones stay here.
+    chunks: BTreeMap<(DriveId, u32), (u32, BandId)>,
+    /// Freed chunks that may still be written by an incarnation that is not fenced there.
+    quarantine: Vec<(ChunkAddress, IncarnationId)>,
+    /// Drives taken out of service by the operator.
+    out: BTreeSet<DriveId>,
+    calls: BTreeMap<u64, (IncarnationId, Commit)>,
+    call_next: u64,
+}
+
+struct Volume {
+    layer: LayerId,
+    /// The one that may command.
+    epoch: Epoch,
+    /// The last one that finished its takeover and was not handed over.
+    serving: Option<Epoch>,
+    owners: BTreeMap<Epoch, IncarnationId>,
+    /// Epochs whose incarnation was replaced without a hand-over.
+    superseded: BTreeSet<Epoch>,
+    size_bytes: u64,
+    geometry: Geometry,
+    root_version: u64,
+    root: Option<RootPointer>,
+    ended: Vec<(Epoch, StripeNumber)>,
+}
+
+struct Granted {
+    band: Band,
+    owner: IncarnationId,
+    /// What was sent to each row of each column, for "a row is written once".
+    written: BTreeMap<(u8, u32), Bytes>,
+}
+
+impl Metadata {
+    pub(super) fn new(seed: u64) -> Self {
+        Self {
+            rng: Rng::new(seed).fork(2),
+            spec: MetadataSpec::default(),
+            volumes: BTreeMap::new(),
+            bands: BTreeMap::new(),
+            band_next: 1,
+            chunks: BTreeMap::new(),
+            quarantine: Vec::new(),
+            out: BTreeSet::new(),
+            calls: BTreeMap::new(),
+            call_next: 1,
+        }
+    }
+
+    fn volume(&mut self, id: VolumeId, epoch: Epoch) -> Result<&mut Volume, DirectoryError> {
+        let volume = self.volumes.get_mut(&id).ok_or(DirectoryError::NoSuchVolume)?;
+        if volume.epoch != epoch {
+            return Err(DirectoryError::Stale {
+                epoch,
+                current: volume.epoch,
+            });
+        }
+        Ok(volume)
+    }
+
+    /// Whether some replaced owner of any volume may still write to `drive`.
+    fn awaits_fence(&self, drive: &SimDrive) -> bool {
+        let superseded: BTreeSet<IncarnationId> = self
+            .volumes
+            .values()
+            .flat_map(|volume| volume.superseded.iter().map(|epoch| volume.owners[epoch]))
+            .collect();
+        let mut bands = self.bands.values();
+        superseded.iter().any(|owner| !drive.is_fenced(*owner))
+            && (bands.any(|granted| {
+                superseded.contains(&granted.owner)
+                    && !drive.is_fenced(granted.owner)
+                    && granted.band.columns.iter().any(|chunk| chunk.drive == drive.id())
+            }) || self
+                .quarantine
+                .iter()
+                .any(|(chunk, owner)| chunk.drive == drive.id() && !drive.is_fenced(*owner)))
+    }
+
+    fn release_quarantine(&mut self, world: &World) {
+        let chunks = &mut self.chunks;
+        self.quarantine.retain(|(chunk, writer)| {
+            let released = world
+                .find_drive(chunk.drive)
+                .is_some_and(|drive| drive.is_fenced(*writer));
+            if released {
+                chunks.remove(&(chunk.drive, chunk.offset_mib));
+            }
+            !released
+        });
+    }
+
+    fn free_mib(&self, drive: &SimDrive) -> u32 {
+        let used: u32 = self
+            .chunks
+            .range((drive.id(), 0)..=(drive.id(), u32::MAX))
+            .map(|(_, (size, _))| size)
+            .sum();
+        // The label has the first MiB.
+        drive.spec().size_mib - 1 - used
+    }
+
+    /// The first gap of `size` MiB, aligned to it past the label.
+    fn find_gap(&self, drive: &SimDrive, size: u32) -> Option<u32> {
+        let mut at = 1;
+        for ((_, offset), (taken, _)) in self.chunks.range((drive.id(), 0)..=(drive.id(), u32::MAX)) {
+            if at + size <= *offset {
+                break;
+            }
+            at = offset + taken;
+        }
+        (at + size <= drive.spec().size_mib).then_some(at)
+    }
+
+    fn grant_band(
+        &mut self,
+        world: &World,
+        id: VolumeId,
+        epoch: Epoch,
+        chunk_size: ChunkSize,
+        purpose: BandPurpose,
+    ) -> Result<Band, DirectoryError> {
+        self.release_quarantine(world);
+        let (geometry, layer, owner) = {
+            let volume = self.volume(id, epoch)?;
+            (volume.geometry, volume.layer, volume.owners[&epoch])
+        };
+        let size = chunk_size.mib();
+        let reserve = match purpose {
+            BandPurpose::User => self.spec.reserve_mib,
+            BandPurpose::Internal => 0,
+        };
+        // The emptiest drive of each domain, then the emptiest domains; ties by the seed.
+        let mut domains: BTreeMap<u32, (u32, u64, Rc<SimDrive>)> = BTreeMap::new();
+        let mut in_service = BTreeSet::new();
+        for drive in world.all_drives() {
+            if self.out.contains(&drive.id()) || drive.health() == Health::Dead || self.awaits_fence(&drive) {
+                continue;
+            }
+            let domain = drive.spec().domain;
+            in_service.insert(domain);
+            let free = self.free_mib(&drive);
+            if free < size + reserve || self.find_gap(&drive, size).is_none() {
+                continue;
+            }
+            let tie = self.rng.next_u64();
+            if domains
+                .get(&domain)
+                .is_none_or(|(most, other, _)| (free, tie) > (*most, *other))
+            {
+                domains.insert(domain, (free, tie, drive));
+            }
+        }
+        let needed = 1 + u32::from(geometry.m);
+        if (in_service.len() as u32) < needed {
+            return Err(DirectoryError::TooFewDomains {
+                available: in_service.len() as u32,
+                needed,
+            });
+        }
+        if (domains.len() as u32) < needed {
+            return Err(DirectoryError::NoSpace);
+        }
+        let mut chosen: Vec<_> = domains.into_values().collect();
+        chosen.sort_by_key(|(free, tie, _)| (std::cmp::Reverse(*free), *tie));
+        chosen.truncate(usize::from(geometry.n()));
+        let band_id = BandId(self.band_next);
+        self.band_next += 1;
+        let mut columns = Vec::new();
+        for (_, _, drive) in &chosen {
+            let offset_mib = self.find_gap(drive, size).expect("a drive chosen for its gap");
+            if drive.has_writes_in_flight(
+                u64::from(offset_mib) * BLOCKS_PER_MIB,
+                u64::from(size) * BLOCKS_PER_MIB,
+            ) {
+                world.violation(format!(
+                    "a chunk at {offset_mib} MiB of {} is granted again while a write to it is in flight",
+                    drive.id()
+                ));
+            }
+            let taken = self.chunks.insert((drive.id(), offset_mib), (size, band_id));
+            assert!(taken.is_none(), "a chunk is never in two bands");
+            columns.push(ChunkAddress {
+                drive: drive.id(),
+                offset_mib,
+            });
+        }
+        self.rng.shuffle(&mut columns);
+        let band = Band {
+            id: band_id,
+            volume: id,
+            layer,
+            epoch,
+            geometry: Geometry {
+                k: columns.len() as u8 - geometry.m,
+                m: geometry.m,
+            },
+            chunk_size,
+            window_rows: self.spec.window_rows,
+            version: 1,
+            columns,
+        };
+        let granted = Granted {
+            band: band.clone(),
+            owner,
+            written: BTreeMap::new(),
+        };
+        self.bands.insert(band_id, granted);
+        Ok(band)
+    }
+
+    /// Gives the chunks of a band back; those that a dead or replaced writer may still reach go to quarantine.
+    fn free_band(&mut self, world: &World, id: BandId) {
+        let Some(granted) = self.bands.remove(&id) else {
+            return;
+        };
+        let size = granted.band.chunk_size.mib();
+        for chunk in &granted.band.columns {
+            let drive = world.drive(chunk.drive);
+            let may_be_written = world.is_dead(granted.owner) || self.is_superseded(granted.owner);
+            if may_be_written && !drive.is_fenced(granted.owner) {
+                self.quarantine.push((*chunk, granted.owner));
+                continue;
+            }
+            let start = u64::from(chunk.offset_mib) * BLOCKS_PER_MIB;
+            if !may_be_written && drive.has_writes_in_flight(start, u64::from(size) * BLOCKS_PER_MIB) {
+                world.violation(format!(
+                    "{id} is freed while a write to its chunk on {} is in flight",
+                    chunk.drive
+                ));
+            }
+            self.chunks.remove(&(chunk.drive, chunk.offset_mib));
+        }
+    }
+
+    fn is_superseded(&self, incarnation: IncarnationId) -> bool {
+        self.volumes.values().any(|volume| {
+            volume
+                .superseded
+                .iter()
+                .any(|epoch| volume.owners.get(epoch) == Some(&incarnation))
+        })
+    }
+
+    fn grant_bands(
+        &mut self,
+        world: &World,
+        id: VolumeId,
+        epoch: Epoch,
+        chunk_size: ChunkSize,
+        count: u32,
+        purpose: BandPurpose,
+    ) -> Result<Vec<Band>, DirectoryError> {
+        let mut bands = Vec::new();
+        for _ in 0..count {
+            match self.grant_band(world, id, epoch, chunk_size, purpose) {
+                Ok(band) => bands.push(band),
+                // As many as there are; none at all is an error.
+                Err(error) if bands.is_empty() => return Err(error),
+                Err(_) => break,
+            }
+        }
+        Ok(bands)
+    }
+
+    fn publish_root(
+        &mut self,
+        world: &World,
+        update: &RootUpdate,
+        recovered: Option<(Option<Epoch>, StripeNumber)>,
+    ) -> Result<u64, DirectoryError> {
+        let volume = self.volume(update.volume, update.epoch)?;
+        if volume.root_version == update.expected_version + 1 && volume.root == Some(update.root) {
+            // The same request again: its answer was lost.
+            return Ok(volume.root_version);
+        }
+        if volume.root_version != update.expected_version {
+            return Err(DirectoryError::RootConflict {
+                expected: update.expected_version,
+                current: volume.root_version,
+            });
+        }
+        match recovered {
+            Some((recovered, ended_at)) => {
+                if volume.serving != Some(update.epoch) {
+                    if recovered != volume.serving {
+                        world.violation(format!(
+                            "{} ends {recovered:?}, but {:?} is to be recovered",
+                            update.epoch, volume.serving
+                        ));
+                    }
+                    if let Some(recovered) = recovered {
+                        volume.ended.push((recovered, ended_at));
+                    }
+                    volume.serving = Some(update.epoch);
+                }
+            }
+            None if volume.serving != Some(update.epoch) => {
+                world.violation(format!(
+                    "{} publishes a root before its takeover is finished",
+                    update.epoch
+                ));
+            }
+            None => {}
+        }
+        volume.root_version += 1;
+        volume.root = Some(update.root);
+        let version = volume.root_version;
+        match self.bands.get(&update.root.band) {
+            Some(granted) if granted.band.volume == update.volume && granted.band.epoch == update.epoch => {}
+            _ => world.violation(format!(
+                "the root of {} lies in {}, which its epoch was not granted",
+                update.volume, update.root.band
+            )),
+        }
+        for id in &update.freed {
+            if *id == update.root.band {
+                world.violation(format!("{id} is freed with its root in it"));
+            }
+            match self.bands.get(id) {
+                Some(granted) if granted.band.volume == update.volume => self.free_band(world, *id),
+                _ => world.violation(format!("{id} is freed and not a band of {}", update.volume)),
+            }
+        }
+        Ok(version)
+    }
+
+    fn return_bands(
+        &mut self,
+        world: &World,
+        id: VolumeId,
+        epoch: Epoch,
+        bands: &[BandId],
+    ) -> Result<(), DirectoryError> {
+        self.volume(id, epoch)?;
+        for band in bands {
+            let Some(granted) = self.bands.get(band) else {
+                // The same request again.
+                continue;
+            };
+            if !granted.written.is_empty() || granted.band.epoch != epoch {
+                world.violation(format!("{band} is returned as never written, and it was"));
+                continue;
+            }
+            self.free_band(world, *band);
+        }
+        Ok(())
+    }
+
+    /// The bands that count: of the serving epoch, of ended ones, and of the current one.
+    fn listed(&self, id: VolumeId, with_current: bool) -> Vec<Band> {
+        let Some(volume) = self.volumes.get(&id) else {
+            return Vec::new();
+        };
+        let counts = |epoch: Epoch| {
+            volume.serving == Some(epoch)
+                || volume.ended.iter().any(|(ended, _)| *ended == epoch)
+                || (with_current && epoch == volume.epoch)
+        };
+        let bands = self.bands.values();
+        bands
+            .filter(|granted| granted.band.volume == id && counts(granted.band.epoch))
+            .map(|granted| granted.band.clone())
+            .collect()
+    }
+
+    pub(super) fn judge_write(
+        &mut self,
+        sender: IncarnationId,
+        drive: &SimDrive,
+        start: u64,
+        blocks: &[Option<Bytes>],
+    ) -> Result<(), String> {
+        if self.bands.is_empty() && self.volumes.is_empty() {
+            // Drives without a metadata service: a test of the drives themselves.
+            return Ok(());
+        }
+        if self.is_superseded(sender) {
+            return Ok(());
+        }
+        let mib = u32::try_from(start / BLOCKS_PER_MIB).unwrap_or(u32::MAX);
+        let found = self.chunks.range((drive.id(), 0)..=(drive.id(), mib)).next_back();
+        let Some((offset_mib, size, id)) = found
+            .filter(|((_, offset), (size, _))| mib < offset + size)
+            .map(|((_, offset), (size, id))| (*offset, *size, *id))
+        else {
+            return Err("no band has a chunk there".into());
+        };
+        let Some(granted) = self.bands.get_mut(&id) else {
+            return Err(format!("{id} was freed"));
+        };
+        if granted.owner != sender {
+            return Err(format!("{id} was granted to {}", granted.owner));
+        }
+        let first = start - u64::from(offset_mib) * BLOCKS_PER_MIB;
+        if first + blocks.len() as u64 > u64::from(size) * BLOCKS_PER_MIB {
+            return Err(format!("it ends past the chunk of {id}"));
+        }
+        let column = granted
+            .band
+            .columns
+            .iter()
+            .position(|chunk| chunk.drive == drive.id());
+        let column = column.ok_or_else(|| format!("{id} has no column there"))? as u8;
+        for (row, bytes) in (first as u32..).zip(blocks) {
+            let Some(bytes) = bytes else {
+                return Err(format!("row {row} of {id} is deallocated while it is granted"));
+            };
+            match granted.written.get(&(column, row)) {
+                Some(before) if before != bytes => {
+                    return Err(format!("row {row} of column {column} of {id} is written twice"));
+                }
+                Some(_) => {}
+                None => {
+                    granted.written.insert((column, row), bytes.clone());
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What the harness does to the service: the operator's and the other nodes' part.
+impl World {
+    /// Changes how the service behaves.
+    pub fn configure_metadata(&self, spec: MetadataSpec) {
+        self.metadata.borrow_mut().spec = spec;
+    }
+
+    /// Creates a volume. Its first epoch recovers nothing.
+    pub fn create_volume(&self, id: VolumeId, size_bytes: u64, geometry: Geometry) {
+        let volume = Volume {
+            layer: LayerId(id.0),
+            epoch: Epoch(0),
+            serving: None,
+            owners: BTreeMap::new(),
+            superseded: BTreeSet::new(),
+            size_bytes,
+            geometry,
+            root_version: 0,
+            root: None,
+            ended: Vec::new(),
+        };
+        self.metadata.borrow_mut().volumes.insert(id, volume);
+    }
+
+    /// Grants `incarnation` the next epoch of a volume. From now on everybody before it is stale; that they are fenced is
+    /// the caller's part ([`World::superseded`]).
+    ///
+    /// An epoch that has nothing to recover serves at once; another one when its takeover is finished.
+    ///
+    /// # Panics
+    /// When there is no such volume.
+    pub fn begin_takeover(&self, id: VolumeId, incarnation: IncarnationId) -> EpochGrant {
+        let mut guard = self.metadata.borrow_mut();
+        let metadata = &mut *guard;
+        let volume = metadata.volumes.get_mut(&id).expect("a volume that was created");
+        let before = volume.epoch;
+        if before.0 > 0 && !volume.ended.iter().any(|(ended, _)| *ended == before) {
+            volume.superseded.insert(before);
+        }
+        // A takeover that was not finished counts for nothing.
+        let abandoned = (before.0 > 0 && volume.serving != Some(before)).then_some(before);
+        let abandoned = abandoned.filter(|epoch| !volume.ended.iter().any(|(ended, _)| ended == epoch));
+        volume.epoch = Epoch(before.0 + 1);
+        volume.owners.insert(volume.epoch, incarnation);
+        let recover = volume.serving;
+        if recover.is_none() {
+            volume.serving = Some(volume.epoch);
+        }
+        let (epoch, layer, size_bytes, geometry) =
+            (volume.epoch, volume.layer, volume.size_bytes, volume.geometry);
+        let (root_version, root, ended) = (volume.root_version, volume.root, volume.ended.clone());
+        if let Some(abandoned) = abandoned {
+            let bands: Vec<BandId> = metadata
+                .bands
+                .values()
+                .filter(|granted| granted.band.volume == id && granted.band.epoch == abandoned)
+                .map(|granted| granted.band.id)
+                .collect();
+            for band in bands {
+                metadata.free_band(self, band);
+            }
+        }
+        EpochGrant {
+            volume: id,
+            layer,
+            epoch,
+            recover,
+            size_bytes,
+            geometry,
+            root_version,
+            root,
+            bands: metadata.listed(id, false),
+            ended,
+        }
+    }
+
+    /// Records a clean hand-over: `epoch` ended at its last stripe, and there is nothing to recover.
+    ///
+    /// # Errors
+    /// [`DirectoryError::Stale`] when it is not the volume's epoch.
+    pub fn hand_over(&self, id: VolumeId, epoch: Epoch, last: StripeNumber) -> Result<(), DirectoryError> {
+        let mut metadata = self.metadata.borrow_mut();
+        let volume = metadata.volume(id, epoch)?;
+        volume.ended.push((epoch, last));
+        volume.serving = None;
+        Ok(())
+    }
+
+    /// The incarnations that must be fenced before the current epoch of a volume may serve.
+    #[must_use]
+    pub fn superseded(&self, id: VolumeId) -> BTreeSet<IncarnationId> {
+        let metadata = self.metadata.borrow();
+        metadata.volumes.get(&id).map_or_else(BTreeSet::new, |volume| {
+            volume
+                .superseded
+                .iter()
+                .map(|epoch| volume.owners[epoch])
+                .collect()
+        })
+    }
+
+    /// Takes a drive out of service for new bands, or back in.
+    pub fn set_out(&self, drive: DriveId, out: bool) {
+        let mut metadata = self.metadata.borrow_mut();
+        if out {
+            metadata.out.insert(drive);
+        } else {
+            metadata.out.remove(&drive);
+        }
+    }
+
+    /// The bands of a volume that count, the current epoch's included.
+    #[must_use]
+    pub fn bands_of(&self, id: VolumeId) -> Vec<Band> {
+        self.metadata.borrow().listed(id, true)
+    }
+
+    /// The version of the volume's root, and where it lies.
+    #[must_use]
+    pub fn root_of(&self, id: VolumeId) -> Option<(u64, RootPointer)> {
+        let metadata = self.metadata.borrow();
+        let volume = metadata.volumes.get(&id)?;
+        volume.root.map(|root| (volume.root_version, root))
+    }
+
+    /// MiB of a drive that no band has.
+    #[must_use]
+    pub fn free_mib(&self, drive: DriveId) -> u32 {
+        let drive = self.drive(drive);
+        let mut metadata = self.metadata.borrow_mut();
+        metadata.release_quarantine(self);
+        metadata.free_mib(&drive)
+    }
+}
+
+/// Meets the fate of a crashed caller's calls.
+pub(super) fn crash(world: &World, caller: IncarnationId, in_flight: InFlight) {
+    let ids: Vec<u64> = {
+        let metadata = world.metadata.borrow();
+        let calls = metadata.calls.iter();
+        calls
+            .filter(|(_, (incarnation, _))| *incarnation == caller)
+            .map(|(id, _)| *id)
+            .collect()
+    };
+    for id in ids {
+        let now = match in_flight {
+            InFlight::Lost => false,
+            InFlight::Landed => true,
+            InFlight::Mixed => match world.metadata.borrow_mut().rng.below(3) {
+                0 => false,
+                1 => true,
+                // Still on its way: it commits at its time, unless the epoch is stale by then.
+                _ => continue,
+            },
+        };
+        let call = world.metadata.borrow_mut().calls.remove(&id);
+        if let (true, Some((_, commit)), Some(world)) = (now, call, world.this()) {
+            commit(&world);
+        }
+    }
+}
+
+/// [`Directory`] as one incarnation reaches it.
+pub struct SimDirectory {
+    world: Weak<World>,
+    incarnation: IncarnationId,
+}
+
+impl SimDirectory {
+    /// The metadata service of `world`.
+    #[must_use]
+    pub fn new(world: &Rc<World>, incarnation: IncarnationId) -> Rc<Self> {
+        Rc::new(Self {
+            world: Rc::downgrade(world),
+            incarnation,
+        })
+    }
+
+    fn call<T: 'static>(
+        &self,
+        what: &'static str,
+        apply: impl FnOnce(&mut Metadata, &World) -> Result<T, DirectoryError> + 'static,
+    ) -> LocalBoxFuture<'static, Result<T, DirectoryError>> {
+        let Some(world) = self.world.upgrade() else {
+            return Box::pin(std::future::pending());
+        };
+        let (giver, reply) = answer();
+        let (id, commit_at, answer_after, unavailable) = {
+            let mut guard = world.metadata.borrow_mut();
+            let metadata = &mut *guard;
+            let (low, high) = metadata.spec.latency_us;
+            let commit_at = world
+                .now()
+                .after(Duration::from_micros(metadata.rng.between(low, high)));
+            let answer_after = Duration::from_micros(metadata.rng.between(low, high));
+            let one_in = metadata.spec.unavailable_one_in;
+            let unavailable =
+                (one_in > 0 && metadata.rng.chance(1, one_in)).then(|| metadata.rng.chance(1, 2));
+            let id = metadata.call_next;
+            metadata.call_next += 1;
+            (id, commit_at, answer_after, unavailable)
+        };
+        let caller = self.incarnation;
+        let commit: Commit = Box::new(move |world: &Rc<World>| {
+            let give = |world: &Rc<World>, giver: Giver<Result<T, DirectoryError>>, result| {
+                world.at(world.now().after(answer_after), Some(caller), move |_| {
+                    giver.give(result)
+                });
+            };
+            if unavailable == Some(false) {
+                give(world, giver, Err(DirectoryError::Unavailable));
+                return;
+            }
+            let result = apply(&mut world.metadata.borrow_mut(), world);
+            if result.is_ok() {
+                world.effect(|| format!("{caller}: {what}"));
+            }
+            let result = if unavailable == Some(true) {
+                Err(DirectoryError::Unavailable)
+            } else {
+                result
+            };
+            give(world, giver, result);
+        });
+        world.metadata.borrow_mut().calls.insert(id, (caller, commit));
+        world.at(commit_at, None, move |world| {
+            let call = world.metadata.borrow_mut().calls.remove(&id);
+            if let Some((_, commit)) = call {
+                commit(world);
+            }
+        });
+        Box::pin(reply)
+    }
+}
+
+impl Directory for SimDirectory {
+    fn grant_bands(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        chunk_size: ChunkSize,
+        count: u32,
+        purpose: BandPurpose,
+    ) -> LocalBoxFuture<'static, Result<Vec<Band>, DirectoryError>> {
+        self.call("grant bands", move |metadata, world| {
+            metadata.grant_bands(world, volume, epoch, chunk_size, count, purpose)
+        })
+    }
+
+    fn publish_root(&self, update: RootUpdate) -> LocalBoxFuture<'static, Result<u64, DirectoryError>> {
+        self.call("publish root", move |metadata, world| {
+            metadata.publish_root(world, &update, None)
+        })
+    }
+
+    fn finish_takeover(
+        &self,
+        update: RootUpdate,
+        recovered: Option<Epoch>,
+        ended_at: StripeNumber,
+    ) -> LocalBoxFuture<'static, Result<u64, DirectoryError>> {
+        self.call("finish takeover", move |metadata, world| {
+            metadata.publish_root(world, &update, Some((recovered, ended_at)))
+        })
+    }
+
+    fn bands(&self, volume: VolumeId) -> LocalBoxFuture<'static, Result<Vec<Band>, DirectoryError>> {
+        self.call("list bands", move |metadata, _| {
+            if metadata.volumes.contains_key(&volume) {
+                Ok(metadata.listed(volume, true))
+            } else {
+                Err(DirectoryError::NoSuchVolume)
+            }
+        })
+    }
+
+    fn return_bands(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        bands: Vec<BandId>,
+    ) -> LocalBoxFuture<'static, Result<(), DirectoryError>> {
+        self.call("return bands", move |metadata, world| {
+            metadata.return_bands(world, volume, epoch, &bands)
+        })
+    }
+}

@@ -1,0 +1,849 @@
+//! A drive of the simulated world: what it keeps, what it loses, and who may still write to it.
+//!
+//! What it models, each by the seed:
+//! - a latency for every command, so that commands complete in any order;
+//! - a volatile write cache: a write that was not durable may be lost with power, block by block or torn inside of one;
+//! - commands in flight when their sender dies ([`InFlight`]): lost, landed, partly landed, or landing later, until
+//!   the sender is fenced;
+//! - a fence ([`SimDrive::fence`]) that completes only when nothing of the fenced incarnation is left in
+//!   execution (Preempt and Abort), after which its writes get [`BlockError::ReservationConflict`];
+//! - faults: dead (and back again with what it held), stalled, cut off from one incarnation, bit flips, lost blocks, read errors.
+//!
+//! Blocks are 4096 bytes. The write of one block is atomic, as NVMe's AWUPF of 0 promises, unless
+//! [`DriveSpec::tear_bytes`] says 512.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::{Rc, Weak};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use weft_block::{BlockDevice, BlockError, Device, DeviceInfo, Durability, Io};
+use weft_proto::id::{DriveId, IncarnationId};
+use weft_proto::units::{BLOCK_BYTES, Lba, LbaRange};
+
+use super::answer::{Giver, answer};
+use super::rng::Rng;
+use super::world::{InFlight, World};
+use crate::seams::{Drives, FenceError, Timestamp};
+
+/// What kind of drive.
+#[derive(Clone, Debug)]
+pub struct DriveSpec {
+    /// Size in MiB.
+    pub size_mib: u32,
+    /// Failure domain: bands take distinct ones.
+    pub domain: u32,
+    /// Whether completed writes that are not durable can be lost with power.
+    pub volatile_write_cache: bool,
+    /// What is written as a whole or not at all when power fails: 4096 or 512.
+    pub tear_bytes: usize,
+    /// Shortest and longest time a command takes, in microseconds.
+    pub latency_us: (u64, u64),
+    /// Longest transfer.
+    pub transfer_bytes_max: u32,
+}
+
+impl DriveSpec {
+    /// A drive of `size_mib` without a volatile cache, alone in its failure domain.
+    #[must_use]
+    pub fn new(size_mib: u32, domain: u32) -> Self {
+        Self {
+            size_mib,
+            domain,
+            volatile_write_cache: false,
+            tear_bytes: BLOCK_BYTES,
+            latency_us: (20, 200),
+            transfer_bytes_max: 1 << 20,
+        }
+    }
+}
+
+/// How a drive answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Health {
+    /// As it should.
+    Serving,
+    /// It takes commands and answers none of them, until it serves again.
+    Stalled,
+    /// It is not there. What it holds stays.
+    Dead,
+}
+
+/// A drive. Engines reach it through [`SimDrive::handle`] or [`SimDrives`].
+pub struct SimDrive {
+    world: Weak<World>,
+    id: DriveId,
+    spec: DriveSpec,
+    state: RefCell<State>,
+}
+
+struct State {
+    rng: Rng,
+    health: Health,
+    /// Blocks on the medium. Absent ones are zeroes.
+    medium: BTreeMap<u64, Bytes>,
+    /// Completed writes that power can still take, oldest first, with the number of the command that made them.
+    cache: BTreeMap<u64, Vec<(u64, Bytes)>>,
+    in_flight: BTreeMap<u64, Command>,
+    command_next: u64,
+    fenced: BTreeMap<IncarnationId, Timestamp>,
+    /// Fences that wait for the commands in execution.
+    fencing: Vec<(IncarnationId, Giver<()>)>,
+    cut: BTreeSet<IncarnationId>,
+    read_errors: BTreeSet<u64>,
+    /// Multiplies latencies, for a slow drive.
+    slowness: u64,
+    /// Bytes written over its life, for write amplification.
+    bytes_written: u64,
+    reads: u64,
+}
+
+struct Command {
+    sender: IncarnationId,
+    kind: Kind,
+    reply: Option<Reply>,
+    /// Due while the drive was stalled.
+    overdue: bool,
+}
+
+enum Kind {
+    Read(LbaRange),
+    /// `None` is zeroes.
+    Write {
+        start: u64,
+        blocks: Vec<Option<Bytes>>,
+        durable: bool,
+    },
+    Flush,
+}
+
+enum Reply {
+    Bytes(Giver<Result<Bytes, BlockError>>),
+    Done(Giver<Result<(), BlockError>>),
+}
+
+impl Reply {
+    fn refuse(self, error: BlockError) {
+        match self {
+            Self::Bytes(giver) => giver.give(Err(error)),
+            Self::Done(giver) => giver.give(Err(error)),
+        }
+    }
+}
+
+impl SimDrive {
+    pub(super) fn new(world: Weak<World>, id: DriveId, spec: DriveSpec, rng: Rng) -> Rc<Self> {
+        Rc::new(Self {
+            world,
+            id,
+            spec,
+            state: RefCell::new(State {
+                rng,
+                health: Health::Serving,
+                medium: BTreeMap::new(),
+                cache: BTreeMap::new(),
+                in_flight: BTreeMap::new(),
+                command_next: 1,
+                fenced: BTreeMap::new(),
+                fencing: Vec::new(),
+                cut: BTreeSet::new(),
+                read_errors: BTreeSet::new(),
+                slowness: 1,
+                bytes_written: 0,
+                reads: 0,
+            }),
+        })
+    }
+
+    /// Its id.
+    #[must_use]
+    pub fn id(&self) -> DriveId {
+        self.id
+    }
+
+    /// What it was made as.
+    #[must_use]
+    pub fn spec(&self) -> &DriveSpec {
+        &self.spec
+    }
+
+    /// The device as `incarnation` reaches it.
+    #[must_use]
+    pub fn handle(self: &Rc<Self>, incarnation: IncarnationId) -> Device {
+        Rc::new(Handle {
+            drive: Rc::clone(self),
+            incarnation,
+        })
+    }
+
+    /// How it answers now.
+    #[must_use]
+    pub fn health(&self) -> Health {
+        self.state.borrow().health
+    }
+
+    /// Bytes written since it was made.
+    #[must_use]
+    pub fn bytes_written(&self) -> u64 {
+        self.state.borrow().bytes_written
+    }
+
+    /// Reads since it was made.
+    #[must_use]
+    pub fn reads(&self) -> u64 {
+        self.state.borrow().reads
+    }
+
+    // Faults.
+
+    /// Changes how it answers. Commands in flight at a death are answered [`BlockError::Unknown`] and may have landed; those
+    /// that waited for a stalled drive go on when it serves again.
+    pub fn set_health(&self, health: Health) {
+        self.state.borrow_mut().health = health;
+        match health {
+            Health::Serving => self.resume_overdue(),
+            Health::Stalled => {}
+            Health::Dead => {
+                let ids: Vec<u64> = self.state.borrow().in_flight.keys().copied().collect();
+                for id in ids {
+                    let landed = self.state.borrow_mut().rng.chance(1, 2);
+                    self.abort(id, landed);
+                }
+            }
+        }
+    }
+
+    /// Cuts the way between `incarnation` and this drive, or mends it. Commands under way are answered
+    /// [`BlockError::Unknown`] and go on.
+    pub fn set_cut(&self, incarnation: IncarnationId, cut: bool) {
+        let replies: Vec<Reply> = {
+            let mut state = self.state.borrow_mut();
+            if cut {
+                state.cut.insert(incarnation);
+                let commands = state.in_flight.values_mut();
+                commands
+                    .filter(|command| command.sender == incarnation)
+                    .filter_map(|command| command.reply.take())
+                    .collect()
+            } else {
+                state.cut.remove(&incarnation);
+                Vec::new()
+            }
+        };
+        for reply in replies {
+            reply.refuse(BlockError::Unknown);
+        }
+    }
+
+    /// Multiplies every latency from now on.
+    pub fn set_slowness(&self, factor: u64) {
+        self.state.borrow_mut().slowness = factor.max(1);
+    }
+
+    /// Flips one bit of `block` on the medium.
+    pub fn flip_bit(&self, block: u64, bit: usize) {
+        let mut state = self.state.borrow_mut();
+        let mut bytes = BytesMut::from(&state.current(block)[..]);
+        bytes[bit / 8 % BLOCK_BYTES] ^= 1 << (bit % 8);
+        state.medium.insert(block, bytes.freeze());
+        state.cache.remove(&block);
+    }
+
+    /// Loses `count` blocks: they read as zeroes, as after a misplaced deallocate.
+    pub fn lose(&self, start: u64, count: u64) {
+        let mut state = self.state.borrow_mut();
+        for block in start..start + count {
+            state.medium.remove(&block);
+            state.cache.remove(&block);
+        }
+    }
+
+    /// Makes reads of `block` fail, until it is written.
+    pub fn set_read_error(&self, block: u64) {
+        self.state.borrow_mut().read_errors.insert(block);
+    }
+
+    /// Whether any byte of `block` was ever written and not lost.
+    #[must_use]
+    pub fn holds(&self, block: u64) -> bool {
+        let state = self.state.borrow();
+        state.medium.contains_key(&block) || state.cache.contains_key(&block)
+    }
+
+    /// What a read of `block` would see.
+    #[must_use]
+    pub fn peek(&self, block: u64) -> Bytes {
+        self.state.borrow().current(block)
+    }
+
+    /// Power fails and comes back: of what only the cache held, any subset of blocks is lost; commands in
+    /// flight land, partly land or are lost, and nobody hears of them.
+    pub fn lose_power(&self) {
+        let ids: Vec<u64> = self.state.borrow().in_flight.keys().copied().collect();
+        for id in ids {
+            let landed = self.state.borrow_mut().rng.chance(1, 2);
+            self.abort(id, landed);
+        }
+        let mut guard = self.state.borrow_mut();
+        let state = &mut *guard;
+        for (block, versions) in std::mem::take(&mut state.cache) {
+            // The medium has one of the versions it was given, or still the old one.
+            let kept = state.rng.index(versions.len() + 1);
+            if let Some((_, bytes)) = kept.checked_sub(1).and_then(|index| versions.get(index)) {
+                let old = state.medium.get(&block).cloned().unwrap_or_else(zero_block);
+                let bytes = if self.spec.tear_bytes < BLOCK_BYTES && state.rng.chance(1, 4) {
+                    tear(&mut state.rng, &old, bytes, self.spec.tear_bytes)
+                } else {
+                    bytes.clone()
+                };
+                state.medium.insert(block, bytes);
+            }
+        }
+    }
+
+    // Fencing.
+
+    /// Preempt and Abort of `victim`: its further writes are refused, its commands in execution are aborted
+    /// or finished, and only then does it complete. An already fenced incarnation is fenced.
+    ///
+    /// # Errors
+    /// [`FenceError::Unreachable`] for a drive that gave no answer within 500 ms.
+    pub async fn fence(self: Rc<Self>, victim: IncarnationId) -> Result<(), FenceError> {
+        if self.health() != Health::Serving {
+            let (giver, timeout) = answer();
+            if let Some(world) = self.world.upgrade() {
+                // Owned by nobody: the victim may be dead, and the caller may die too.
+                let deadline = world.now().after(Duration::from_millis(500));
+                world.at(deadline, None, |_| giver.give(()));
+            }
+            timeout.await;
+            if self.health() != Health::Serving {
+                return Err(FenceError::Unreachable);
+            }
+        }
+        let fenced = self.start_fence(victim);
+        fenced.await;
+        Ok(())
+    }
+
+    fn start_fence(self: &Rc<Self>, victim: IncarnationId) -> super::answer::Answer<()> {
+        let (giver, fenced) = answer();
+        let now = self.world.upgrade().map_or(Timestamp(0), |world| world.now());
+        let (ids, latency) = {
+            let mut state = self.state.borrow_mut();
+            state.fenced.entry(victim).or_insert(now);
+            state.fencing.push((victim, giver));
+            let ids: Vec<u64> = state
+                .in_flight
+                .iter()
+                .filter(|(_, command)| command.sender == victim)
+                .map(|(id, _)| *id)
+                .collect();
+            (ids, self.latency(&mut state))
+        };
+        // Some are aborted now, the rest run to their end; both before the fence completes.
+        for id in ids {
+            let (aborted, landed) = {
+                let mut state = self.state.borrow_mut();
+                let overdue = state.in_flight.get(&id).is_some_and(|command| command.overdue);
+                (overdue || state.rng.chance(1, 2), state.rng.chance(1, 3))
+            };
+            if aborted {
+                self.abort(id, landed);
+            }
+        }
+        let drive = Rc::downgrade(self);
+        if let Some(world) = self.world.upgrade() {
+            world.at(now.after(latency), None, move |_| {
+                if let Some(drive) = drive.upgrade() {
+                    drive.answer_fences();
+                }
+            });
+        }
+        fenced
+    }
+
+    /// When `incarnation` was fenced here; `None` while it is not.
+    #[must_use]
+    pub fn fenced_at(&self, incarnation: IncarnationId) -> Option<Timestamp> {
+        self.state.borrow().fenced.get(&incarnation).copied()
+    }
+
+    /// Whether the fence of `incarnation` is complete: refused, and nothing of it left in execution.
+    #[must_use]
+    pub fn is_fenced(&self, incarnation: IncarnationId) -> bool {
+        let state = self.state.borrow();
+        state.fenced.contains_key(&incarnation)
+            && state
+                .in_flight
+                .values()
+                .all(|command| command.sender != incarnation)
+    }
+
+    fn answer_fences(&self) {
+        let done: Vec<Giver<()>> = {
+            let mut state = self.state.borrow_mut();
+            let State {
+                fencing, in_flight, ..
+            } = &mut *state;
+            let (done, waiting) = std::mem::take(fencing)
+                .into_iter()
+                .partition(|(victim, _)| in_flight.values().all(|command| command.sender != *victim));
+            *fencing = waiting;
+            done.into_iter().map(|(_, giver): (_, Giver<()>)| giver).collect()
+        };
+        for giver in done {
+            giver.give(());
+        }
+    }
+
+    /// Whether a write or deallocate of anybody that touches these blocks has been sent and has not ended.
+    #[must_use]
+    pub fn has_writes_in_flight(&self, start: u64, count: u64) -> bool {
+        self.state
+            .borrow()
+            .in_flight
+            .values()
+            .any(|command| match &command.kind {
+                Kind::Write {
+                    start: first, blocks, ..
+                } => *first < start + count && start < *first + blocks.len() as u64,
+                Kind::Read(_) | Kind::Flush => false,
+            })
+    }
+
+    /// Meets the fate of a crashed sender's commands.
+    pub(super) fn crash(self: &Rc<Self>, sender: IncarnationId, in_flight: InFlight) {
+        let ids: Vec<u64> = {
+            let mut state = self.state.borrow_mut();
+            for command in state
+                .in_flight
+                .values_mut()
+                .filter(|command| command.sender == sender)
+            {
+                command.reply = None;
+            }
+            let commands = state.in_flight.iter();
+            commands
+                .filter(|(_, command)| command.sender == sender)
+                .map(|(id, _)| *id)
+                .collect()
+        };
+        for id in ids {
+            match in_flight {
+                InFlight::Lost => {
+                    self.state.borrow_mut().in_flight.remove(&id);
+                }
+                InFlight::Landed => self.settle(id),
+                InFlight::Mixed => {
+                    let choice = self.state.borrow_mut().rng.below(4);
+                    match choice {
+                        0 => {
+                            self.state.borrow_mut().in_flight.remove(&id);
+                        }
+                        1 => self.settle(id),
+                        2 => self.abort(id, true),
+                        // Up to 50 ms: past most takeovers' first steps, unless the fence comes first.
+                        _ => {
+                            let delay = self.state.borrow_mut().rng.between(1, 50_000);
+                            self.settle_later(id, Duration::from_micros(delay));
+                        }
+                    }
+                }
+            }
+        }
+        self.answer_fences();
+    }
+
+    // Commands.
+
+    fn latency(&self, state: &mut State) -> Duration {
+        let (low, high) = self.spec.latency_us;
+        // One in 64 takes ten times as long: the tail that makes commands overtake each other.
+        let tail = if state.rng.chance(1, 64) { 10 } else { 1 };
+        Duration::from_micros(state.rng.between(low, high) * tail * state.slowness)
+    }
+
+    fn submit(self: &Rc<Self>, sender: IncarnationId, kind: Kind, reply: Reply) {
+        let (id, latency) = {
+            let mut state = self.state.borrow_mut();
+            let latency = self.latency(&mut state);
+            let refusal = if state.health == Health::Dead {
+                Some(BlockError::Gone)
+            } else if state.cut.contains(&sender) {
+                Some(BlockError::Unknown)
+            } else if matches!(kind, Kind::Write { .. }) && state.fenced.contains_key(&sender) {
+                Some(BlockError::ReservationConflict)
+            } else {
+                None
+            };
+            if let Some(error) = refusal {
+                drop(state);
+                if let Some(world) = self.world.upgrade() {
+                    world.at(world.now().after(latency), None, |_| reply.refuse(error));
+                }
+                return;
+            }
+            let id = state.command_next;
+            state.command_next += 1;
+            let command = Command {
+                sender,
+                kind,
+                reply: Some(reply),
+                overdue: false,
+            };
+            state.in_flight.insert(id, command);
+            (id, latency)
+        };
+        self.settle_later(id, latency);
+    }
+
+    fn settle_later(self: &Rc<Self>, id: u64, latency: Duration) {
+        let Some(world) = self.world.upgrade() else {
+            return;
+        };
+        let drive = Rc::downgrade(self);
+        world.at(world.now().after(latency), None, move |_| {
+            if let Some(drive) = drive.upgrade() {
+                drive.due(id);
+            }
+        });
+    }
+
+    fn due(&self, id: u64) {
+        {
+            let mut state = self.state.borrow_mut();
+            if state.health == Health::Stalled {
+                if let Some(command) = state.in_flight.get_mut(&id) {
+                    command.overdue = true;
+                }
+                return;
+            }
+        }
+        self.settle(id);
+        self.answer_fences();
+    }
+
+    fn resume_overdue(&self) {
+        let ids: Vec<u64> = {
+            let state = self.state.borrow();
+            let commands = state.in_flight.iter();
+            commands
+                .filter(|(_, command)| command.overdue)
+                .map(|(id, _)| *id)
+                .collect()
+        };
+        for id in ids {
+            self.settle(id);
+        }
+        self.answer_fences();
+    }
+
+    /// A command takes effect and is answered.
+    fn settle(&self, id: u64) {
+        let Some(command) = self.state.borrow_mut().in_flight.remove(&id) else {
+            return;
+        };
+        match command.kind {
+            Kind::Read(range) => {
+                let read = self.state.borrow_mut().read(range);
+                if let Some(Reply::Bytes(giver)) = command.reply {
+                    giver.give(read);
+                }
+            }
+            Kind::Write {
+                start,
+                blocks,
+                durable,
+            } => {
+                let count = blocks.len();
+                self.state
+                    .borrow_mut()
+                    .land(id, start, &blocks, durable || !self.spec.volatile_write_cache);
+                self.count(|| {
+                    format!(
+                        "{} of {} writes {count} blocks at {start}",
+                        command.sender, self.id
+                    )
+                });
+                if let Some(Reply::Done(giver)) = command.reply {
+                    giver.give(Ok(()));
+                }
+            }
+            Kind::Flush => {
+                self.state.borrow_mut().flush_before(id);
+                self.count(|| format!("{} flushes {}", command.sender, self.id));
+                if let Some(Reply::Done(giver)) = command.reply {
+                    giver.give(Ok(()));
+                }
+            }
+        }
+    }
+
+    /// A command ends without an answer that says how; with `landed`, part of a write took effect.
+    fn abort(&self, id: u64, landed: bool) {
+        let Some(command) = self.state.borrow_mut().in_flight.remove(&id) else {
+            return;
+        };
+        if let (Kind::Write { start, blocks, .. }, true) = (&command.kind, landed) {
+            let mut guard = self.state.borrow_mut();
+            let state = &mut *guard;
+            for (block, bytes) in (*start..).zip(blocks) {
+                if state.rng.chance(1, 2) {
+                    continue;
+                }
+                let new = bytes.clone().unwrap_or_else(zero_block);
+                let bytes = if self.spec.tear_bytes < BLOCK_BYTES && state.rng.chance(1, 2) {
+                    let old = state.current(block);
+                    tear(&mut state.rng, &old, &new, self.spec.tear_bytes)
+                } else {
+                    new
+                };
+                state.land(id, block, &[Some(bytes)], true);
+            }
+        }
+        if let Some(reply) = command.reply {
+            reply.refuse(BlockError::Unknown);
+        }
+    }
+
+    fn count(&self, what: impl FnOnce() -> String) {
+        if let Some(world) = self.world.upgrade() {
+            world.effect(what);
+        }
+    }
+
+    fn check(&self, range: LbaRange) -> Result<(), BlockError> {
+        let blocks = self.info().blocks;
+        if !range.is_within(blocks) {
+            return Err(BlockError::OutOfRange {
+                start: range.start,
+                count: range.count,
+                blocks,
+            });
+        }
+        Ok(())
+    }
+
+    fn check_transfer(&self, range: LbaRange) -> Result<(), BlockError> {
+        self.check(range)?;
+        let bytes = range.count * BLOCK_BYTES as u64;
+        if bytes > u64::from(self.spec.transfer_bytes_max) {
+            return Err(BlockError::InvalidLength {
+                bytes,
+                block_bytes: BLOCK_BYTES as u32,
+            });
+        }
+        Ok(())
+    }
+
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo {
+            block_bytes: BLOCK_BYTES as u32,
+            blocks: u64::from(self.spec.size_mib) * 256,
+            transfer_bytes_max: self.spec.transfer_bytes_max,
+            volatile_write_cache: self.spec.volatile_write_cache,
+            deallocated_reads_zero: true,
+        }
+    }
+
+    fn write(
+        self: &Rc<Self>,
+        sender: IncarnationId,
+        start: u64,
+        blocks: Vec<Option<Bytes>>,
+        durability: Durability,
+    ) -> Io<()> {
+        if let Some(world) = self.world.upgrade() {
+            super::monitor::write_sent(&world, sender, self, start, &blocks);
+        }
+        let (giver, done) = answer();
+        let kind = Kind::Write {
+            start,
+            blocks,
+            durable: durability == Durability::Durable,
+        };
+        self.submit(sender, kind, Reply::Done(giver));
+        Box::pin(done)
+    }
+}
+
+impl State {
+    fn current(&self, block: u64) -> Bytes {
+        let cached = self.cache.get(&block).and_then(|versions| versions.last());
+        cached
+            .map(|(_, bytes)| bytes)
+            .or_else(|| self.medium.get(&block))
+            .cloned()
+            .unwrap_or_else(zero_block)
+    }
+
+    fn read(&mut self, range: LbaRange) -> Result<Bytes, BlockError> {
+        self.reads += 1;
+        let blocks = range.start.0..range.start.0 + range.count;
+        if let Some(block) = blocks.clone().find(|block| self.read_errors.contains(block)) {
+            return Err(BlockError::Unrecovered { start: Lba(block) });
+        }
+        if range.count == 1 {
+            return Ok(self.current(range.start.0));
+        }
+        let mut bytes = BytesMut::with_capacity(range.count as usize * BLOCK_BYTES);
+        for block in blocks {
+            bytes.extend_from_slice(&self.current(block));
+        }
+        Ok(bytes.freeze())
+    }
+
+    fn land(&mut self, id: u64, start: u64, blocks: &[Option<Bytes>], durable: bool) {
+        for (block, bytes) in (start..).zip(blocks) {
+            self.read_errors.remove(&block);
+            self.bytes_written += BLOCK_BYTES as u64;
+            if durable {
+                // What the cache held of this block is older, and gone with it.
+                self.cache.remove(&block);
+                match bytes {
+                    Some(bytes) => self.medium.insert(block, bytes.clone()),
+                    None => self.medium.remove(&block),
+                };
+            } else {
+                let bytes = bytes.clone().unwrap_or_else(zero_block);
+                self.cache.entry(block).or_default().push((id, bytes));
+            }
+        }
+    }
+
+    /// Makes durable what completed before the flush was sent. Command numbers grow with the time of sending, so
+    /// a later number may have completed before as well; that it stays volatile is the harder case.
+    fn flush_before(&mut self, id: u64) {
+        let medium = &mut self.medium;
+        self.cache.retain(|block, versions| {
+            let flushed = versions.iter().rposition(|(writer, _)| *writer < id);
+            if let Some(last) = flushed {
+                let (_, bytes) = versions.drain(..=last).next_back().expect("an element at `last`");
+                medium.insert(*block, bytes);
+            }
+            !versions.is_empty()
+        });
+    }
+}
+
+fn zero_block() -> Bytes {
+    Bytes::from_static(&[0; BLOCK_BYTES])
+}
+
+/// Sectors of `new` and `old`, each by the seed.
+fn tear(rng: &mut Rng, old: &Bytes, new: &Bytes, tear_bytes: usize) -> Bytes {
+    let mut torn = BytesMut::from(&old[..]);
+    for offset in (0..BLOCK_BYTES).step_by(tear_bytes) {
+        if rng.chance(1, 2) {
+            torn[offset..offset + tear_bytes].copy_from_slice(&new[offset..offset + tear_bytes]);
+        }
+    }
+    torn.freeze()
+}
+
+/// A drive as one incarnation reaches it.
+struct Handle {
+    drive: Rc<SimDrive>,
+    incarnation: IncarnationId,
+}
+
+fn refused<T: 'static>(error: BlockError) -> Io<T> {
+    Box::pin(std::future::ready(Err(error)))
+}
+
+impl BlockDevice for Handle {
+    fn info(&self) -> DeviceInfo {
+        self.drive.info()
+    }
+
+    fn read(&self, range: LbaRange) -> Io<Bytes> {
+        if let Err(error) = self.drive.check_transfer(range) {
+            return refused(error);
+        }
+        let (giver, bytes) = answer();
+        self.drive
+            .submit(self.incarnation, Kind::Read(range), Reply::Bytes(giver));
+        Box::pin(bytes)
+    }
+
+    fn write(&self, start: Lba, data: Vec<Bytes>, durability: Durability) -> Io<()> {
+        let mut bytes = match <[Bytes; 1]>::try_from(data) {
+            Ok([bytes]) => bytes,
+            Err(pieces) => Bytes::from(pieces.concat()),
+        };
+        if bytes.len() % BLOCK_BYTES != 0 {
+            return refused(BlockError::InvalidLength {
+                bytes: bytes.len() as u64,
+                block_bytes: BLOCK_BYTES as u32,
+            });
+        }
+        let count = (bytes.len() / BLOCK_BYTES) as u64;
+        if let Err(error) = self.drive.check_transfer(LbaRange { start, count }) {
+            return refused(error);
+        }
+        let blocks = (0..count).map(|_| Some(bytes.split_to(BLOCK_BYTES))).collect();
+        self.drive.write(self.incarnation, start.0, blocks, durability)
+    }
+
+    fn write_zeroes(&self, range: LbaRange, _deallocate: bool, durability: Durability) -> Io<()> {
+        if let Err(error) = self.drive.check(range) {
+            return refused(error);
+        }
+        let blocks = (0..range.count).map(|_| None).collect();
+        self.drive
+            .write(self.incarnation, range.start.0, blocks, durability)
+    }
+
+    fn deallocate(&self, ranges: Vec<LbaRange>) -> Io<()> {
+        if let Some(error) = ranges.iter().find_map(|range| self.drive.check(*range).err()) {
+            return refused(error);
+        }
+        let writes: Vec<Io<()>> = ranges
+            .into_iter()
+            .map(|range| self.write_zeroes(range, true, Durability::Cached))
+            .collect();
+        Box::pin(async move {
+            for write in writes {
+                write.await?;
+            }
+            Ok(())
+        })
+    }
+
+    fn flush(&self) -> Io<()> {
+        let (giver, done) = answer();
+        self.drive
+            .submit(self.incarnation, Kind::Flush, Reply::Done(giver));
+        Box::pin(done)
+    }
+}
+
+/// [`Drives`] as one incarnation reaches them.
+pub struct SimDrives {
+    world: Weak<World>,
+    incarnation: IncarnationId,
+}
+
+impl SimDrives {
+    /// Every drive of `world`, with the identity of `incarnation`.
+    #[must_use]
+    pub fn new(world: &Rc<World>, incarnation: IncarnationId) -> Rc<Self> {
+        Rc::new(Self {
+            world: Rc::downgrade(world),
+            incarnation,
+        })
+    }
+}
+
+impl Drives for SimDrives {
+    fn device(&self, drive: DriveId) -> Option<Device> {
+        let drive = self.world.upgrade()?.find_drive(drive)?;
+        let reachable = {
+            let state = drive.state.borrow();
+            state.health != Health::Dead && !state.cut.contains(&self.incarnation)
+        };
+        reachable.then(|| drive.handle(self.incarnation))
+    }
+}

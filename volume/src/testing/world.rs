@@ -1,0 +1,649 @@
+//! The simulated world: one virtual clock, one executor and the drives, shared by every incarnation.
+//!
+//! Everything that happens is either a task being polled or an event at a point of virtual time; the seed picks
+//! among what could happen next. Time passes only when no task can run, so a simulated hour costs nothing and
+//! no test depends on how fast its machine is.
+//!
+//! **Effects** are what outlives a process: a write, flush or deallocate that took effect on a drive, and a
+//! command that the metadata service committed. They are numbered from 1. A harness runs a script once to
+//! count them, and then once per effect with [`World::crash_after`], which stops the world right after that effect,
+//! before anyone hears of it.
+//!
+//! What it does not do: threads, sockets, real time. A task that spins without waiting hangs the test.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, BTreeSet};
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::{Rc, Weak};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, Wake, Waker};
+use std::time::Duration;
+
+use futures_util::future::LocalBoxFuture;
+use weft_proto::id::{DriveId, IncarnationId};
+
+use super::answer::{Answer, answer};
+use super::directory::Metadata;
+use super::drive::{DriveSpec, SimDrive};
+use super::rng::Rng;
+use crate::seams::{Env, Timestamp};
+
+/// Virtual time after which a run that still waits for its condition is taken for hung.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+/// The world stopped because the effect given to [`World::crash_after`] happened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stopped;
+
+/// What becomes of the commands that an incarnation had in flight when it died.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InFlight {
+    /// None of them takes effect.
+    Lost,
+    /// All of them take effect, at once.
+    Landed,
+    /// Each by the seed: lost, landed, partly landed, or still to land later, until the incarnation is
+    /// fenced on that drive (a ghost write).
+    Mixed,
+}
+
+type TaskId = u64;
+
+struct Task {
+    incarnation: IncarnationId,
+    /// `None` while it is being polled.
+    future: Option<LocalBoxFuture<'static, ()>>,
+    polls: u64,
+}
+
+type Event = Box<dyn FnOnce(&Rc<World>)>;
+
+/// What the world knows of one life of an agent.
+struct Life {
+    rng: Rng,
+    dead: bool,
+    /// Stopped by SIGSTOP: its tasks do not run.
+    paused: bool,
+    /// The stretches it was paused for; the end of the last one is `None` while it lasts.
+    pauses: Vec<(Timestamp, Option<Timestamp>)>,
+}
+
+struct Core {
+    now: Timestamp,
+    /// Draws the order of tasks. Devices and incarnations have streams of their own.
+    rng: Rng,
+    tasks: BTreeMap<TaskId, Task>,
+    task_next: TaskId,
+    ready: Vec<TaskId>,
+    events: BTreeMap<(Timestamp, u64), (Option<IncarnationId>, Event)>,
+    event_next: u64,
+    lives: BTreeMap<IncarnationId, Life>,
+    incarnation_next: u64,
+    effects: u64,
+    crash_after: Option<u64>,
+    stopped: bool,
+}
+
+/// See the module. Held by the harness alone; everything else holds it weakly, so that dropping it ends every task.
+pub struct World {
+    this: Weak<Self>,
+    seed: u64,
+    core: RefCell<Core>,
+    woken: Arc<Mutex<Vec<TaskId>>>,
+    drives: RefCell<BTreeMap<DriveId, Rc<SimDrive>>>,
+    pub(super) metadata: RefCell<Metadata>,
+    violations: RefCell<Vec<String>>,
+    trace: Cell<bool>,
+}
+
+impl World {
+    /// An empty world.
+    #[must_use]
+    pub fn new(seed: u64) -> Rc<Self> {
+        Rc::new_cyclic(|this| Self {
+            this: this.clone(),
+            seed,
+            core: RefCell::new(Core {
+                now: Timestamp(1_000_000_000),
+                rng: Rng::new(seed).fork(1),
+                tasks: BTreeMap::new(),
+                task_next: 1,
+                ready: Vec::new(),
+                events: BTreeMap::new(),
+                event_next: 0,
+                lives: BTreeMap::new(),
+                incarnation_next: 1,
+                effects: 0,
+                crash_after: None,
+                stopped: false,
+            }),
+            woken: Arc::default(),
+            drives: RefCell::default(),
+            metadata: RefCell::new(Metadata::new(seed)),
+            violations: RefCell::default(),
+            trace: Cell::new(false),
+        })
+    }
+
+    pub(super) fn this(&self) -> Option<Rc<Self>> {
+        self.this.upgrade()
+    }
+
+    /// The seed it was made with.
+    #[must_use]
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    /// Virtual time.
+    #[must_use]
+    pub fn now(&self) -> Timestamp {
+        self.core.borrow().now
+    }
+
+    // Incarnations.
+
+    /// A new life of an agent.
+    pub fn incarnation(&self) -> IncarnationId {
+        let mut core = self.core.borrow_mut();
+        let id = IncarnationId(core.incarnation_next);
+        core.incarnation_next += 1;
+        let life = Life {
+            rng: Rng::new(self.seed).fork(0x1_0000 + id.0),
+            dead: false,
+            paused: false,
+            pauses: Vec::new(),
+        };
+        core.lives.insert(id, life);
+        id
+    }
+
+    /// Clock, timers, tasks and randomness of `incarnation`.
+    #[must_use]
+    pub fn env(&self, incarnation: IncarnationId) -> Rc<SimEnv> {
+        Rc::new(SimEnv {
+            world: self.this.clone(),
+            incarnation,
+        })
+    }
+
+    /// Kills `incarnation`: its tasks and timers are dropped, and what it had in flight at drives and at the
+    /// metadata service meets the fate `in_flight`.
+    pub fn crash(&self, incarnation: IncarnationId, in_flight: InFlight) {
+        let tasks: Vec<Task> = {
+            let mut core = self.core.borrow_mut();
+            if let Some(life) = core.lives.get_mut(&incarnation) {
+                life.dead = true;
+            }
+            core.stopped = false;
+            core.crash_after = None;
+            let ids: Vec<TaskId> = core
+                .tasks
+                .iter()
+                .filter(|(_, task)| task.incarnation == incarnation)
+                .map(|(id, _)| *id)
+                .collect();
+            core.ready.retain(|id| !ids.contains(id));
+            ids.iter().filter_map(|id| core.tasks.remove(id)).collect()
+        };
+        // Outside of the borrow: what a task owns may call back when it is dropped.
+        drop(tasks);
+        let timers: Vec<_> = {
+            let mut core = self.core.borrow_mut();
+            let keys: Vec<_> = core
+                .events
+                .iter()
+                .filter(|(_, (owner, _))| *owner == Some(incarnation))
+                .map(|(key, _)| *key)
+                .collect();
+            keys.iter().filter_map(|key| core.events.remove(key)).collect()
+        };
+        drop(timers);
+        for drive in self.all_drives() {
+            drive.crash(incarnation, in_flight);
+        }
+        super::directory::crash(self, incarnation, in_flight);
+    }
+
+    /// SIGSTOP: its tasks stop running; what it sent goes on.
+    pub fn pause(&self, incarnation: IncarnationId) {
+        let mut core = self.core.borrow_mut();
+        let now = core.now;
+        let life = core.lives.get_mut(&incarnation).expect("a known incarnation");
+        if !life.paused {
+            life.paused = true;
+            life.pauses.push((now, None));
+        }
+    }
+
+    /// SIGCONT.
+    pub fn resume(&self, incarnation: IncarnationId) {
+        let mut core = self.core.borrow_mut();
+        let now = core.now;
+        let life = core.lives.get_mut(&incarnation).expect("a known incarnation");
+        if life.paused {
+            life.paused = false;
+            if let Some(pause) = life.pauses.last_mut() {
+                pause.1 = Some(now);
+            }
+        }
+    }
+
+    /// Whether `incarnation` has crashed.
+    #[must_use]
+    pub fn is_dead(&self, incarnation: IncarnationId) -> bool {
+        self.core
+            .borrow()
+            .lives
+            .get(&incarnation)
+            .is_none_or(|life| life.dead)
+    }
+
+    /// Whether `incarnation` was stopped at `time`, so that it could send nothing then.
+    pub(super) fn was_paused(&self, incarnation: IncarnationId, time: Timestamp) -> bool {
+        let core = self.core.borrow();
+        core.lives.get(&incarnation).is_some_and(|life| {
+            life.pauses
+                .iter()
+                .any(|(from, to)| *from <= time && to.is_none_or(|to| time < to))
+        })
+    }
+
+    // Drives.
+
+    /// Adds a drive.
+    pub fn add_drive(&self, id: DriveId, spec: DriveSpec) -> Rc<SimDrive> {
+        let drive = SimDrive::new(
+            self.this.clone(),
+            id,
+            spec,
+            Rng::new(self.seed).fork(0x2_0000 + u64::from(id.0)),
+        );
+        self.drives.borrow_mut().insert(id, Rc::clone(&drive));
+        drive
+    }
+
+    /// A drive that was added.
+    ///
+    /// # Panics
+    /// When it was not.
+    #[must_use]
+    pub fn drive(&self, id: DriveId) -> Rc<SimDrive> {
+        self.find_drive(id).expect("a drive that was added")
+    }
+
+    pub(super) fn find_drive(&self, id: DriveId) -> Option<Rc<SimDrive>> {
+        self.drives.borrow().get(&id).cloned()
+    }
+
+    /// All of them, in the order of their ids.
+    #[must_use]
+    pub fn all_drives(&self) -> Vec<Rc<SimDrive>> {
+        self.drives.borrow().values().cloned().collect()
+    }
+
+    // Effects.
+
+    /// How many effects there were.
+    #[must_use]
+    pub fn effects(&self) -> u64 {
+        self.core.borrow().effects
+    }
+
+    /// Stops the world right after effect number `effect`.
+    pub fn crash_after(&self, effect: u64) {
+        self.core.borrow_mut().crash_after = Some(effect);
+    }
+
+    /// Counts one.
+    pub(super) fn effect(&self, what: impl FnOnce() -> String) {
+        let mut core = self.core.borrow_mut();
+        core.effects += 1;
+        if core.crash_after == Some(core.effects) {
+            core.stopped = true;
+        }
+        if self.trace.get() {
+            println!(
+                "{:>10.3} ms effect {}: {}",
+                core.now.0 as f64 / 1e6,
+                core.effects,
+                what()
+            );
+        }
+    }
+
+    /// Prints each effect as it happens: for a person who debugs one seed.
+    pub fn trace_effects(&self, on: bool) {
+        self.trace.set(on);
+    }
+
+    /// Prints a line in the trace, if it is on.
+    pub fn note(&self, what: impl FnOnce() -> String) {
+        if self.trace.get() {
+            println!("{:>10.3} ms {}", self.now().0 as f64 / 1e6, what());
+        }
+    }
+
+    // Violations.
+
+    /// Notes that an invariant was broken. Noted, not panicked, so that all of them print.
+    pub(super) fn violation(&self, what: String) {
+        self.note(|| format!("violation: {what}"));
+        self.violations.borrow_mut().push(what);
+    }
+
+    /// The invariants that were broken so far.
+    #[must_use]
+    pub fn violations(&self) -> Vec<String> {
+        self.violations.borrow().clone()
+    }
+
+    // Running.
+
+    /// Runs until `condition` holds.
+    ///
+    /// # Errors
+    /// [`Stopped`] at the effect given to [`World::crash_after`].
+    ///
+    /// # Panics
+    /// When nothing can run and no event is due, or after ten minutes of virtual time: both with the tasks that wait.
+    pub fn run_until(&self, mut condition: impl FnMut() -> bool) -> Result<(), Stopped> {
+        let give_up = self.now().after(PATIENCE);
+        loop {
+            if self.core.borrow().stopped {
+                return Err(Stopped);
+            }
+            if condition() {
+                return Ok(());
+            }
+            assert!(
+                self.step(),
+                "deadlock (seed {}): {}",
+                self.seed,
+                self.describe_tasks()
+            );
+            assert!(
+                self.now() < give_up,
+                "no progress in {PATIENCE:?} of virtual time (seed {}): {}",
+                self.seed,
+                self.describe_tasks()
+            );
+        }
+    }
+
+    /// Runs `future` as a task of `incarnation` until it ends.
+    ///
+    /// # Errors
+    /// [`Stopped`] at the effect given to [`World::crash_after`].
+    ///
+    /// # Panics
+    /// As [`World::run_until`].
+    pub fn block_on<T: 'static>(
+        &self,
+        incarnation: IncarnationId,
+        future: impl Future<Output = T> + 'static,
+    ) -> Result<T, Stopped> {
+        let running = self.start(incarnation, future);
+        self.run_until(|| running.is_done())?;
+        Ok(running.take().expect("the task ended"))
+    }
+
+    /// Starts `future` as a task of `incarnation`, to be waited for with [`World::run_until`].
+    pub fn start<T: 'static>(
+        &self,
+        incarnation: IncarnationId,
+        future: impl Future<Output = T> + 'static,
+    ) -> Running<T> {
+        let (giver, result) = answer();
+        self.spawn(incarnation, Box::pin(async move { giver.give(future.await) }));
+        Running(result)
+    }
+
+    /// Lets `duration` of virtual time pass.
+    ///
+    /// # Errors
+    /// [`Stopped`] at the effect given to [`World::crash_after`].
+    pub fn run_for(&self, duration: Duration) -> Result<(), Stopped> {
+        let deadline = self.now().after(duration);
+        // So that there is something to wait for when nothing else is due.
+        self.at(deadline, None, |_| {});
+        self.run_until(|| self.now() >= deadline)
+    }
+
+    /// Does one thing; false when there is nothing to do.
+    fn step(&self) -> bool {
+        let next = {
+            let mut guard = self.core.borrow_mut();
+            let core = &mut *guard;
+            let woken = std::mem::take(&mut *self.woken.lock().unwrap_or_else(PoisonError::into_inner));
+            for id in woken {
+                if core.tasks.contains_key(&id) && !core.ready.contains(&id) {
+                    core.ready.push(id);
+                }
+            }
+            let runnable: Vec<usize> = (0..core.ready.len())
+                .filter(|index| {
+                    let incarnation = core.tasks[&core.ready[*index]].incarnation;
+                    !core.lives.get(&incarnation).is_some_and(|life| life.paused)
+                })
+                .collect();
+            if runnable.is_empty() {
+                None
+            } else {
+                let id = core.ready.swap_remove(runnable[core.rng.index(runnable.len())]);
+                let task = core.tasks.get_mut(&id).expect("only live tasks are ready");
+                task.polls += 1;
+                task.future.take().map(|future| (id, future))
+            }
+        };
+        if let Some((id, future)) = next {
+            self.poll(id, future);
+            return true;
+        }
+        let event = {
+            let mut core = self.core.borrow_mut();
+            let Some(((time, _), (_, event))) = core.events.pop_first() else {
+                return false;
+            };
+            core.now = core.now.max(time);
+            event
+        };
+        if let Some(this) = self.this.upgrade() {
+            event(&this);
+        }
+        true
+    }
+
+    fn poll(&self, id: TaskId, mut future: LocalBoxFuture<'static, ()>) {
+        let waker = Waker::from(Arc::new(TaskWaker {
+            id,
+            woken: Arc::clone(&self.woken),
+        }));
+        let poll = future.as_mut().poll(&mut Context::from_waker(&waker));
+        let ended = {
+            let mut core = self.core.borrow_mut();
+            match (poll, core.tasks.get_mut(&id)) {
+                (Poll::Pending, Some(task)) => {
+                    task.future = Some(future);
+                    None
+                }
+                // Done, or its incarnation was crashed from inside the poll.
+                _ => {
+                    core.tasks.remove(&id);
+                    Some(future)
+                }
+            }
+        };
+        drop(ended);
+    }
+
+    fn describe_tasks(&self) -> String {
+        let core = self.core.borrow();
+        let tasks: Vec<String> = core
+            .tasks
+            .iter()
+            .map(|(id, task)| format!("task {id} of {} (polled {} times)", task.incarnation, task.polls))
+            .collect();
+        format!(
+            "at {:.3} ms, after {} effects, waiting: [{}]",
+            core.now.0 as f64 / 1e6,
+            core.effects,
+            tasks.join(", ")
+        )
+    }
+
+    fn spawn(&self, incarnation: IncarnationId, future: LocalBoxFuture<'static, ()>) {
+        let mut core = self.core.borrow_mut();
+        if core.lives.get(&incarnation).is_none_or(|life| life.dead) {
+            drop(core);
+            drop(future);
+            return;
+        }
+        let id = core.task_next;
+        core.task_next += 1;
+        let task = Task {
+            incarnation,
+            future: Some(future),
+            polls: 0,
+        };
+        core.tasks.insert(id, task);
+        core.ready.push(id);
+    }
+
+    /// Does `event` at `time`; unless `owner` has crashed by then.
+    pub(super) fn at(
+        &self,
+        time: Timestamp,
+        owner: Option<IncarnationId>,
+        event: impl FnOnce(&Rc<Self>) + 'static,
+    ) -> (Timestamp, u64) {
+        let mut core = self.core.borrow_mut();
+        let key = (time, core.event_next);
+        core.event_next += 1;
+        core.events.insert(key, (owner, Box::new(event)));
+        key
+    }
+
+    fn cancel(&self, key: (Timestamp, u64)) {
+        let event = self.core.borrow_mut().events.remove(&key);
+        drop(event);
+    }
+
+    /// The incarnations that have not crashed.
+    #[must_use]
+    pub fn living(&self) -> BTreeSet<IncarnationId> {
+        let core = self.core.borrow();
+        core.lives
+            .iter()
+            .filter(|(_, life)| !life.dead)
+            .map(|(id, _)| *id)
+            .collect()
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        // Tasks and events first, while the rest still stands.
+        let tasks = std::mem::take(&mut self.core.get_mut().tasks);
+        drop(tasks);
+        let events = std::mem::take(&mut self.core.get_mut().events);
+        drop(events);
+    }
+}
+
+/// A task that was started and whose result is wanted.
+pub struct Running<T>(Answer<T>);
+
+impl<T> Running<T> {
+    /// Whether it has ended and its result was not yet taken.
+    #[must_use]
+    pub fn is_done(&self) -> bool {
+        self.0.is_given()
+    }
+
+    /// Its result, once.
+    #[must_use]
+    pub fn take(&self) -> Option<T> {
+        self.0.take()
+    }
+}
+
+struct TaskWaker {
+    id: TaskId,
+    woken: Arc<Mutex<Vec<TaskId>>>,
+}
+
+impl Wake for TaskWaker {
+    fn wake(self: Arc<Self>) {
+        self.woken
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(self.id);
+    }
+}
+
+/// [`Env`] of one incarnation.
+pub struct SimEnv {
+    world: Weak<World>,
+    incarnation: IncarnationId,
+}
+
+impl Env for SimEnv {
+    fn now(&self) -> Timestamp {
+        self.world.upgrade().map_or(Timestamp(0), |world| world.now())
+    }
+
+    fn sleep_until(&self, deadline: Timestamp) -> LocalBoxFuture<'static, ()> {
+        let Some(world) = self.world.upgrade() else {
+            return Box::pin(std::future::pending());
+        };
+        let (giver, wakeup) = answer();
+        // A paused process notices late, never early: the task simply does not run.
+        let deadline = deadline.max(world.now());
+        let key = world.at(deadline, Some(self.incarnation), move |_| giver.give(()));
+        Box::pin(Sleep {
+            world: self.world.clone(),
+            key,
+            wakeup,
+        })
+    }
+
+    fn spawn(&self, task: LocalBoxFuture<'static, ()>) {
+        if let Some(world) = self.world.upgrade() {
+            world.spawn(self.incarnation, task);
+        }
+    }
+
+    fn random_u64(&self) -> u64 {
+        self.world.upgrade().map_or(0, |world| {
+            let mut core = world.core.borrow_mut();
+            core.lives
+                .get_mut(&self.incarnation)
+                .map_or(0, |life| life.rng.next_u64())
+        })
+    }
+}
+
+struct Sleep {
+    world: Weak<World>,
+    key: (Timestamp, u64),
+    wakeup: Answer<()>,
+}
+
+impl Future for Sleep {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        Pin::new(&mut self.wakeup).poll(cx)
+    }
+}
+
+impl Drop for Sleep {
+    fn drop(&mut self) {
+        // A timer nobody waits for must not keep the world from noticing a deadlock.
+        if let Some(world) = self.world.upgrade() {
+            world.cancel(self.key);
+        }
+    }
+}
