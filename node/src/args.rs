@@ -31,6 +31,9 @@ pub(crate) enum Command {
         /// The configuration file (TOML).
         #[arg(long)]
         config: PathBuf,
+        /// End when standard input does: so that agents do not outlive whoever started them.
+        #[arg(long, hide = true)]
+        exit_with_stdin: bool,
     },
     /// Make a new cluster of one running agent and the drives in its configuration.
     Init {

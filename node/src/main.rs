@@ -1,6 +1,5 @@
-//! `weft`: the agent of one server and the command line of the cluster.
+//! `weft`: see the library.
 
-mod args;
-mod config;
-
-fn main() {}
+fn main() -> std::process::ExitCode {
+    weft_node::main()
+}

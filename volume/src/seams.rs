@@ -136,24 +136,20 @@ pub enum DirectoryError {
     Unavailable,
 }
 
-/// The fencing contract: what a takeover needs of one drive. NVMe reservations implement it (`node` over
-/// `initiator` for remote drives, over `target` for the local ones).
+/// The fencing contract: what ownership needs of one drive, in the name of one incarnation. NVMe reservations
+/// implement it (`node` over `initiator` for remote drives, over `target` for the local ones).
 ///
-/// Drives hold a *Write Exclusive – All Registrants* reservation, persistent through power loss.
+/// Drives hold a *Write Exclusive – All Registrants* reservation, persistent through power loss where they can.
 pub trait Fencing {
     /// Registers this incarnation, once per drive. Never called again for the same drive by the same
     /// incarnation: a missing registration means fenced.
-    fn register(
-        &self,
-        drive: DriveId,
-        key: ReservationKey,
-    ) -> LocalBoxFuture<'static, Result<(), FenceError>>;
+    fn register(&self, own: ReservationKey) -> LocalBoxFuture<'static, Result<(), FenceError>>;
     /// Who is registered, and whether the reservation is in force.
-    fn report(&self, drive: DriveId) -> LocalBoxFuture<'static, Result<ReservationReport, FenceError>>;
+    fn report(&self) -> LocalBoxFuture<'static, Result<ReservationReport, FenceError>>;
     /// Removes `victim` and completes only when none of its commands is left in execution on the drive.
     fn preempt_and_abort(
         &self,
-        drive: DriveId,
+        own: ReservationKey,
         victim: ReservationKey,
     ) -> LocalBoxFuture<'static, Result<(), FenceError>>;
 }

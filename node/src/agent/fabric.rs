@@ -18,7 +18,7 @@ use tokio::time::timeout;
 use weft_block::Device;
 use weft_proto::id::{DriveId, HostId, IncarnationId};
 use weft_volume::seams::{
-    Drives, Env, FenceError, Lease, ReservationKey, ReservationReport, Timestamp,
+    Drives, Env, FenceError, Fencing, Lease, ReservationKey, Timestamp,
 };
 
 /// How often an incarnation looks for its registration on each drive (design section 5).
@@ -29,19 +29,9 @@ const FENCE_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// How one drive is reached: through its own server's guard or over the fabric. Both check every command
 /// against the drive's reservations.
-pub(crate) trait Reach {
+pub(crate) trait Reach: Fencing {
     /// `None` while it cannot be reached.
     fn device(&self) -> Option<Device>;
-    /// Registers this incarnation.
-    fn register(&self, key: ReservationKey) -> LocalBoxFuture<'static, Result<(), FenceError>>;
-    /// The Reservation Report.
-    fn report(&self) -> LocalBoxFuture<'static, Result<ReservationReport, FenceError>>;
-    /// Preempt and Abort of `victim`, in the name of `own`.
-    fn preempt_and_abort(
-        &self,
-        own: ReservationKey,
-        victim: ReservationKey,
-    ) -> LocalBoxFuture<'static, Result<(), FenceError>>;
 }
 
 /// The identity of this incarnation towards drives.

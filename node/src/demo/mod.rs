@@ -4,7 +4,6 @@
 //! data only through sockets. While its reads and writes are outstanding a storage node and then the owner get
 //! SIGKILL; the volume moves; a node is added; all agents are killed at once and restarted. Every byte is compared.
 
-mod agents;
 mod host;
 mod input;
 mod load;
@@ -25,7 +24,8 @@ use weft_proto::grpc::admin::{InitRequest, JoinRequest};
 use weft_proto::units::Lba;
 
 use crate::args::DemoArgs;
-use agents::Agents;
+use crate::config::EngineConfig;
+use crate::local_cluster::{Agents, Options};
 use host::Host;
 use input::Input;
 use load::{Load, Probe};
@@ -101,7 +101,15 @@ async fn demo(args: &DemoArgs, report: &mut Report, json: bool) -> anyhow::Resul
         Some(path) => Folder::Given(path.clone()),
         None => Folder::Temporary(tempfile::Builder::new().prefix("weft-demo-").tempdir().context("make a temporary folder")?),
     };
-    let mut agents = Agents::new(folder.path(), args.keep, args.drives, args.drive_size)?;
+    let options = Options {
+        program: std::env::current_exe().context("find this program")?,
+        keep: args.keep,
+        drives: args.drives,
+        drive_bytes: args.drive_size,
+        engine: EngineConfig::default(),
+        first_address: None,
+    };
+    let mut agents = Agents::new(folder.path(), options)?;
     say(json, &format!("{} nodes with {} drives each in {}", args.nodes, args.drives, folder.path().display()));
     for _ in 0..args.nodes {
         agents.add()?;

@@ -1,5 +1,5 @@
-//! The demo's agents: real processes of this same program, each with its own loopback address, data folder
-//! and drive files.
+//! Agents on one machine: real processes, each with its own loopback address, data folder and drive files. What the
+//! demo, the cluster tests and the guest tests stand on.
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
@@ -12,8 +12,9 @@ use crate::config::{Config, DriveConfig, EngineConfig};
 
 /// One agent, running or not.
 #[derive(Debug)]
-pub(crate) struct Agent {
-    pub(crate) config: Config,
+pub struct Agent {
+    /// As its file says.
+    pub config: Config,
     config_path: PathBuf,
     log_path: PathBuf,
     child: Option<Child>,
@@ -21,13 +22,30 @@ pub(crate) struct Agent {
 
 /// All agents of the demo and the folder they live in.
 #[derive(Debug)]
-pub(crate) struct Agents {
+pub struct Agents {
     folder: PathBuf,
     subnet: [u8; 3],
-    keep: bool,
-    drives: u32,
-    drive_bytes: u64,
-    pub(crate) list: Vec<Agent>,
+    options: Options,
+    /// By index, in the order they were added.
+    pub list: Vec<Agent>,
+}
+
+/// What the agents are made of.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The `weft` program.
+    pub program: PathBuf,
+    /// Leave the agents running when this process ends.
+    pub keep: bool,
+    /// Drive files of each node.
+    pub drives: u32,
+    /// Bytes of each drive file (sparse).
+    pub drive_bytes: u64,
+    /// As in the configuration.
+    pub engine: EngineConfig,
+    /// The address of the first node instead of one from the chosen subnet: a guest's way to this machine ends
+    /// at 127.0.0.1. Its ports are free ones then.
+    pub first_address: Option<Ipv4Addr>,
 }
 
 impl Agents {
@@ -35,49 +53,53 @@ impl Agents {
     ///
     /// # Errors
     /// All candidates are taken.
-    pub(crate) fn new(folder: &Path, keep: bool, drives: u32, drive_bytes: u64) -> anyhow::Result<Self> {
+    pub fn new(folder: &Path, options: Options) -> anyhow::Result<Self> {
         for attempt in 0..64_u32 {
             let mix = std::process::id().wrapping_mul(2_654_435_761).wrapping_add(attempt * 7919);
             let subnet = [127, 64 + (mix % 128) as u8, ((mix >> 8) % 250) as u8];
             let probe = Ipv4Addr::new(subnet[0], subnet[1], subnet[2], 1);
             let free = [7420, 4420, 8009, 9420].iter().all(|port| TcpListener::bind((probe, *port)).is_ok());
             if free {
-                return Ok(Self { folder: folder.to_owned(), subnet, keep, drives, drive_bytes, list: Vec::new() });
+                return Ok(Self { folder: folder.to_owned(), subnet, options, list: Vec::new() });
             }
         }
-        bail!("no free loopback subnet found for the demo's agents")
+        bail!("no free loopback subnet found for the agents")
     }
 
     /// Makes the files of one more node and starts its agent. Returns its index.
     ///
     /// # Errors
     /// The files cannot be made or the process cannot be started.
-    pub(crate) fn add(&mut self) -> anyhow::Result<usize> {
+    pub fn add(&mut self) -> anyhow::Result<usize> {
         let index = self.list.len();
         let name = format!("n{}", index + 1);
         let host = u8::try_from(index + 1).context("too many nodes")?;
-        let address = |port| {
-            SocketAddr::from((Ipv4Addr::new(self.subnet[0], self.subnet[1], self.subnet[2], host), port))
+        let [a, b, c] = self.subnet;
+        let own = Ipv4Addr::new(a, b, c, host);
+        let addresses = match self.options.first_address.filter(|_| index == 0) {
+            Some(address) => free_ports(address)?,
+            None => [7420, 4420, 8009, 9420].map(|port| SocketAddr::from((own, port))),
         };
+        let [control_listen, nvme_listen, discovery_listen, metrics_listen] = addresses;
         let folder = self.folder.join(&name);
         fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
         let mut drives = Vec::new();
-        for drive in 1..=self.drives {
+        for drive in 1..=self.options.drives {
             let path = folder.join(format!("drive{drive}.img"));
             let file = fs::File::create(&path).with_context(|| format!("create {}", path.display()))?;
-            file.set_len(self.drive_bytes).with_context(|| format!("size {}", path.display()))?;
+            file.set_len(self.options.drive_bytes).with_context(|| format!("size {}", path.display()))?;
             drives.push(DriveConfig { path, class: "tlc".to_owned() });
         }
         let config = Config {
             name,
             rack: "rack1".to_owned(),
             data_dir: folder.join("data"),
-            control_listen: address(7420),
-            nvme_listen: address(4420),
-            discovery_listen: address(8009),
-            metrics_listen: address(9420),
+            control_listen,
+            nvme_listen,
+            discovery_listen,
+            metrics_listen,
             drives,
-            engine: EngineConfig::default(),
+            engine: self.options.engine.clone(),
         };
         let config_path = folder.join("agent.toml");
         fs::write(&config_path, toml::to_string(&config).context("write configuration")?)
@@ -91,8 +113,9 @@ impl Agents {
     ///
     /// # Errors
     /// It runs already, or the process cannot be started.
-    pub(crate) fn start(&mut self, index: usize) -> anyhow::Result<()> {
-        let keep = self.keep;
+    pub fn start(&mut self, index: usize) -> anyhow::Result<()> {
+        let keep = self.options.keep;
+        let program = self.options.program.clone();
         let agent = &mut self.list[index];
         ensure!(agent.child.is_none(), "agent {} runs already", agent.config.name);
         let log = fs::OpenOptions::new()
@@ -100,7 +123,6 @@ impl Agents {
             .append(true)
             .open(&agent.log_path)
             .with_context(|| format!("open {}", agent.log_path.display()))?;
-        let program = std::env::current_exe().context("find this program")?;
         let mut command = Command::new(program);
         command.arg("agent").arg("--config").arg(&agent.config_path);
         command.stdout(Stdio::null()).stderr(log);
@@ -118,7 +140,7 @@ impl Agents {
     ///
     /// # Errors
     /// It does not run.
-    pub(crate) fn kill(&mut self, index: usize) -> anyhow::Result<()> {
+    pub fn kill(&mut self, index: usize) -> anyhow::Result<()> {
         let agent = &mut self.list[index];
         let mut child = agent.child.take().with_context(|| format!("agent {} does not run", agent.config.name))?;
         child.kill().with_context(|| format!("kill agent {}", agent.config.name))?;
@@ -127,7 +149,7 @@ impl Agents {
     }
 
     /// Names an agent that ended by itself, with the last lines of its log.
-    pub(crate) fn first_dead(&mut self) -> Option<String> {
+    pub fn first_dead(&mut self) -> Option<String> {
         self.list.iter_mut().find_map(|agent| {
             let status = agent.child.as_mut()?.try_wait().ok()??;
             Some(format!("agent {} ended with {status}; its log ends:\n{}", agent.config.name, agent.log_tail(12)))
@@ -135,24 +157,24 @@ impl Agents {
     }
 
     /// Position of a node by name.
-    pub(crate) fn index_of(&self, name: &str) -> Option<usize> {
+    pub fn index_of(&self, name: &str) -> Option<usize> {
         self.list.iter().position(|agent| agent.config.name == name)
     }
 
     /// Control addresses of all agents.
-    pub(crate) fn control_addresses(&self) -> Vec<String> {
+    pub fn control_addresses(&self) -> Vec<String> {
         self.list.iter().map(|agent| agent.config.control_listen.to_string()).collect()
     }
 }
 
 impl Agent {
     /// Whether the process has been started and not been killed.
-    pub(crate) fn runs(&self) -> bool {
+    pub fn runs(&self) -> bool {
         self.child.is_some()
     }
 
     /// Where the agent's log is.
-    pub(crate) fn log_path(&self) -> &Path {
+    pub fn log_path(&self) -> &Path {
         &self.log_path
     }
 
@@ -163,9 +185,20 @@ impl Agent {
     }
 }
 
+/// Four free ports of an address.
+fn free_ports(address: Ipv4Addr) -> anyhow::Result<[SocketAddr; 4]> {
+    // All four are held until all are known, so that they differ.
+    let listeners = [0; 4].map(|port| TcpListener::bind((address, port)));
+    let mut addresses = [SocketAddr::from((address, 0)); 4];
+    for (listener, found) in listeners.into_iter().zip(&mut addresses) {
+        *found = listener.and_then(|listener| listener.local_addr()).context("find a free port")?;
+    }
+    Ok(addresses)
+}
+
 impl Drop for Agents {
     fn drop(&mut self) {
-        if self.keep {
+        if self.options.keep {
             return;
         }
         for agent in &mut self.list {
