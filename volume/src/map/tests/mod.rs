@@ -1,4 +1,5 @@
 //! The page map as a whole, over a store in memory.
 
+mod bytes;
 mod memory;
 mod model;
