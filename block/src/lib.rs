@@ -30,6 +30,7 @@ pub mod buffer;
 pub mod counted;
 pub mod drive;
 pub mod faulty;
+pub mod label;
 pub mod memory;
 pub mod metrics;
 pub mod testing;

@@ -84,6 +84,28 @@ impl ChunkSize {
     }
 }
 
+/// What a drive is made of, as far as placement and the shape of writes care. On its label.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DriveClass {
+    /// Storage-class memory or similar: narrow stripes.
+    Scm,
+    /// Triple-level cell flash: the default.
+    Tlc,
+    /// Quad-level cell flash: large and sequential.
+    Qlc,
+}
+
+impl std::fmt::Display for DriveClass {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Scm => "scm",
+            Self::Tlc => "tlc",
+            Self::Qlc => "qlc",
+        })
+    }
+}
+
 /// One column of a band: a chunk on a drive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ChunkAddress {
