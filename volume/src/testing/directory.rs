@@ -345,28 +345,29 @@ impl Metadata {
                 current: volume.root_version,
             });
         }
-        match recovered {
-            Some((recovered, ended_at)) => {
-                if volume.serving != Some(update.epoch) {
-                    if recovered != volume.serving {
-                        world.violation(format!(
-                            "{} ends {recovered:?}, but {:?} is to be recovered",
-                            update.epoch, volume.serving
-                        ));
-                    }
-                    if let Some(recovered) = recovered {
-                        volume.ended.push((recovered, ended_at));
-                    }
-                    volume.serving = Some(update.epoch);
-                }
-            }
-            None if volume.serving != Some(update.epoch) => {
+        if volume.serving != Some(update.epoch) {
+            let Some((recovered, ended_at)) = recovered else {
+                // Refused as well: nothing of this epoch counts yet.
+                let current = volume.root_version;
                 world.violation(format!(
                     "{} publishes a root before its takeover is finished",
                     update.epoch
                 ));
+                return Err(DirectoryError::RootConflict {
+                    expected: update.expected_version,
+                    current,
+                });
+            };
+            if recovered != volume.serving {
+                world.violation(format!(
+                    "{} ends {recovered:?}, but {:?} is to be recovered",
+                    update.epoch, volume.serving
+                ));
             }
-            None => {}
+            if let Some(recovered) = recovered {
+                volume.ended.push((recovered, ended_at));
+            }
+            volume.serving = Some(update.epoch);
         }
         volume.root_version += 1;
         volume.root = Some(update.root);

@@ -18,3 +18,6 @@ pub mod rng;
 pub mod world;
 
 pub use world::World;
+
+#[cfg(test)]
+mod tests;
