@@ -2,4 +2,9 @@
 //!
 //! - [`state`]: what the cluster agrees on, pure and deterministic.
 
+pub mod envelope;
+mod log;
+pub mod metrics;
+mod raft;
 pub mod state;
+mod store;
