@@ -17,8 +17,8 @@ use super::run::RunDescriptor;
 use super::slot::Cell;
 use super::store::{MapBlock, MapError};
 
-/// Blocks handed to the store at once.
-pub(crate) const APPEND_BLOCKS: usize = 64;
+/// Blocks handed to the store at once. Few in tests, so that short runs take several batches.
+pub(crate) const APPEND_BLOCKS: usize = if cfg!(test) { 3 } else { 64 };
 
 /// The references of the blocks that unfinished runs have already written: they keep bands from being freed.
 pub(crate) type PendingCounts = Rc<RefCell<BandCounts>>;

@@ -33,14 +33,22 @@ enum Logged {
     Zero(u64, u64, Sequence),
 }
 
-/// A write that has its sequence and place and is not visible yet.
+/// A write, trim or copy that has its sequence and is not visible yet.
 struct InFlight {
-    lba: u64,
-    entry: MapEntry,
+    logged: Logged,
     /// Set for a compaction copy: what was looked up, and when.
     copy_of: Option<(MapEntry, Generation)>,
     /// The lowest sequence that may follow in the log because of it.
     since: u64,
+}
+
+impl InFlight {
+    fn band(&self) -> Option<BandId> {
+        match self.logged {
+            Logged::Block(_, entry) => Some(entry.band),
+            Logged::Zero(..) => None,
+        }
+    }
 }
 
 /// What a crash falls back to.
@@ -74,6 +82,21 @@ fn sequence(counter: u64) -> Sequence {
     Sequence {
         epoch: Epoch(3),
         counter,
+    }
+}
+
+fn replay(map: &PageMap, logged: Logged) {
+    match logged {
+        Logged::Block(lba, entry) => {
+            map.insert(Lba(lba), entry);
+        }
+        Logged::Zero(start, count, sequence) => map.zero_range(
+            LbaRange {
+                start: Lba(start),
+                count,
+            },
+            sequence,
+        ),
     }
 }
 
@@ -158,44 +181,46 @@ impl World {
         let sequence = self.next_sequence();
         let entry = self.place(lba, sequence);
         self.in_flight.push(InFlight {
-            lba,
-            entry,
+            logged: Logged::Block(lba, entry),
+            copy_of: None,
+            since: sequence.counter,
+        });
+    }
+
+    fn begin_zero(&mut self, start: u64, count: u64) {
+        let sequence = self.next_sequence();
+        self.in_flight.push(InFlight {
+            logged: Logged::Zero(start, count, sequence),
             copy_of: None,
             since: sequence.counter,
         });
     }
 
     fn complete(&mut self, index: usize) {
-        let write = self.in_flight.swap_remove(index);
-        self.log.push(Logged::Block(write.lba, write.entry));
-        match write.copy_of {
-            Some((expected, seen)) => {
-                self.map.relocate(Lba(write.lba), &expected, write.entry, seen);
+        let done = self.in_flight.swap_remove(index);
+        self.log.push(done.logged);
+        match (done.logged, done.copy_of) {
+            (Logged::Block(lba, entry), Some((expected, seen))) => {
+                self.map.relocate(Lba(lba), &expected, entry, seen);
             }
-            None => {
-                self.map.insert(Lba(write.lba), write.entry);
-                self.enter(write.lba, write.entry.sequence, true);
+            (logged, _) => {
+                replay(&self.map, logged);
+                self.enter(logged);
             }
         }
     }
 
-    fn enter(&mut self, lba: u64, sequence: Sequence, data: bool) {
-        let found = self.model.entry(lba).or_insert((sequence, data));
-        if found.0 <= sequence {
-            *found = (sequence, data);
-        }
-    }
-
-    fn zero(&mut self, start: u64, count: u64) {
-        let sequence = self.next_sequence();
-        let range = LbaRange {
-            start: Lba(start),
-            count,
+    /// Makes the model see what has become visible.
+    fn enter(&mut self, logged: Logged) {
+        let (start, end, sequence, data) = match logged {
+            Logged::Block(lba, entry) => (lba, lba + 1, entry.sequence, true),
+            Logged::Zero(start, count, sequence) => (start, (start + count).min(LBAS), sequence, false),
         };
-        self.map.zero_range(range, sequence);
-        self.log.push(Logged::Zero(start, count, sequence));
-        for lba in start..(start + count).min(LBAS) {
-            self.enter(lba, sequence, false);
+        for lba in start..end {
+            let found = self.model.entry(lba).or_insert((sequence, data));
+            if found.0 <= sequence {
+                *found = (sequence, data);
+            }
         }
     }
 
@@ -207,8 +232,7 @@ impl World {
         let since = self.counter;
         let entry = self.place(lba, found.sequence);
         self.in_flight.push(InFlight {
-            lba,
-            entry,
+            logged: Logged::Block(lba, entry),
             copy_of: Some((found, seen)),
             since,
         });
@@ -252,6 +276,54 @@ impl World {
             self.map.forget(band);
             self.freed.insert(band);
         }
+        self.check_root();
+    }
+
+    fn load_published(&self) -> Rc<PageMap> {
+        let payload = self.published.payload.concat();
+        let head = RootHead::read(&payload, Some(IDENTITY)).unwrap();
+        let loaded = run(head.load(&*self.store.handle())).unwrap();
+        PageMap::load(IDENTITY, self.store.handle(), self.settings, &loaded.map)
+    }
+
+    /// No committed root refers to a band that is freed, even without the log.
+    fn check_root(&self) {
+        let map = self.load_published();
+        for lba in 0..LBAS {
+            if let Mapping::Data(entry) = run(map.lookup(Lba(lba))).unwrap() {
+                assert_eq!(
+                    self.disk.get(&(entry.band, entry.row)),
+                    Some(&(lba, entry.sequence)),
+                    "the root's {lba}"
+                );
+            }
+        }
+    }
+
+    /// With everything in one run, the counts of bands are exact.
+    fn check_counts(&mut self) {
+        self.checkpoint(false, true);
+        self.checkpoint(false, true);
+        run(self.map.merge_all(sequence(self.floor))).unwrap();
+        let mut live: BTreeMap<BandId, u64> = BTreeMap::new();
+        for lba in 0..LBAS {
+            if let Mapping::Data(entry) = run(self.map.lookup(Lba(lba))).unwrap() {
+                *live.entry(entry.band).or_default() += 1;
+            }
+        }
+        for band in self.bands().into_iter().filter(|band| band.0 < MAP_BANDS) {
+            let exact = live.get(&band).copied().unwrap_or(0);
+            assert_eq!(self.map.counted(band), exact, "{band}");
+        }
+        let stats = self.map.stats();
+        assert_eq!((stats.runs <= 1, stats.moved_blocks), (true, 0));
+        let pages: u64 = self
+            .store
+            .bands()
+            .into_iter()
+            .map(|band| self.map.counted(band))
+            .sum();
+        assert_eq!(pages, stats.run_blocks);
     }
 
     fn bands(&self) -> Vec<BandId> {
@@ -266,7 +338,7 @@ impl World {
     fn is_written(&self, band: BandId) -> bool {
         band == BandId(self.user_band)
             || band == self.store.open_band()
-            || self.in_flight.iter().any(|write| write.entry.band == band)
+            || self.in_flight.iter().any(|write| write.band() == Some(band))
             || self.log[self.frozen_at..]
                 .iter()
                 .any(|logged| matches!(logged, Logged::Block(_, entry) if entry.band == band))
@@ -328,37 +400,23 @@ impl World {
     fn crash(&mut self, order: u64) {
         for (index, write) in std::mem::take(&mut self.in_flight).into_iter().enumerate() {
             if order >> (index % 64) & 1 == 1 {
-                self.log.push(Logged::Block(write.lba, write.entry));
+                self.log.push(write.logged);
                 if write.copy_of.is_none() {
-                    self.enter(write.lba, write.entry.sequence, true);
+                    self.enter(write.logged);
                 }
             }
         }
-        let payload = self.published.payload.concat();
-        let head = RootHead::read(&payload, Some(IDENTITY)).unwrap();
-        let loaded = run(head.load(&*self.store.handle())).unwrap();
-        self.map = PageMap::load(IDENTITY, self.store.handle(), self.settings, &loaded.map);
-        let mut replay = self.log[self.published.log_start..].to_vec();
+        self.map = self.load_published();
+        let mut stripes = self.log[self.published.log_start..].to_vec();
         let mut random = order | 1;
-        for index in (1..replay.len()).rev() {
+        for index in (1..stripes.len()).rev() {
             random = random
                 .wrapping_mul(6_364_136_223_846_793_005)
                 .wrapping_add(1_442_695_040_888_963_407);
-            replay.swap(index, (random >> 33) as usize % (index + 1));
+            stripes.swap(index, (random >> 33) as usize % (index + 1));
         }
-        for logged in replay {
-            match logged {
-                Logged::Block(lba, entry) => {
-                    self.map.insert(Lba(lba), entry);
-                }
-                Logged::Zero(start, count, sequence) => self.map.zero_range(
-                    LbaRange {
-                        start: Lba(start),
-                        count,
-                    },
-                    sequence,
-                ),
-            }
+        for logged in stripes {
+            replay(&self.map, logged);
         }
         self.frozen_at = self.published.log_start;
         self.frozen_floor = 0;
@@ -409,7 +467,7 @@ impl World {
 enum Op {
     Write { start: u64, count: u64, leave: u64 },
     Complete(u64),
-    Zero { start: u64, count: u64 },
+    Zero { start: u64, count: u64, wait: bool },
     BeginCopy(u64),
     Freeze,
     Checkpoint { fail: bool, fresh: bool },
@@ -426,8 +484,8 @@ fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         8 => (0..LBAS, 1u64..160, 0u64..3).prop_map(|(start, count, leave)| Op::Write { start, count, leave }),
         3 => any::<u64>().prop_map(Op::Complete),
-        2 => (0..LBAS, 1u64..40).prop_map(|(start, count)| Op::Zero { start, count }),
-        1 => (0..LBAS, Just(1u64 << 50)).prop_map(|(start, count)| Op::Zero { start, count }),
+        3 => (0..LBAS, prop_oneof![3 => 1u64..40, 1 => Just(1u64 << 50)], any::<bool>())
+            .prop_map(|(start, count, wait)| Op::Zero { start, count, wait }),
         2 => (0..LBAS).prop_map(Op::BeginCopy),
         2 => Just(Op::Freeze),
         5 => (prop::bool::weighted(0.1), prop::bool::weighted(0.8))
@@ -456,7 +514,12 @@ fn apply(world: &mut World, op: Op) {
             world.complete(index as usize % world.in_flight.len());
         }
         Op::Complete(_) => {}
-        Op::Zero { start, count } => world.zero(start, count),
+        Op::Zero { start, count, wait } => {
+            world.begin_zero(start, count);
+            if !wait {
+                world.complete(world.in_flight.len() - 1);
+            }
+        }
         Op::BeginCopy(lba) => {
             world.begin_copy(lba);
         }
@@ -496,6 +559,8 @@ proptest! {
         prop_assert!(stats.cache.resident_bytes <= cache_pages * crate::map::cache::CACHED_PAGE_BYTES);
         // What a crash leaves is the same volume.
         world.crash(1);
+        world.check();
+        world.check_counts();
         world.check();
     }
 }
