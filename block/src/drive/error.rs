@@ -76,9 +76,10 @@ pub enum GoneReason {
         /// As the kernel gave it.
         errno: i32,
     },
-    /// The file is shorter than it was when it was opened.
-    #[error("the file was truncated from {expected} to {bytes} bytes")]
-    Truncated {
+    /// The drive is shorter than it was when it was opened: a file was truncated, a device was pulled (and
+    /// has 0 bytes then).
+    #[error("the drive shrank from {expected} to {bytes} bytes")]
+    Shrunk {
         /// Bytes when opened.
         expected: u64,
         /// Bytes now.

@@ -40,7 +40,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::join_all;
-use rustix::fs::FallocateFlags;
+use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::Errno;
 use tokio::sync::{oneshot, watch};
 use weft_proto::units::{Lba, LbaRange};
@@ -67,7 +67,7 @@ pub struct DriveOptions {
     pub name: Option<String>,
     /// Operations with the kernel at most; more wait.
     pub queue_depth: usize,
-    /// How often a file is looked at, whether it is still there.
+    /// How often the drive is looked at, whether it is still there.
     pub health_interval: Duration,
     /// How long to wait for a lock: that of an agent that was just killed goes with its last operation.
     pub lock_wait: Duration,
@@ -216,23 +216,32 @@ impl Inner {
             file: Arc::new(file),
             port,
         });
-        if kind == DriveKind::File {
-            tokio::task::spawn_local(watch_file(Rc::downgrade(&drive), options.health_interval));
-        }
+        tokio::task::spawn_local(watch_presence(Rc::downgrade(&drive), options.health_interval));
         drive
     }
 
-    /// Looks whether the file is still there, in full.
-    fn check_file(&self) {
-        let Ok(stat) = rustix::fs::fstat(&*self.file) else {
-            return;
-        };
-        let bytes = u64::try_from(stat.st_size).unwrap_or(0);
+    /// Looks whether the drive is still there, in full.
+    fn check_presence(&self) {
         let expected = self.info.bytes();
-        if stat.st_nlink == 0 {
-            self.port.condemn(GoneReason::Unlinked);
-        } else if bytes < expected {
-            self.port.condemn(GoneReason::Truncated { expected, bytes });
+        let bytes = match self.kind {
+            DriveKind::File => {
+                let Ok(stat) = rustix::fs::fstat(&*self.file) else {
+                    return;
+                };
+                if stat.st_nlink == 0 {
+                    return self.port.condemn(GoneReason::Unlinked);
+                }
+                u64::try_from(stat.st_size).unwrap_or(0)
+            }
+            // A device that was pulled has no size any more. (Writes to it fail with "no space", so the
+            // size has to be looked at.) The file's position moves; nothing uses it.
+            DriveKind::BlockDevice => match rustix::fs::seek(&*self.file, SeekFrom::End(0)) {
+                Ok(bytes) => bytes,
+                Err(_) => return,
+            },
+        };
+        if bytes < expected {
+            self.port.condemn(GoneReason::Shrunk { expected, bytes });
         }
     }
 
@@ -326,15 +335,15 @@ fn backend(engine: Engine) -> Backend {
     }
 }
 
-/// Looks after a file until the drive is dropped or gone.
-async fn watch_file(drive: Weak<Inner>, interval: Duration) {
+/// Looks after a drive until it is dropped or gone.
+async fn watch_presence(drive: Weak<Inner>, interval: Duration) {
     loop {
         tokio::time::sleep(interval).await;
         let Some(drive) = drive.upgrade() else {
             return;
         };
         // A system call that may wait for a disk; on a local file system it does not: the inode is open.
-        drive.check_file();
+        drive.check_presence();
         if drive.port.check().is_err() {
             return;
         }

@@ -140,6 +140,15 @@ impl Port {
         }
     }
 
+    /// Which ring it uses, if it uses one.
+    #[cfg(test)]
+    pub(super) fn ring_address(&self) -> Option<*const Ring> {
+        match &self.backend {
+            Backend::Ring(ring) => Some(Rc::as_ptr(ring)),
+            Backend::Threads(_) => None,
+        }
+    }
+
     fn pump(self: &Rc<Self>) {
         while self.in_flight.get() < self.depth {
             let Some((ticket, operation)) = self.waiting.borrow_mut().pop_front() else {
@@ -195,7 +204,7 @@ impl Port {
             // finds it too; this is sooner.
             Step::Ended => {
                 let (bytes, expected) = operation.reached();
-                self.condemn(GoneReason::Truncated { expected, bytes });
+                self.condemn(GoneReason::Shrunk { expected, bytes });
                 (ticket, Err(BlockError::Gone))
             }
         };

@@ -163,7 +163,7 @@ fn a_truncated_file_is_gone_at_the_first_read_that_misses_it() {
         file.set_len(MIB).unwrap();
         assert_eq!(drive.read(range(0, 1)).await.unwrap().len(), 4096);
         assert_eq!(drive.read(range(255, 2)).await, Err(BlockError::Gone));
-        let gone = GoneReason::Truncated {
+        let gone = GoneReason::Shrunk {
             expected: 257 * 4096,
             bytes: MIB,
         };
@@ -234,6 +234,95 @@ fn a_thread_can_run_one_runtime_after_another() {
     run(async {
         let drive = open(&path, Engine::Auto).await;
         assert_eq!(drive.read(range(3, 1)).await.unwrap()[0], 9);
+    });
+}
+
+#[test]
+fn a_failed_durable_write_or_flush_poisons_the_drive() {
+    run(async {
+        let folder = folder();
+        // Neither a file opened for reading nor a pipe takes what is asked here: errors without a bad drive.
+        let (pipe, _other_end) = std::io::pipe().unwrap();
+        for (durable, poisoned) in [(false, false), (true, true)] {
+            let path = folder.path().join(format!("drive-{durable}"));
+            create_file(&path, 16 * MIB).unwrap();
+            let drive = open(&path, Engine::Auto).await;
+            let file = OwnedFd::from(std::fs::File::open(&path).unwrap());
+            let action = Action::Write {
+                pieces: align_pieces(block(1), 4096, 4096),
+                durable,
+            };
+            let operation = Operation::new(Arc::new(file), 0, action);
+            let port = &drive.0.port;
+            let write = port.start(operation, Asked::Write { durable }, Op::Write, 4096);
+            let error = write.await.unwrap().unwrap_err();
+            assert_eq!(error == BlockError::Gone, poisoned);
+            let read = drive.read(range(0, 1)).await;
+            assert_eq!(read.is_err(), poisoned);
+        }
+        let path = folder.path().join("drive-flush");
+        create_file(&path, 16 * MIB).unwrap();
+        let drive = open(&path, Engine::Auto).await;
+        let operation = Operation::new(Arc::new(pipe.into()), 0, Action::Sync);
+        let flush = drive.0.port.start(operation, Asked::Flush, Op::Flush, 0);
+        assert_eq!(flush.await.unwrap().unwrap_err(), BlockError::Gone);
+        assert_eq!(drive.flush().await, Err(BlockError::Gone));
+        let reason = *drive.health().borrow();
+        assert!(
+            matches!(reason, Health::Gone(GoneReason::FlushFailed { .. })),
+            "{reason:?}"
+        );
+    });
+}
+
+#[test]
+fn more_operations_than_the_ring_has_entries_are_all_done() {
+    run(async {
+        let folder = folder();
+        let path = folder.path().join("drive");
+        create_file(&path, 64 * MIB).unwrap();
+        let options = DriveOptions {
+            queue_depth: 10_000,
+            ..DriveOptions::default()
+        };
+        let drive = Drive::open(&path, options).await.unwrap();
+        let count = 6000;
+        let writes: Vec<_> = (0..count)
+            .map(|at| drive.write(Lba(at), block(at as u8), Durability::Cached))
+            .collect();
+        assert!(join_all(writes).await.iter().all(Result::is_ok));
+        let reads: Vec<_> = (0..count).map(|at| drive.read(range(at, 1))).collect();
+        for (at, read) in join_all(reads).await.into_iter().enumerate() {
+            assert_eq!(read.unwrap()[4095], at as u8);
+        }
+    });
+}
+
+#[test]
+fn two_drives_of_a_thread_share_its_ring() {
+    run(async {
+        let folder = folder();
+        let mut drives = Vec::new();
+        for index in 0..2u8 {
+            let path = folder.path().join(format!("drive{index}"));
+            create_file(&path, 16 * MIB).unwrap();
+            drives.push(open(&path, Engine::Auto).await);
+        }
+        let rings: Vec<_> = drives.iter().map(|drive| drive.0.port.ring_address()).collect();
+        assert!(rings[0].is_some() && rings[0] == rings[1]);
+        let writes = drives
+            .iter()
+            .zip(1..)
+            .map(|(drive, byte)| drive.write(Lba(5), block(byte), Durability::Durable));
+        assert!(
+            join_all(writes.collect::<Vec<_>>())
+                .await
+                .iter()
+                .all(Result::is_ok)
+        );
+        for (drive, byte) in drives.iter().zip(1..) {
+            assert_eq!(drive.read(range(5, 1)).await.unwrap()[0], byte);
+        }
     });
 }
 
