@@ -50,8 +50,8 @@ pub struct Capacity {
     pub usable_free_mib: u64,
 }
 
-/// The capacity of the drives that `policy` allows, for bands of `geometry`, `volumes` of them, with engine bands of
-/// `engine_band_mib` per column, `engine_bands` for each volume.
+/// What the drives in service that `policy` allows hold, in bands of `geometry`, when their engines need `engine` for
+/// themselves.
 #[must_use]
 pub fn capacity(topology: &Topology, policy: &Policy, geometry: Geometry, engine: EngineNeed) -> Capacity {
     let drives: Vec<&Drive> = topology
@@ -128,7 +128,7 @@ impl EngineNeed {
 
 /// Space by what may hold one column of a band.
 struct Columns {
-    /// By domain; at the level of drives by node or box, with all its drives.
+    /// By domain, as one number; at the level of drives by node or box, a number for each drive.
     groups: BTreeMap<Domain, Vec<u64>>,
     /// Columns of one band that a group may hold, at most.
     per_group: usize,
@@ -172,13 +172,9 @@ impl Columns {
         self.groups.values().flatten().sum()
     }
 
+    /// Of one failure domain: at the level of drives that is a drive.
     fn largest_mib(&self) -> u64 {
-        // A node or box fails as a whole, at the level of drives too.
-        self.groups
-            .values()
-            .map(|group| group.iter().sum())
-            .max()
-            .unwrap_or(0)
+        self.groups.values().flatten().copied().max().unwrap_or(0)
     }
 
     /// The largest depth at which bands of `n` columns fit: Σ min(space, depth) ≥ n · depth.

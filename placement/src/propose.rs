@@ -84,6 +84,8 @@ enum Penalties {
 /// The drives that may be used, and what the bands placed so far left of them.
 struct Batch<'a> {
     request: &'a Request,
+    /// Where the places of the batch's bands begin. Seeds may be small numbers in a row; this is none.
+    origin: u64,
     /// By domain, in an order that the seed shuffles, so that neighbours on the ruler change from batch to batch.
     groups: Vec<Group<'a>>,
 }
@@ -152,7 +154,11 @@ impl<'a> Batch<'a> {
             })
             .collect();
         groups.sort_by(|a, b| (a.key, &a.domain).cmp(&(b.key, &b.domain)));
-        Self { request, groups }
+        Self {
+            request,
+            origin: mix(request.seed, u64::MAX),
+            groups,
+        }
     }
 
     fn place(mut self) -> Vec<Placement> {
@@ -197,7 +203,7 @@ impl<'a> Batch<'a> {
     /// `count` domains by their free space, and a drive in each by the drive's: (group, slot).
     fn by_weight(&self, count: usize, turn: u64) -> Option<Vec<(usize, usize)>> {
         let weights: Vec<u64> = self.groups.iter().map(Group::weight).collect();
-        let groups = choose(&weights, count, place(self.request.seed, turn))?;
+        let groups = choose(&weights, count, place(self.origin, turn))?;
         groups
             .into_iter()
             .map(|index| {
