@@ -151,9 +151,16 @@ impl Oracle {
     }
 
     /// A write, Write Zeroes or TRIM was acknowledged.
+    ///
+    /// By an owner that was settled as dead, too: then it must have taken effect by that time.
     pub fn acknowledged(&mut self, id: OperationId) {
         let time = self.tick();
-        self.end(id, End::Done(time));
+        let operation = self.operations.get_mut(&id).expect("an operation that was invoked");
+        if let Some(End::Perhaps(settled)) = operation.end {
+            operation.end = Some(End::Done(settled));
+        } else {
+            self.end(id, End::Done(time));
+        }
     }
 
     /// It was answered with an error that says it will not happen.
@@ -537,6 +544,22 @@ mod tests {
         read(&mut oracle, 5, Value::Written(old));
         oracle.check().unwrap();
         read(&mut oracle, 5, Value::Written(refused));
+        assert!(oracle.check().is_err());
+    }
+
+    #[test]
+    fn an_acknowledgement_after_the_takeover_must_be_true() {
+        let mut oracle = Oracle::new();
+        let old = write(&mut oracle, 5);
+        let late = oracle.write(block(5));
+        oracle.all_unknown();
+        oracle.settle();
+        let mut recovered = oracle.clone();
+        read(&mut recovered, 5, Value::Written(late));
+        recovered.acknowledged(late);
+        recovered.check().unwrap();
+        read(&mut oracle, 5, Value::Written(old));
+        oracle.acknowledged(late);
         assert!(oracle.check().is_err());
     }
 
