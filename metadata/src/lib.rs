@@ -5,6 +5,7 @@
 pub mod envelope;
 mod log;
 pub mod metrics;
+pub mod propose;
 mod raft;
 pub mod state;
 mod store;

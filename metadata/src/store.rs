@@ -146,11 +146,7 @@ impl StateMachine {
     /// Writes what has changed since the last time, with the position, as one atomic batch.
     fn store_changes(&self) -> io::Result<()> {
         let batch = self.shared.write(|inner| {
-            let Touched {
-                map,
-                drives,
-                volumes,
-            } = inner.state.take_touched();
+            let Touched { map, drives, volumes } = inner.state.take_touched();
             let mut batch = sled::Batch::default();
             let state = &inner.state;
             if map {

@@ -14,6 +14,8 @@ use weft_proto::id::{
 };
 use weft_proto::nqn::Nqn;
 
+pub use weft_placement::{Domain, DomainLevel, DriveClass, Home};
+
 /// Everything an agent knows of its cluster.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ClusterMap {
@@ -198,18 +200,6 @@ pub enum DriveHome {
     },
 }
 
-/// What a drive is made of, as far as placement cares.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum DriveClass {
-    /// Storage-class memory or similar: narrow stripes.
-    Scm,
-    /// Triple-level cell flash: the default.
-    Tlc,
-    /// Quad-level cell flash: large and sequential.
-    Qlc,
-}
-
 /// Whether a drive serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DriveState {
@@ -230,31 +220,6 @@ pub enum Registration {
     Registered,
     /// It was preempted and aborted; it never registers again.
     Fenced,
-}
-
-/// At which level the chunks of a band must not share a failure domain.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum DomainLevel {
-    /// Distinct drives: survives drives only.
-    Drive,
-    /// Distinct nodes or boxes: the default.
-    Node,
-    /// Distinct racks; a node without one is a rack of its own.
-    Rack,
-}
-
-/// A failure domain at some level.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Domain {
-    /// One drive.
-    Drive(DriveId),
-    /// One agent's server.
-    Node(NodeId),
-    /// One third-party box.
-    Box(String),
-    /// One rack.
-    Rack(String),
 }
 
 /// A default geometry and the drives that bands may use.
@@ -407,19 +372,31 @@ impl ClusterMap {
             }
     }
 
-    /// The failure domain of `drive` at `level`.
+    /// Node or box of `drive`: what fails together with it at least.
+    #[must_use]
+    pub fn home(&self, drive: &Drive) -> Home {
+        match &drive.home {
+            DriveHome::Node(node) => Home::Node(*node),
+            DriveHome::ThirdParty { box_name, .. } => Home::Box(box_name.clone()),
+        }
+    }
+
+    /// The rack of `drive`, if the operator named one. A third-party box has none.
+    #[must_use]
+    pub fn rack(&self, drive: &Drive) -> Option<&str> {
+        match &drive.home {
+            DriveHome::Node(node) => self.nodes.get(node)?.rack.as_deref(),
+            DriveHome::ThirdParty { .. } => None,
+        }
+    }
+
+    /// The failure domain of `drive` at `level`, as placement sees it.
     #[must_use]
     pub fn domain(&self, drive: &Drive, level: DomainLevel) -> Domain {
-        match (level, &drive.home) {
+        match (level, self.rack(drive)) {
             (DomainLevel::Drive, _) => Domain::Drive(drive.id),
-            (_, DriveHome::ThirdParty { box_name, .. }) => Domain::Box(box_name.clone()),
-            (DomainLevel::Node, DriveHome::Node(node)) => Domain::Node(*node),
-            (DomainLevel::Rack, DriveHome::Node(node)) => {
-                match self.nodes.get(node).and_then(|node| node.rack.clone()) {
-                    Some(rack) => Domain::Rack(rack),
-                    None => Domain::Node(*node),
-                }
-            }
+            (DomainLevel::Rack, Some(rack)) => Domain::Rack(rack.to_owned()),
+            (DomainLevel::Node, _) | (DomainLevel::Rack, None) => Domain::Home(self.home(drive)),
         }
     }
 

@@ -37,6 +37,8 @@ use weft_proto::id::{DriveId, Epoch, VolumeId};
 pub use command::{Command, Refusal, Reply};
 pub use map::ClusterMap;
 
+pub(crate) use bands::BANDS_PER_GRANT_MAX;
+
 use layout::{DriveChunks, VolumeLayout};
 use map::{Cluster, Owner, Phase, Volume};
 
