@@ -15,6 +15,22 @@
 //! | [`Fault::Delay`] | done later | as the device says |
 //!
 //! [`Faults::kill`] makes everything answer [`BlockError::Gone`], operations held included.
+//!
+//! ```
+//! use weft_block::faulty::{Fault, Faulty, Ops};
+//! use weft_block::{Durability, memory::MemoryDrive};
+//! use weft_proto::units::Lba;
+//!
+//! # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+//! let (device, faults) = Faulty::wrap(MemoryDrive::device(16 << 20));
+//! faults.next(Ops::WRITE, 1, Fault::Hold);
+//! let write = device.write(Lba(0), vec![vec![1; 4096].into()], Durability::Durable);
+//! faults.wait_held(1).await;
+//! // The write is in execution. Whatever must not complete before it can be looked at here.
+//! faults.release();
+//! assert_eq!(write.await, Ok(()));
+//! # });
+//! ```
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;

@@ -25,6 +25,27 @@
 //!    part of it may have.
 //! 7. Ranges come from outside: an implementation checks them itself and answers
 //!    [`BlockError::OutOfRange`]; it never panics on one.
+//!
+//! Why it is so, and what was refused: `docs/design/block-contract.md`. Whatever claims to keep it runs
+//! [`testing::conformance`].
+//!
+//! ```
+//! use weft_block::{BlockError, Durability, memory::MemoryDrive};
+//! use weft_proto::units::{Lba, LbaRange};
+//!
+//! # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+//! let device = MemoryDrive::device(16 << 20);
+//! let header = bytes::Bytes::from(vec![1; 4096]);
+//! let payload = bytes::Bytes::from(vec![2; 8192]);
+//! // Both are on their way before either is waited for.
+//! let first = device.write(Lba(0), vec![header.clone(), payload.clone()], Durability::Durable);
+//! let second = device.write(Lba(100), vec![header, payload], Durability::Durable);
+//! first.await?;
+//! second.await?;
+//! let read = device.read(LbaRange { start: Lba(1), count: 1 }).await?;
+//! assert_eq!(read[0], 2);
+//! # Ok::<_, BlockError>(()) }).unwrap();
+//! ```
 
 pub mod buffer;
 pub mod counted;

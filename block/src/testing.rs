@@ -516,3 +516,42 @@ async fn random_history(d: &Blocks, seed: u64) {
         );
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::faulty::{Fault, Faulty, Ops};
+    use crate::memory::MemoryDrive;
+
+    /// Whether the cases find `fault`, met by every operation of `ops`.
+    fn is_found(ops: Ops, fault: &Fault) -> bool {
+        let fault = fault.clone();
+        let run = move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().build();
+            runtime.expect("a runtime").block_on(conformance(async || {
+                let (device, faults) = Faulty::wrap(MemoryDrive::device(16 << 20));
+                faults.every(ops, fault.clone());
+                device
+            }));
+        };
+        // A thread of its own: the case panics, and that is what is wanted.
+        std::thread::spawn(run).join().is_err()
+    }
+
+    #[test]
+    fn the_cases_find_a_device_that_does_not_keep_the_contract() {
+        for (ops, fault) in [
+            (Ops::READ, Fault::FlipBit(9)),
+            (Ops::READ, Fault::Misdirect(1)),
+            (Ops::WRITE, Fault::FlipBit(4096 * 8 + 1)),
+            (Ops::WRITE, Fault::Forget),
+            (Ops::WRITE, Fault::Misdirect(1)),
+            (Ops::WRITE_ZEROES, Fault::Forget),
+            (Ops::WRITE_ZEROES, Fault::Misdirect(1)),
+            (Ops::DEALLOCATE, Fault::Forget),
+            (Ops::FLUSH, Fault::Fail(BlockError::NotReady)),
+        ] {
+            assert!(is_found(ops, &fault), "{fault:?} of {ops:?} went unnoticed");
+        }
+    }
+}

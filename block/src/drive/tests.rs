@@ -346,3 +346,83 @@ fn draining_waits_for_everything_that_was_started() {
         assert!(bytes.iter().all(|byte| *byte == 1));
     });
 }
+
+/// Keeps every counter under its name and labels; the other kinds only as names.
+#[derive(Default)]
+struct Recorder {
+    counters: std::sync::Mutex<std::collections::BTreeMap<String, Arc<std::sync::atomic::AtomicU64>>>,
+    seen: std::sync::Mutex<Vec<metrics::Key>>,
+}
+
+impl Recorder {
+    fn counter(&self, name: &str, op: &str) -> u64 {
+        let counters = self.counters.lock().unwrap();
+        let counter = &counters[&format!("{name} drive=d op={op}")];
+        counter.load(std::sync::atomic::Ordering::Relaxed)
+    }
+}
+
+impl metrics::Recorder for Recorder {
+    fn describe_counter(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
+    fn describe_gauge(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
+    fn describe_histogram(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
+
+    fn register_counter(&self, key: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Counter {
+        self.seen.lock().unwrap().push(key.clone());
+        let mut name = key.name().to_owned();
+        for label in key.labels() {
+            name += &format!(" {}={}", label.key(), label.value());
+        }
+        let counter = self.counters.lock().unwrap().entry(name).or_default().clone();
+        metrics::Counter::from_arc(counter)
+    }
+
+    fn register_gauge(&self, key: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Gauge {
+        self.seen.lock().unwrap().push(key.clone());
+        metrics::Gauge::noop()
+    }
+
+    fn register_histogram(&self, key: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Histogram {
+        self.seen.lock().unwrap().push(key.clone());
+        metrics::Histogram::noop()
+    }
+}
+
+#[test]
+fn operations_bytes_and_errors_are_counted_under_listed_names() {
+    let recorder = Recorder::default();
+    metrics::with_local_recorder(&recorder, || {
+        run(async {
+            let folder = folder();
+            let path = folder.path().join("drive");
+            create_file(&path, 16 * MIB).unwrap();
+            let options = DriveOptions {
+                name: Some("d".to_owned()),
+                ..DriveOptions::default()
+            };
+            let drive = Drive::open(&path, options).await.unwrap();
+            drive.write(Lba(0), block(1), Durability::Durable).await.unwrap();
+            drive.read(range(0, 3)).await.unwrap();
+            std::fs::OpenOptions::new()
+                .write(true)
+                .open(&path)
+                .unwrap()
+                .set_len(0)
+                .unwrap();
+            assert!(drive.read(range(0, 1)).await.is_err());
+        });
+    });
+    assert_eq!(recorder.counter("weft_block_operations_total", "write"), 1);
+    assert_eq!(recorder.counter("weft_block_bytes_total", "write"), 4096);
+    assert_eq!(recorder.counter("weft_block_operations_total", "read"), 2);
+    assert_eq!(recorder.counter("weft_block_bytes_total", "read"), 3 * 4096);
+    assert_eq!(recorder.counter("weft_block_errors_total", "read"), 1);
+    for key in recorder.seen.lock().unwrap().iter() {
+        let listed = crate::metrics::METRICS
+            .iter()
+            .find(|metric| metric.name == key.name());
+        let listed = listed.unwrap_or_else(|| panic!("{} is not listed", key.name()));
+        let labels: Vec<&str> = key.labels().map(metrics::Label::key).collect();
+        assert_eq!(labels, listed.labels, "{}", key.name());
+    }
+}

@@ -9,7 +9,7 @@
 //! copies with a generation: the newer valid one counts. A change writes the worse copy first and the other
 //! only when that one is durable, so at every moment one of them is whole.
 //!
-//! [`read`] changes nothing and tells how the copies are; [`repair`] makes them equal again; [`format`] gives a
+//! [`read`] changes nothing and tells how the copies are; [`repair`] makes them equal again; [`format()`] gives a
 //! drive its first label and refuses one that is in use; [`update`] changes a label that is there.
 //!
 //! A label holds the cluster's authentication key: whoever reads the drive can forge stripe headers. It keeps a
@@ -309,7 +309,7 @@ pub async fn open(device: &Device, cluster: ClusterId) -> Result<Found, LabelErr
     Ok(found)
 }
 
-/// Whether [`format`] may overwrite what is there.
+/// Whether [`format()`] may overwrite what is there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Overwrite {
     /// Labels and foreign data are lost: an operator said so.
