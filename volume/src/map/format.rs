@@ -191,6 +191,16 @@ impl Record {
         }
     }
 
+    /// A child of an index block: its first LBA and its place.
+    pub(crate) fn child_at(first_lba: u64, place: MapEntry) -> Self {
+        Self::new(&Item {
+            lba: first_lba,
+            count: 1,
+            cell: Cell::Data(place),
+            settled: false,
+        })
+    }
+
     pub(crate) fn lba(&self) -> u64 {
         self.lba.get()
     }

@@ -7,11 +7,13 @@
 //! A merge is where superseded entries are met and given back to the band counts. When the oldest run is among the
 //! inputs, ranges that read as zeroes are dropped, unless a replay could still bring an older version back.
 
+use std::cell::RefCell;
 use std::rc::Rc;
 
 use weft_proto::id::Sequence;
 
 use super::address::PageId;
+use super::checkpoint::Unfinished;
 use super::counts::BandCounts;
 use super::format::{Item, Page};
 use super::pages::Pages;
@@ -19,6 +21,18 @@ use super::run::{RunDescriptor, child};
 use super::slot::{Cell, Slot};
 use super::store::MapError;
 use super::writer::{PendingCounts, RunWriter};
+use super::{PageMap, Run};
+
+/// What [`PageMap::merge_step`] did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MergeProgress {
+    /// Nothing to merge.
+    Idle,
+    /// More to do.
+    Working,
+    /// A merge was completed.
+    Done,
+}
 
 /// Reads a run from its first record to its last, each block once and past the cache.
 struct Cursor {
@@ -230,6 +244,100 @@ impl Merge {
             Cell::Data(_) => self.writer.push(&item)?,
         }
         Ok(())
+    }
+}
+
+impl PageMap {
+    /// Does about `blocks` blocks' worth of merging, if any is due. One call at a time.
+    ///
+    /// `floor`: no stripe that a replay from a later root could apply holds a version with a lower sequence than
+    /// this that a range of zeroes has superseded. Ranges below it are dropped where nothing older is left;
+    /// `Sequence { epoch: 0, counter: 0 }` keeps all.
+    pub async fn merge_step(&self, blocks: usize, floor: Sequence) -> Result<MergeProgress, MapError> {
+        let under_way = self.merge.take();
+        let merge = match under_way {
+            Some(merge) => merge,
+            None => {
+                let records: Vec<u64> = self.run_records();
+                let Some(count) = choose(&records, self.settings.merge_fan_in, self.settings.runs_max) else {
+                    return Ok(MergeProgress::Idle);
+                };
+                self.begin_merge(count, floor)?
+            }
+        };
+        self.continue_merge(merge, blocks).await
+    }
+
+    /// Merges all runs into one, so that band counts become exact as of the last checkpoint. For a pool
+    /// that is tight, and for tests; it reads and rewrites the whole map.
+    pub async fn merge_all(&self, floor: Sequence) -> Result<(), MapError> {
+        while let Some(merge) = self.merge.take() {
+            self.continue_merge(merge, usize::MAX).await?;
+        }
+        let count = self.runs.borrow().len();
+        if count > 0 {
+            let merge = self.begin_merge(count, floor)?;
+            self.continue_merge(merge, usize::MAX).await?;
+        }
+        Ok(())
+    }
+
+    /// Whether `run` is an input of a merge under way.
+    pub(crate) fn is_merged(&self, run: u32) -> bool {
+        let merge = self.merge.borrow();
+        merge.as_ref().is_some_and(|merge| merge.inputs.contains(&run))
+    }
+
+    fn run_records(&self) -> Vec<u64> {
+        self.runs
+            .borrow()
+            .iter()
+            .map(|run| run.descriptor.records)
+            .collect()
+    }
+
+    fn begin_merge(&self, count: usize, floor: Sequence) -> Result<Merge, MapError> {
+        let runs = Rc::clone(&self.runs.borrow());
+        let inputs: Vec<RunDescriptor> = runs.iter().take(count).map(|run| run.descriptor).collect();
+        let bottom = count >= runs.len();
+        let pending = Rc::clone(&self.pending_counts);
+        Ok(Merge::new(
+            &self.pages,
+            &inputs,
+            self.next_run()?,
+            bottom,
+            floor,
+            pending,
+        ))
+    }
+
+    async fn continue_merge(&self, mut merge: Merge, blocks: usize) -> Result<MergeProgress, MapError> {
+        // Lives until the merge is back in its place or done, so that a dropped future leaves nothing behind.
+        let unfinished = Unfinished::new(self, merge.output_number());
+        if !merge.step(blocks).await? {
+            unfinished.keep();
+            *self.merge.borrow_mut() = Some(merge);
+            return Ok(MergeProgress::Working);
+        }
+        let merged = merge.finish().await?;
+        let mut runs = self.runs.borrow().to_vec();
+        let at = runs
+            .iter()
+            .position(|run| merged.inputs.contains(&run.descriptor.number));
+        runs.retain(|run| !merged.inputs.contains(&run.descriptor.number));
+        if let (Some(at), Some((descriptor, page_counts))) = (at, merged.output) {
+            let output = Run {
+                descriptor,
+                page_counts: RefCell::new(page_counts),
+            };
+            runs.insert(at, Rc::new(output));
+        }
+        *self.runs.borrow_mut() = runs.into();
+        self.record_counts.borrow_mut().subtract_all(&merged.superseded);
+        for number in merged.inputs {
+            self.pages.retire(number);
+        }
+        Ok(MergeProgress::Done)
     }
 }
 

@@ -20,10 +20,13 @@
 
 mod address;
 mod cache;
+mod checkpoint;
 mod counts;
 mod delta;
+mod fold;
 mod format;
 mod merge;
+mod moving;
 mod pages;
 mod root;
 mod root_format;
@@ -50,11 +53,13 @@ use delta::{Delta, SEQUENCE_ZERO};
 use merge::Merge;
 use pages::Pages;
 use slot::{Slot, Slots};
-use writer::{PendingCounts, RunWriter};
+use writer::PendingCounts;
 
 pub use address::{HOST_LBA_END, MAP_LBA_START, ROOT_LBA_START, is_map_lba};
 pub use cache::CacheStats;
 pub use format::{FormatError, MapIdentity};
+pub use merge::MergeProgress;
+pub use moving::PageState;
 pub use root::{BandState, Root, RootBand, RootHead};
 pub use run::RunDescriptor;
 pub use slot::Mapping;
@@ -84,28 +89,6 @@ impl Default for MapSettings {
 /// Counts freezes: what an answer of a lookup is still worth when a copy of the block is relocated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Generation(u64);
-
-/// Whether a map block found in a band is in use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PageState {
-    /// The map refers to this copy: move it before the band is freed.
-    Live,
-    /// Nothing refers to it.
-    Dead,
-    /// It may belong to a run that is being written. The band cannot be evacuated until that is done.
-    Pending,
-}
-
-/// What [`PageMap::merge_step`] did.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum MergeProgress {
-    /// Nothing to merge.
-    Idle,
-    /// More to do.
-    Working,
-    /// A merge was completed.
-    Done,
-}
 
 /// Figures of a page map.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -386,240 +369,7 @@ impl PageMap {
                 .sum::<u64>()
     }
 
-    // Map blocks as compaction meets them.
-
-    /// Whether the map block `lba` found at `place` is in use.
-    pub async fn page_state(&self, lba: Lba, place: &MapEntry) -> Result<PageState, MapError> {
-        let Some(id) = PageId::from_lba(lba) else {
-            return Ok(PageState::Dead);
-        };
-        loop {
-            if self.unfinished.borrow().contains(&id.run) {
-                return Ok(PageState::Pending);
-            }
-            let Some(run) = self.run(id.run) else {
-                return Ok(PageState::Dead);
-            };
-            let layout = self.pages.layout();
-            match self.place_of(&run.descriptor, id).await {
-                Ok(Some(found)) if found.same_place(place) && found.sequence == place.sequence => {
-                    return Ok(PageState::Live);
-                }
-                Ok(_) => return Ok(PageState::Dead),
-                Err(_) if self.pages.layout() != layout => {}
-                Err(error) => return Err(error),
-            }
-        }
-    }
-
-    /// Enters a copy of the map block that [`PageMap::page_state`] found live at `expected`. `false` when its
-    /// run was merged away or the block moved meanwhile: the copy is then garbage.
-    pub fn relocate_page(&self, lba: Lba, expected: &MapEntry, copy: MapEntry) -> bool {
-        let Some((id, run)) = PageId::from_lba(lba).and_then(|id| Some((id, self.run(id.run)?))) else {
-            return false;
-        };
-        if self.pages.place(id, *expected) != *expected {
-            return false;
-        }
-        self.pages.set_moved(id, copy);
-        let mut counts = run.page_counts.borrow_mut();
-        counts.subtract(expected.band, 1);
-        counts.add(copy.band, 1);
-        true
-    }
-
-    /// Where `id` lies now; `None` when the run has no such block.
-    async fn place_of(&self, run: &RunDescriptor, id: PageId) -> Result<Option<MapEntry>, MapError> {
-        let mut at = run.top_id();
-        let mut place = run.top;
-        if id.level > at.level {
-            return Ok(None);
-        }
-        while at.level > id.level {
-            let page = self.pages.page(at, place).await?;
-            let Some(slot) = run::slot_towards(at, id).filter(|slot| *slot < page.records().len()) else {
-                return Ok(None);
-            };
-            (at, place) = run::child(at, slot, &page)?;
-        }
-        Ok((at == id).then(|| self.pages.place(id, place)))
-    }
-
-    // Checkpoints.
-
-    /// Sets the changes so far apart for the next run; later ones go to a new delta. `false` when the last ones set
-    /// apart have not been written yet.
-    ///
-    /// The engine captures append rows, H and counters in the same step, without an await in between: what is
-    /// not in this freeze must be found by a replay.
-    pub fn freeze(&self) -> bool {
-        let mut frozen = self.frozen.borrow_mut();
-        if frozen.is_some() {
-            return false;
-        }
-        let delta = self.delta.take();
-        self.sequence_frozen
-            .set(self.sequence_frozen.get().max(delta.sequence_max()));
-        *frozen = Some(Rc::new(delta));
-        self.generation.set(self.generation.get() + 1);
-        true
-    }
-
-    /// Writes what was frozen as a run, which the map uses from then on. After an error it may be called again. One call
-    /// at a time.
-    pub async fn write_frozen(&self) -> Result<(), MapError> {
-        let Some(frozen) = self.frozen.borrow().clone() else {
-            return Ok(());
-        };
-        let mut written = None;
-        if !frozen.is_empty() {
-            let number = self.next_run()?;
-            let _unfinished = Unfinished::new(self, number);
-            let pending = Rc::clone(&self.pending_counts);
-            let mut writer = RunWriter::new(Rc::clone(&self.pages), number, pending);
-            for item in frozen.items() {
-                writer.push(&item)?;
-                if writer.is_full() {
-                    writer.flush().await?;
-                }
-            }
-            written = writer.finish().await?;
-        }
-        let mut runs = self.runs.borrow().to_vec();
-        if let Some((descriptor, page_counts)) = written {
-            runs.insert(
-                0,
-                Rc::new(Run {
-                    descriptor,
-                    page_counts: RefCell::new(page_counts),
-                }),
-            );
-        }
-        *self.runs.borrow_mut() = runs.into();
-        self.record_counts.borrow_mut().add_all(frozen.counts());
-        *self.frozen.borrow_mut() = None;
-        self.installed.set(self.generation.get());
-        Ok(())
-    }
-
-    /// What the next root says of the map: the runs as they are now. Changes since the last freeze are not in it.
-    #[must_use]
-    pub fn snapshot(&self) -> MapRoot {
-        let runs = self.runs.borrow();
-        let tops: Vec<PageId> = runs.iter().map(|run| run.descriptor.top_id()).collect();
-        MapRoot {
-            runs: runs
-                .iter()
-                .map(|run| RunRoot {
-                    run: RunDescriptor {
-                        top: self.pages.place(run.descriptor.top_id(), run.descriptor.top),
-                        ..run.descriptor
-                    },
-                    page_counts: run.page_counts.borrow().iter().collect(),
-                })
-                .collect(),
-            moved: self
-                .pages
-                .moved()
-                .into_iter()
-                .filter(|(id, _)| !tops.contains(id))
-                .map(|(id, place)| (id.lba(), place))
-                .collect(),
-            record_counts: self.record_counts.borrow().iter().collect(),
-            run_next: self.run_next.get(),
-        }
-    }
-
-    // Merges.
-
-    /// Does about `blocks` blocks' worth of merging, if any is due. One call at a time.
-    ///
-    /// `floor`: no stripe that a replay from a later root could apply holds a version with a lower sequence than
-    /// this that a range of zeroes has superseded. Ranges below it are dropped where nothing older is left;
-    /// `Sequence { epoch: 0, counter: 0 }` keeps all.
-    pub async fn merge_step(&self, blocks: usize, floor: Sequence) -> Result<MergeProgress, MapError> {
-        let under_way = self.merge.take();
-        let merge = match under_way {
-            Some(merge) => merge,
-            None => {
-                let records: Vec<u64> = self.run_records();
-                let Some(count) = merge::choose(&records, self.settings.merge_fan_in, self.settings.runs_max)
-                else {
-                    return Ok(MergeProgress::Idle);
-                };
-                self.begin_merge(count, floor)?
-            }
-        };
-        self.continue_merge(merge, blocks).await
-    }
-
-    /// Merges all runs into one, so that band counts become exact as of the last checkpoint. For a pool
-    /// that is tight, and for tests; it reads and rewrites the whole map.
-    pub async fn merge_all(&self, floor: Sequence) -> Result<(), MapError> {
-        while let Some(merge) = self.merge.take() {
-            self.continue_merge(merge, usize::MAX).await?;
-        }
-        let count = self.runs.borrow().len();
-        if count > 0 {
-            let merge = self.begin_merge(count, floor)?;
-            self.continue_merge(merge, usize::MAX).await?;
-        }
-        Ok(())
-    }
-
-    fn run_records(&self) -> Vec<u64> {
-        self.runs
-            .borrow()
-            .iter()
-            .map(|run| run.descriptor.records)
-            .collect()
-    }
-
-    fn begin_merge(&self, count: usize, floor: Sequence) -> Result<Merge, MapError> {
-        let runs = Rc::clone(&self.runs.borrow());
-        let inputs: Vec<RunDescriptor> = runs.iter().take(count).map(|run| run.descriptor).collect();
-        let bottom = count >= runs.len();
-        let pending = Rc::clone(&self.pending_counts);
-        Ok(Merge::new(
-            &self.pages,
-            &inputs,
-            self.next_run()?,
-            bottom,
-            floor,
-            pending,
-        ))
-    }
-
-    async fn continue_merge(&self, mut merge: Merge, blocks: usize) -> Result<MergeProgress, MapError> {
-        // Lives until the merge is back in its place or done, so that a dropped future leaves nothing behind.
-        let unfinished = Unfinished::new(self, merge.output_number());
-        if !merge.step(blocks).await? {
-            unfinished.keep();
-            *self.merge.borrow_mut() = Some(merge);
-            return Ok(MergeProgress::Working);
-        }
-        let merged = merge.finish().await?;
-        let mut runs = self.runs.borrow().to_vec();
-        let at = runs
-            .iter()
-            .position(|run| merged.inputs.contains(&run.descriptor.number));
-        runs.retain(|run| !merged.inputs.contains(&run.descriptor.number));
-        if let (Some(at), Some((descriptor, page_counts))) = (at, merged.output) {
-            let output = Run {
-                descriptor,
-                page_counts: RefCell::new(page_counts),
-            };
-            runs.insert(at, Rc::new(output));
-        }
-        *self.runs.borrow_mut() = runs.into();
-        self.record_counts.borrow_mut().subtract_all(&merged.superseded);
-        for number in merged.inputs {
-            self.pages.retire(number);
-        }
-        Ok(MergeProgress::Done)
-    }
-
-    // The rest.
+    // Figures.
 
     /// Figures as of now.
     #[must_use]
@@ -661,40 +411,5 @@ impl PageMap {
         }
         self.run_next.set(number + 1);
         Ok(number)
-    }
-}
-
-/// Lists a run as unfinished while it lives.
-struct Unfinished<'a> {
-    map: &'a PageMap,
-    number: u32,
-    kept: bool,
-}
-
-impl<'a> Unfinished<'a> {
-    fn new(map: &'a PageMap, number: u32) -> Self {
-        let mut unfinished = map.unfinished.borrow_mut();
-        if !unfinished.contains(&number) {
-            unfinished.push(number);
-        }
-        Self {
-            map,
-            number,
-            kept: false,
-        }
-    }
-
-    /// The run stays unfinished, between two steps.
-    fn keep(mut self) {
-        self.kept = true;
-    }
-}
-
-impl Drop for Unfinished<'_> {
-    fn drop(&mut self) {
-        if !self.kept {
-            let mut unfinished = self.map.unfinished.borrow_mut();
-            unfinished.retain(|number| *number != self.number);
-        }
     }
 }

@@ -11,10 +11,9 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use crate::entry::MapEntry;
 
 use super::address::INDEX_LEVEL_MAX;
-use super::format::{FormatError, Item, MapIdentity, PAGE_BODY_BYTES, Record, crc32c};
+use super::format::{FormatError, MapIdentity, PAGE_BODY_BYTES, Record, crc32c};
 use super::root::{BandState, Root, RootBand, Spilled};
 use super::run::RunDescriptor;
-use super::slot::Cell;
 use super::{MapRoot, RunRoot};
 
 /// First bytes of every root.
@@ -150,7 +149,7 @@ pub(crate) fn encode_head(root: &Root, body: &[u8], spilled: Option<&Spilled>) -
         None => inline.extend_from_slice(body),
         Some(spilled) => {
             for place in &spilled.places {
-                inline.extend_from_slice(place_record(Lba(0), *place).as_bytes());
+                inline.extend_from_slice(Record::child_at(0, *place).as_bytes());
             }
             encode_bands(&mut inline, &spilled.bands);
         }
@@ -210,7 +209,7 @@ pub(crate) fn encode_body(root: &Root) -> Vec<u8> {
     }
     put(&mut body, &length(root.map.moved.len()));
     for (lba, place) in &root.map.moved {
-        put(&mut body, &place_record(*lba, *place));
+        put(&mut body, &Record::child_at(lba.0, *place));
     }
     encode_counts(&mut body, &root.map.record_counts);
     body
@@ -275,17 +274,8 @@ fn run_record(run: &RunDescriptor) -> RunRecord {
         counter: run.sequence_max.counter.into(),
         height: run.height,
         rsvd33: [0; 2],
-        top: place_record(Lba(0), run.top),
+        top: Record::child_at(0, run.top),
     }
-}
-
-fn place_record(lba: Lba, place: MapEntry) -> Record {
-    Record::new(&Item {
-        lba: lba.0,
-        count: 1,
-        cell: Cell::Data(place),
-        settled: false,
-    })
 }
 
 fn put<T: IntoBytes + Immutable>(body: &mut Vec<u8>, value: &T) {

@@ -14,7 +14,6 @@ use super::delta::SEQUENCE_ZERO;
 use super::format::{Item, Page, RECORDS_PER_PAGE, Record};
 use super::pages::Pages;
 use super::run::RunDescriptor;
-use super::slot::Cell;
 use super::store::{MapBlock, MapError};
 
 /// Blocks handed to the store at once. Few in tests, so that short runs take several batches.
@@ -99,13 +98,8 @@ impl RunWriter {
         for (waiting, place) in waiting.iter().zip(places) {
             self.page_counts.add(place.band, 1);
             self.pending.borrow_mut().add(place.band, 1);
-            let child = Item {
-                lba: waiting.first_lba,
-                count: 1,
-                cell: Cell::Data(place),
-                settled: false,
-            };
-            self.push_record(usize::from(waiting.id.level) + 1, Record::new(&child))?;
+            let child = Record::child_at(waiting.first_lba, place);
+            self.push_record(usize::from(waiting.id.level) + 1, child)?;
         }
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! The page map as a whole, over a store in memory.
 
 mod bytes;
+mod large;
 mod memory;
 mod model;

@@ -71,6 +71,9 @@ struct World {
     model: BTreeMap<u64, (Sequence, bool)>,
     in_flight: Vec<InFlight>,
     log: Vec<Logged>,
+    /// Of each logged stripe, [`InFlight::since`].
+    log_since: Vec<u64>,
+    /// Where a replay from the root to come begins: it meets some stripes that are in the root already.
     frozen_at: usize,
     frozen_floor: u64,
     floor: u64,
@@ -141,6 +144,7 @@ impl World {
             model: BTreeMap::new(),
             in_flight: Vec::new(),
             log: Vec::new(),
+            log_since: Vec::new(),
             frozen_at: 0,
             frozen_floor: 0,
             floor: 0,
@@ -199,6 +203,7 @@ impl World {
     fn complete(&mut self, index: usize) {
         let done = self.in_flight.swap_remove(index);
         self.log.push(done.logged);
+        self.log_since.push(done.since);
         match (done.logged, done.copy_of) {
             (Logged::Block(lba, entry), Some((expected, seen))) => {
                 self.map.relocate(Lba(lba), &expected, entry, seen);
@@ -241,8 +246,9 @@ impl World {
 
     fn freeze(&mut self) {
         if self.map.freeze() {
-            self.frozen_at = self.log.len();
-            let oldest = self.in_flight.iter().map(|write| write.since).min();
+            self.frozen_at = self.log.len().saturating_sub(30);
+            let logged = self.log_since[self.frozen_at..].iter().copied();
+            let oldest = self.in_flight.iter().map(|write| write.since).chain(logged).min();
             self.frozen_floor = oldest.unwrap_or(self.counter);
         }
     }
@@ -302,6 +308,7 @@ impl World {
 
     /// With everything in one run, the counts of bands are exact.
     fn check_counts(&mut self) {
+        self.checkpoint(false, true);
         self.checkpoint(false, true);
         self.checkpoint(false, true);
         run(self.map.merge_all(sequence(self.floor))).unwrap();
@@ -401,6 +408,7 @@ impl World {
         for (index, write) in std::mem::take(&mut self.in_flight).into_iter().enumerate() {
             if order >> (index % 64) & 1 == 1 {
                 self.log.push(write.logged);
+                self.log_since.push(write.since);
                 if write.copy_of.is_none() {
                     self.enter(write.logged);
                 }
@@ -476,6 +484,7 @@ enum Op {
     DropMerge,
     Evacuate(u64),
     EvacuatePages(u64),
+    Fold { blocks: usize, keep: usize },
     Crash(u64),
     Check,
 }
@@ -495,6 +504,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => Just(Op::DropMerge),
         3 => any::<u64>().prop_map(Op::Evacuate),
         3 => any::<u64>().prop_map(Op::EvacuatePages),
+        2 => (1usize..4, 0usize..3).prop_map(|(blocks, keep)| Op::Fold { blocks, keep }),
         2 => any::<u64>().prop_map(Op::Crash),
         2 => Just(Op::Check),
     ]
@@ -537,6 +547,9 @@ fn apply(world: &mut World, op: Op) {
         }
         Op::Evacuate(pick) => world.evacuate(pick),
         Op::EvacuatePages(pick) => world.evacuate_pages(pick),
+        Op::Fold { blocks, keep } => {
+            run(world.map.fold_moved(blocks, keep)).unwrap();
+        }
         Op::Crash(order) => world.crash(order),
         Op::Check => world.check(),
     }

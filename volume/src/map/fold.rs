@@ -1,0 +1,111 @@
+//! Writing the places of moved map blocks into their index blocks, so that the table of moved blocks, which is in memory and in
+//! every root, stays short.
+//!
+//! An index block is rewritten under its own LBA; the new version is then itself a moved block, one level up: a
+//! step turns up to 89 moved blocks into one. The old version and the old places stay as they are, so a root that
+//! refers to them stays good.
+
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use crate::entry::MapEntry;
+
+use super::address::PageId;
+use super::format::{Page, RECORDS_PER_PAGE, Record};
+use super::store::{MapBlock, MapError};
+use super::{PageMap, Run, run};
+
+/// The index block above `id`.
+fn parent(id: PageId) -> PageId {
+    PageId {
+        level: id.level + 1,
+        position: id.position / RECORDS_PER_PAGE as u32,
+        ..id
+    }
+}
+
+impl PageMap {
+    /// Rewrites up to `blocks` index blocks that have the most moved children, if there are more than `keep` moved
+    /// blocks. Answers how many it rewrote. One call at a time, and not beside [`PageMap::merge_step`].
+    pub async fn fold_moved(&self, blocks: usize, keep: usize) -> Result<usize, MapError> {
+        let moved = self.pages.moved();
+        if moved.len() <= keep {
+            return Ok(0);
+        }
+        let mut by_parent: BTreeMap<PageId, Vec<(PageId, MapEntry)>> = BTreeMap::new();
+        for (id, place) in moved {
+            // The place of a run's top stands in the root itself.
+            if self
+                .run(id.run)
+                .is_some_and(|run| id.level < run.descriptor.height)
+                && !self.is_merged(id.run)
+            {
+                by_parent.entry(parent(id)).or_default().push((id, place));
+            }
+        }
+        let mut parents: Vec<_> = by_parent.into_iter().collect();
+        parents.sort_by_key(|(_, children)| std::cmp::Reverse(children.len()));
+        let mut rewritten = 0;
+        for (id, children) in parents.into_iter().take(blocks) {
+            rewritten += usize::from(self.fold(id, &children).await?);
+        }
+        Ok(rewritten)
+    }
+
+    /// Rewrites the index block `id` with the present places of `children`. `false` when it changed meanwhile.
+    async fn fold(&self, id: PageId, children: &[(PageId, MapEntry)]) -> Result<bool, MapError> {
+        let Some(run) = self.run(id.run) else {
+            return Ok(false);
+        };
+        let Some(old) = self.place_of(&run.descriptor, id).await? else {
+            return Ok(false);
+        };
+        let page = self.pages.read(id, old).await?;
+        let mut records = page.records().to_vec();
+        for (child, place) in children {
+            let slot = run::slot_towards(id, *child).filter(|slot| *slot < records.len());
+            if let Some(slot) = slot {
+                records[slot] = Record::child_at(records[slot].lba(), *place);
+            }
+        }
+        let data = Page::encode(self.pages.identity, id, &records);
+        let block = MapBlock {
+            lba: id.lba(),
+            data: data.clone(),
+        };
+        let places = self.pages.store.append(vec![block]).await?;
+        let Some(new) = places.first().copied() else {
+            return Ok(false);
+        };
+        let page =
+            Page::read(data, self.pages.identity, id).map_err(|reason| super::format::damaged(id, reason))?;
+        Ok(self.enter_folded(id, &run, old, new, page, children))
+    }
+
+    /// From here on the new version is the block, unless the run was merged away or the old version moved.
+    fn enter_folded(
+        &self,
+        id: PageId,
+        run: &Rc<Run>,
+        old: MapEntry,
+        new: MapEntry,
+        page: Page,
+        children: &[(PageId, MapEntry)],
+    ) -> bool {
+        if self.run(id.run).is_none() || self.pages.place(id, old) != old {
+            return false;
+        }
+        self.pages.set_moved(id, new);
+        self.pages.rewritten(id, page);
+        for (child, place) in children {
+            // One that moved again keeps its line in the table, which overrides the index.
+            if self.pages.place(*child, *place) == *place {
+                self.pages.clear_moved(*child);
+            }
+        }
+        let mut counts = run.page_counts.borrow_mut();
+        counts.subtract(old.band, 1);
+        counts.add(new.band, 1);
+        true
+    }
+}
