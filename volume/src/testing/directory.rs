@@ -513,7 +513,7 @@ impl World {
     /// Grants `incarnation` the next epoch of a volume. From now on everybody before it is stale; that they are fenced is
     /// the caller's part ([`World::superseded`]).
     ///
-    /// An epoch that has nothing to recover serves at once; another one when its takeover is finished.
+    /// It serves once its takeover is finished, also where there is nothing to recover: before that nothing of it counts.
     ///
     /// # Panics
     /// When there is no such volume.
@@ -531,9 +531,6 @@ impl World {
         volume.epoch = Epoch(before.0 + 1);
         volume.owners.insert(volume.epoch, incarnation);
         let recover = volume.serving;
-        if recover.is_none() {
-            volume.serving = Some(volume.epoch);
-        }
         let (epoch, layer, size_bytes, geometry) =
             (volume.epoch, volume.layer, volume.size_bytes, volume.geometry);
         let (root_version, root, ended) = (volume.root_version, volume.root, volume.ended.clone());

@@ -155,7 +155,10 @@ impl Oracle {
     /// By an owner that was settled as dead, too: then it must have taken effect by that time.
     pub fn acknowledged(&mut self, id: OperationId) {
         let time = self.tick();
-        let operation = self.operations.get_mut(&id).expect("an operation that was invoked");
+        let operation = self
+            .operations
+            .get_mut(&id)
+            .expect("an operation that was invoked");
         if let Some(End::Perhaps(settled)) = operation.end {
             operation.end = Some(End::Done(settled));
         } else {

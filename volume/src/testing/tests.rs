@@ -10,7 +10,7 @@ use weft_proto::band::{Band, ChunkSize, Geometry, RootPointer, RootUpdate};
 use weft_proto::id::{BandId, DriveId, Epoch, IncarnationId, StripeNumber, VolumeId};
 use weft_proto::units::{BLOCK_BYTES, Lba, LbaRange};
 
-use super::cluster::{add_drives, readmit, seams, take_over};
+use super::cluster::{Takeover, add_drives, readmit, seams, take_over};
 use super::directory::MetadataSpec;
 use super::drive::{DriveSpec, Health};
 use super::world::{InFlight, Stopped, World};
@@ -53,6 +53,20 @@ fn grant(world: &World, seams: &Seams, who: IncarnationId, epoch: u64) -> Result
         .grant_bands(VOLUME, Epoch(epoch), ChunkSize::Mib1, 1, BandPurpose::User);
     let mut bands = world.block_on(who, bands).unwrap()?;
     Ok(bands.remove(0))
+}
+
+/// Takes over, and finishes with a root in a band of its own.
+fn serve(world: &Rc<World>, ended_at: u64) -> (Takeover, Band) {
+    let owner = take_over(world, VOLUME).unwrap();
+    let band = grant(world, &owner.seams, owner.incarnation, owner.grant.epoch.0).unwrap();
+    let (epoch, version) = (owner.grant.epoch.0, owner.grant.root_version);
+    let finish = owner.seams.directory.finish_takeover(
+        update(epoch, version, root_in(band.id, 1), &[]),
+        owner.grant.recover,
+        StripeNumber(ended_at),
+    );
+    world.block_on(owner.incarnation, finish).unwrap().unwrap();
+    (owner, band)
 }
 
 fn root_in(band: BandId, stripe: u64) -> RootPointer {
@@ -395,8 +409,7 @@ fn user_bands_leave_the_reserve_to_internal_ones() {
 #[test]
 fn a_former_epoch_is_refused_everything() {
     let world = volume(1, 3);
-    let first = take_over(&world, VOLUME).unwrap();
-    let band = grant(&world, &first.seams, first.incarnation, 1).unwrap();
+    let (first, band) = serve(&world, 0);
     let second = take_over(&world, VOLUME).unwrap();
     assert_eq!(second.grant.recover, Some(Epoch(1)));
     assert_eq!(second.grant.bands, std::slice::from_ref(&band));
@@ -411,7 +424,7 @@ fn a_former_epoch_is_refused_everything() {
     let publish = first
         .seams
         .directory
-        .publish_root(update(1, 0, root_in(band.id, 1), &[]));
+        .publish_root(update(1, 1, root_in(band.id, 2), &[]));
     assert_eq!(world.block_on(first.incarnation, publish).unwrap(), Err(stale));
     super::monitor::assert_clean(&world);
 }
@@ -419,54 +432,64 @@ fn a_former_epoch_is_refused_everything() {
 #[test]
 fn a_takeover_that_was_not_finished_counts_for_nothing() {
     let world = volume(1, 3);
-    let first = take_over(&world, VOLUME).unwrap();
-    let band = grant(&world, &first.seams, first.incarnation, 1).unwrap();
-    let second = take_over(&world, VOLUME).unwrap();
-    grant(&world, &second.seams, second.incarnation, 2).unwrap();
-    world.crash(second.incarnation, InFlight::Mixed);
+    let nobody = take_over(&world, VOLUME).unwrap();
+    grant(&world, &nobody.seams, nobody.incarnation, 1).unwrap();
+    world.crash(nobody.incarnation, InFlight::Mixed);
+    let (first, band) = serve(&world, 0);
+    assert_eq!((first.grant.epoch, first.grant.recover), (Epoch(2), None));
     let third = take_over(&world, VOLUME).unwrap();
+    grant(&world, &third.seams, third.incarnation, 3).unwrap();
+    world.crash(third.incarnation, InFlight::Mixed);
+    let fourth = take_over(&world, VOLUME).unwrap();
     assert_eq!(
-        third.grant.recover,
-        Some(Epoch(1)),
+        fourth.grant.recover,
+        Some(Epoch(2)),
         "starts again from the one that served"
     );
-    assert_eq!(third.grant.bands, [band]);
-    let fresh = grant(&world, &third.seams, third.incarnation, 3).unwrap();
+    assert_eq!(fourth.grant.bands, [band]);
+    let fresh = grant(&world, &fourth.seams, fourth.incarnation, 4).unwrap();
     let finish = || {
-        let update = update(3, 0, root_in(fresh.id, 1), &[]);
-        third
-            .seams
-            .directory
-            .finish_takeover(update, Some(Epoch(1)), StripeNumber(9))
+        fourth.seams.directory.finish_takeover(
+            update(4, 1, root_in(fresh.id, 1), &[]),
+            Some(Epoch(2)),
+            StripeNumber(9),
+        )
     };
-    assert_eq!(world.block_on(third.incarnation, finish()).unwrap(), Ok(1));
+    assert_eq!(world.block_on(fourth.incarnation, finish()).unwrap(), Ok(2));
     assert_eq!(
-        world.block_on(third.incarnation, finish()).unwrap(),
-        Ok(1),
+        world.block_on(fourth.incarnation, finish()).unwrap(),
+        Ok(2),
         "the same request again"
     );
-    let fourth = take_over(&world, VOLUME).unwrap();
-    assert_eq!(fourth.grant.recover, Some(Epoch(3)));
-    assert_eq!(fourth.grant.ended, [(Epoch(1), StripeNumber(9))]);
+    let fifth = take_over(&world, VOLUME).unwrap();
+    assert_eq!(fifth.grant.recover, Some(Epoch(4)));
+    assert_eq!(fifth.grant.ended, [(Epoch(2), StripeNumber(9))]);
     super::monitor::assert_clean(&world);
+}
+
+#[test]
+fn a_root_before_the_takeover_is_finished_is_noticed() {
+    let world = volume(1, 3);
+    let owner = take_over(&world, VOLUME).unwrap();
+    let band = grant(&world, &owner.seams, owner.incarnation, 1).unwrap();
+    let publish = owner
+        .seams
+        .directory
+        .publish_root(update(1, 0, root_in(band.id, 1), &[]));
+    assert!(world.block_on(owner.incarnation, publish).unwrap().is_err());
+    assert_eq!(world.violations().len(), 1);
 }
 
 #[test]
 fn a_clean_hand_over_leaves_nothing_to_recover() {
     let world = volume(1, 3);
-    let first = take_over(&world, VOLUME).unwrap();
-    let band = grant(&world, &first.seams, first.incarnation, 1).unwrap();
-    let publish = first
-        .seams
-        .directory
-        .publish_root(update(1, 0, root_in(band.id, 4), &[]));
-    world.block_on(first.incarnation, publish).unwrap().unwrap();
+    serve(&world, 0);
     world.hand_over(VOLUME, Epoch(1), StripeNumber(4)).unwrap();
-    let second = take_over(&world, VOLUME).unwrap();
+    let (second, _) = serve(&world, 0);
     assert_eq!((second.grant.recover, second.grant.root_version), (None, 1));
     assert_eq!(second.grant.ended, [(Epoch(1), StripeNumber(4))]);
+    assert_eq!(second.grant.bands.len(), 1);
     assert!(world.superseded(VOLUME).is_empty(), "nobody has to be fenced");
-    // It serves from the grant: what it acknowledges must be recovered after a crash.
     let third = take_over(&world, VOLUME).unwrap();
     assert_eq!(third.grant.recover, Some(Epoch(2)));
 }
@@ -474,14 +497,13 @@ fn a_clean_hand_over_leaves_nothing_to_recover() {
 #[test]
 fn chunks_a_dead_owner_may_still_reach_are_not_granted_again() {
     let world = volume(3, 4);
-    let first = take_over(&world, VOLUME).unwrap();
-    let band = grant(&world, &first.seams, first.incarnation, 1).unwrap();
+    let (first, band) = serve(&world, 0);
     let lost = band.columns[0].drive;
     world.drive(lost).set_health(Health::Dead);
     world.crash(first.incarnation, InFlight::Mixed);
     let second = take_over(&world, VOLUME).unwrap();
     let fresh = grant(&world, &second.seams, second.incarnation, 2).unwrap();
-    let update = update(2, 0, root_in(fresh.id, 1), &[band.id]);
+    let update = update(2, 1, root_in(fresh.id, 1), &[band.id]);
     let finish = second
         .seams
         .directory
@@ -510,8 +532,7 @@ fn chunks_a_dead_owner_may_still_reach_are_not_granted_again() {
 fn a_lost_answer_is_cured_by_the_same_request() {
     for seed in 0..20 {
         let world = volume(seed, 3);
-        let owner = take_over(&world, VOLUME).unwrap();
-        let band = grant(&world, &owner.seams, owner.incarnation, 1).unwrap();
+        let (owner, band) = serve(&world, 0);
         world.configure_metadata(MetadataSpec {
             unavailable_one_in: 2,
             ..MetadataSpec::default()
@@ -520,13 +541,13 @@ fn a_lost_answer_is_cured_by_the_same_request() {
             let publish = owner
                 .seams
                 .directory
-                .publish_root(update(1, 0, root_in(band.id, 1), &[]));
+                .publish_root(update(1, 1, root_in(band.id, 2), &[]));
             match world.block_on(owner.incarnation, publish).unwrap() {
                 Err(DirectoryError::Unavailable) => {}
                 other => break other,
             }
         };
-        assert_eq!(version, Ok(1), "seed {seed}");
+        assert_eq!(version, Ok(2), "seed {seed}");
     }
 }
 
@@ -557,8 +578,7 @@ fn writes_where_nobody_was_granted_anything_are_noticed() {
 #[test]
 fn a_band_freed_under_its_own_writes_is_noticed() {
     let world = volume(1, 3);
-    let owner = take_over(&world, VOLUME).unwrap();
-    let kept = grant(&world, &owner.seams, owner.incarnation, 1).unwrap();
+    let (owner, kept) = serve(&world, 0);
     let freed = grant(&world, &owner.seams, owner.incarnation, 1).unwrap();
     let chunk = freed.columns[1];
     let drive = world.drive(chunk.drive);
@@ -572,7 +592,7 @@ fn a_band_freed_under_its_own_writes_is_noticed() {
     let publish = owner
         .seams
         .directory
-        .publish_root(update(1, 0, root_in(kept.id, 1), &[freed.id]));
+        .publish_root(update(1, 1, root_in(kept.id, 2), &[freed.id]));
     world.block_on(owner.incarnation, publish).unwrap().unwrap();
     assert_eq!(world.violations().len(), 1, "{:?}", world.violations());
 }
