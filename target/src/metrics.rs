@@ -246,7 +246,12 @@ mod tests {
         for metric in METRICS {
             assert!(metric.name.starts_with("weft_target_"), "{}", metric.name);
             assert!(metric.help.ends_with('.'), "{}", metric.name);
-            assert_eq!(metric.kind == "counter", metric.name.ends_with("_total"), "{}", metric.name);
+            assert_eq!(
+                metric.kind == "counter",
+                metric.name.ends_with("_total"),
+                "{}",
+                metric.name
+            );
         }
     }
 

@@ -55,6 +55,9 @@ mod tests {
 
     #[test]
     fn a_full_pool_is_told_as_such() {
-        assert_eq!(of_block_error(&BlockError::CapacityExceeded).code(), Status::CAPACITY_EXCEEDED);
+        assert_eq!(
+            of_block_error(&BlockError::CapacityExceeded).code(),
+            Status::CAPACITY_EXCEEDED
+        );
     }
 }

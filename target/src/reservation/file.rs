@@ -97,7 +97,13 @@ pub fn encode(namespace: [u8; 16], table: &ReservationTable) -> Vec<u8> {
     let held = table.held().filter(|_| table.ptpl());
     if table.ptpl() {
         for (&hostid, &key) in table.registrants() {
-            body.extend_from_slice(Entry { hostid: hostid.0, key: U64::new(key) }.as_bytes());
+            body.extend_from_slice(
+                Entry {
+                    hostid: hostid.0,
+                    key: U64::new(key),
+                }
+                .as_bytes(),
+            );
         }
     }
     let mut header = Header {
@@ -156,7 +162,10 @@ pub fn decode(namespace: [u8; 16], bytes: &[u8]) -> Result<ReservationTable, &'s
         0 => None,
         wire => {
             let rtype = ReservationType::from_wire(wire).ok_or("reservation type")?;
-            Some(Held { rtype, holder: HostId(header.holder) })
+            Some(Held {
+                rtype,
+                holder: HostId(header.holder),
+            })
         }
     };
     ReservationTable::restore(header.generation.get(), registrants, held).ok_or("contradicts itself")
@@ -170,9 +179,17 @@ pub fn load(path: &Path, namespace: [u8; 16]) -> Result<ReservationTable, Reserv
     let bytes = match fs::read(path) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(ReservationTable::new()),
-        Err(source) => return Err(ReservationFileError::Io { path: path.to_owned(), source }),
+        Err(source) => {
+            return Err(ReservationFileError::Io {
+                path: path.to_owned(),
+                source,
+            });
+        }
     };
-    decode(namespace, &bytes).map_err(|what| ReservationFileError::Damaged { path: path.to_owned(), what })
+    decode(namespace, &bytes).map_err(|what| ReservationFileError::Damaged {
+        path: path.to_owned(),
+        what,
+    })
 }
 
 /// Replaces the file at `path` durably. Blocks.
@@ -192,7 +209,10 @@ pub fn store(path: &Path, bytes: &[u8]) -> Result<(), ReservationFileError> {
         };
         File::open(directory)?.sync_all()
     };
-    write().map_err(|source| ReservationFileError::Io { path: path.to_owned(), source })
+    write().map_err(|source| ReservationFileError::Io {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 #[cfg(test)]
@@ -206,9 +226,22 @@ mod tests {
     fn table() -> ReservationTable {
         let mut table = ReservationTable::new();
         table
-            .register(HostId([1; 16]), RegisterAction::Register, false, 0, 0x0102, PersistChange::Set)
+            .register(
+                HostId([1; 16]),
+                RegisterAction::Register,
+                false,
+                0,
+                0x0102,
+                PersistChange::Set,
+            )
             .unwrap();
-        table.acquire(HostId([1; 16]), 0x0102, ReservationType::WriteExclusiveAllRegistrants).unwrap();
+        table
+            .acquire(
+                HostId([1; 16]),
+                0x0102,
+                ReservationType::WriteExclusiveAllRegistrants,
+            )
+            .unwrap();
         table
     }
 
@@ -250,7 +283,10 @@ mod tests {
     fn a_table_that_does_not_persist_is_empty_after_power_loss() {
         let mut table = table();
         table.set_ptpl(false);
-        assert_eq!(decode(NAMESPACE, &encode(NAMESPACE, &table)), Ok(ReservationTable::new()));
+        assert_eq!(
+            decode(NAMESPACE, &encode(NAMESPACE, &table)),
+            Ok(ReservationTable::new())
+        );
     }
 
     #[test]
@@ -261,6 +297,9 @@ mod tests {
         store(&path, &encode(NAMESPACE, &table())).unwrap();
         assert_eq!(load(&path, NAMESPACE).unwrap(), table());
         fs::write(&path, b"WEFTRSV").unwrap();
-        assert!(matches!(load(&path, NAMESPACE), Err(ReservationFileError::Damaged { .. })));
+        assert!(matches!(
+            load(&path, NAMESPACE),
+            Err(ReservationFileError::Damaged { .. })
+        ));
     }
 }

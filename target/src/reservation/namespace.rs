@@ -108,11 +108,7 @@ impl ReservedNamespace {
     /// # Errors
     /// [`ReservationFileError`] for a file that cannot be read or believed. The caller decides: serving the drive
     /// without its table would let fenced hosts write again.
-    pub fn open(
-        device: Device,
-        uuid: [u8; 16],
-        file: Option<PathBuf>,
-    ) -> Result<Self, ReservationFileError> {
+    pub fn open(device: Device, uuid: [u8; 16], file: Option<PathBuf>) -> Result<Self, ReservationFileError> {
         let (table, file) = match file {
             None => (ReservationTable::new(), None),
             Some(path) => {
@@ -161,7 +157,10 @@ impl ReservedNamespace {
     /// The namespace as a device of `host`, with no socket: every operation passes the same check.
     #[must_use]
     pub fn local(&self, host: HostId) -> Device {
-        Rc::new(LocalDevice { namespace: self.clone(), host })
+        Rc::new(LocalDevice {
+            namespace: self.clone(),
+            host,
+        })
     }
 
     /// Admits one command of `host`: a later Preempt and Abort against the host ends it, even if the host has
@@ -170,7 +169,12 @@ impl ReservedNamespace {
     pub fn admit(&self, host: HostId) -> Admission {
         let execution = self.execution(host);
         let generation = execution.generation.get();
-        Admission { namespace: self.clone(), host, execution, generation }
+        Admission {
+            namespace: self.clone(),
+            host,
+            execution,
+            generation,
+        }
     }
 
     /// Calls `subscriber` for every notice, until it answers `false`.
@@ -200,10 +204,8 @@ impl ReservedNamespace {
         if persist == PersistChange::Set && !self.can_persist() {
             return Err(Refused::InvalidField.into());
         }
-        self.apply(|table| {
-            table.register(host, action, ignore_existing_key, current_key, new_key, persist)
-        })
-        .await?;
+        self.apply(|table| table.register(host, action, ignore_existing_key, current_key, new_key, persist))
+            .await?;
         Ok(())
     }
 
@@ -217,7 +219,8 @@ impl ReservedNamespace {
         current_key: u64,
         rtype: ReservationType,
     ) -> Result<(), ReservationError> {
-        self.apply(|table| table.acquire(host, current_key, rtype)).await?;
+        self.apply(|table| table.acquire(host, current_key, rtype))
+            .await?;
         Ok(())
     }
 
@@ -232,7 +235,8 @@ impl ReservedNamespace {
         preempt_key: u64,
         rtype: ReservationType,
     ) -> Result<(), ReservationError> {
-        self.apply(|table| table.preempt(host, current_key, preempt_key, rtype)).await?;
+        self.apply(|table| table.preempt(host, current_key, preempt_key, rtype))
+            .await?;
         Ok(())
     }
 
@@ -255,7 +259,9 @@ impl ReservedNamespace {
             for &victim in &effects.preempted {
                 let execution = self.execution(victim);
                 execution.generation.set(execution.generation.get() + 1);
-                execution.older.set(execution.older.get() + execution.current.take());
+                execution
+                    .older
+                    .set(execution.older.get() + execution.current.take());
                 victims.push(execution);
             }
             Ok(effects)
@@ -277,7 +283,8 @@ impl ReservedNamespace {
         current_key: u64,
         rtype: Option<ReservationType>,
     ) -> Result<(), ReservationError> {
-        self.apply(|table| table.release(host, current_key, rtype)).await?;
+        self.apply(|table| table.release(host, current_key, rtype))
+            .await?;
         Ok(())
     }
 
@@ -346,7 +353,11 @@ impl ReservedNamespace {
         }
         let (bytes, ptpl, version) = {
             let table = self.0.table.borrow();
-            (file::encode(self.0.uuid, &table), table.ptpl(), file.version.get())
+            (
+                file::encode(self.0.uuid, &table),
+                table.ptpl(),
+                file.version.get(),
+            )
         };
         if !ptpl && !file.stored_ptpl.get() {
             file.stored.set(version);
@@ -453,7 +464,9 @@ impl Admission {
             generation: self.generation,
         };
         self.execution.current.set(self.execution.current.get() + 1);
-        Box::pin(Tracked { io: Some((start(&self.namespace.0.device), running)) })
+        Box::pin(Tracked {
+            io: Some((start(&self.namespace.0.device), running)),
+        })
     }
 
     /// As [`BlockDevice::read`].
@@ -471,7 +484,9 @@ impl Admission {
     /// As [`BlockDevice::write_zeroes`].
     #[must_use]
     pub fn write_zeroes(&self, range: LbaRange, deallocate: bool, durability: Durability) -> Io<()> {
-        self.submit(Access::Write, |device| device.write_zeroes(range, deallocate, durability))
+        self.submit(Access::Write, |device| {
+            device.write_zeroes(range, deallocate, durability)
+        })
     }
 
     /// As [`BlockDevice::deallocate`].
@@ -526,7 +541,9 @@ impl<T> Future for Tracked<T> {
 
 impl<T: 'static> Drop for Tracked<T> {
     fn drop(&mut self) {
-        let Some((io, running)) = self.io.take() else { return };
+        let Some((io, running)) = self.io.take() else {
+            return;
+        };
         let inner = Rc::clone(&running.inner);
         inner.orphans.incoming.borrow_mut().push(Box::pin(async move {
             let _ = io.await;
@@ -557,7 +574,9 @@ impl BlockDevice for LocalDevice {
     }
 
     fn write_zeroes(&self, range: LbaRange, deallocate: bool, durability: Durability) -> Io<()> {
-        self.namespace.admit(self.host).write_zeroes(range, deallocate, durability)
+        self.namespace
+            .admit(self.host)
+            .write_zeroes(range, deallocate, durability)
     }
 
     fn deallocate(&self, ranges: Vec<LbaRange>) -> Io<()> {

@@ -94,7 +94,12 @@ impl ReservationTable {
                 Some(held) if held.rtype.is_all_registrants() => !registrants.is_empty(),
                 Some(held) => registrants.contains_key(&held.holder),
             };
-        consistent.then_some(Self { generation, ptpl: true, registrants, held })
+        consistent.then_some(Self {
+            generation,
+            ptpl: true,
+            registrants,
+            held,
+        })
     }
 
     /// Counts registers, clears and preempts; wraps.
@@ -165,7 +170,11 @@ impl ReservationTable {
             registrants: self
                 .registrants
                 .iter()
-                .map(|(&hostid, &key)| Registrant { hostid, key, holder: self.is_holder(hostid) })
+                .map(|(&hostid, &key)| Registrant {
+                    hostid,
+                    key,
+                    holder: self.is_holder(hostid),
+                })
                 .collect(),
         }
     }
@@ -279,13 +288,14 @@ impl ReservationTable {
         if self.registrants.get(&held.holder) == Some(&preempt_key) {
             let effects = if held.holder == host {
                 // A host that preempts itself changes the type; others with its key go.
-                self.remove_others(host, Some(preempt_key), Some(held)).or_else(|refused| match refused {
-                    Refused::Conflict => {
-                        self.changed();
-                        Ok(Effects::default())
-                    }
-                    other => Err(other),
-                })?
+                self.remove_others(host, Some(preempt_key), Some(held))
+                    .or_else(|refused| match refused {
+                        Refused::Conflict => {
+                            self.changed();
+                            Ok(Effects::default())
+                        }
+                        other => Err(other),
+                    })?
             } else {
                 self.remove_others(host, Some(preempt_key), Some(held))?
             };
@@ -343,7 +353,10 @@ impl ReservationTable {
             .collect();
         self.registrants.clear();
         self.changed();
-        Ok(Effects { notices, preempted: Vec::new() })
+        Ok(Effects {
+            notices,
+            preempted: Vec::new(),
+        })
     }
 
     fn check_key(&self, host: HostId, current_key: u64) -> Result<(), Refused> {
@@ -391,13 +404,21 @@ impl ReservationTable {
     /// Tells the remaining registrants that they are no longer covered. With the two exclusive types they never
     /// were.
     fn tell_released(&self, rtype: ReservationType, by: HostId, effects: &mut Effects) {
-        if matches!(rtype, ReservationType::WriteExclusive | ReservationType::ExclusiveAccess) {
+        if matches!(
+            rtype,
+            ReservationType::WriteExclusive | ReservationType::ExclusiveAccess
+        ) {
             return;
         }
-        effects.notices.extend(self.registrants.keys().filter(|&&other| other != by).map(|&host| Notice {
-            host,
-            kind: ReservationNotificationType::RESERVATION_RELEASED,
-        }));
+        effects.notices.extend(
+            self.registrants
+                .keys()
+                .filter(|&&other| other != by)
+                .map(|&host| Notice {
+                    host,
+                    kind: ReservationNotificationType::RESERVATION_RELEASED,
+                }),
+        );
     }
 
     fn changed(&mut self) {

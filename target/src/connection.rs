@@ -1,0 +1,432 @@
+//! One NVMe/TCP connection: the socket, the clock and the tasks of a [`QueuePair`].
+//!
+//! A turn reads what the socket has, hands every PDU to the queue pair, starts every command that came of it, collects
+//! what the devices have finished, and writes all answers with one vectored write. It never waits in between: one
+//! future polls all of it, so a host that does not read its answers does not keep its commands from finishing.
+//!
+//! The futures of commands are never dropped before they are done: a connection that ends closes its socket at once
+//! and then stays until its last command has left the device, counted in [`crate::outstanding`].
+
+use std::future::{Future, poll_fn};
+use std::io::{self, IoSlice};
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt;
+use futures_util::future::LocalBoxFuture;
+use futures_util::stream::FuturesUnordered;
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+use tokio::time::Sleep;
+use weft_proto::fabrics::command::FabricsCommand;
+use weft_proto::nvme::status::Status;
+use weft_proto::tcp::{Framer, FromHost};
+
+use crate::connect::{self, Connected};
+use crate::controller::{AdminAnswer, Controller, IoRequest};
+use crate::io::{self as nvm, Finished};
+use crate::metrics::{self, Op};
+use crate::qpair::{Completion, QueuePair};
+use crate::registry::Registry;
+
+/// Bytes asked of the socket at a time. Measured by others on this kind of socket: larger reads gain nothing.
+const READ_BYTES: usize = 64 << 10;
+
+/// Reads in one turn before answers are written.
+const READS_PER_TURN: usize = 4;
+
+/// Answers that wait for the socket before nothing more is read: a host that does not take its answers gets no
+/// more of them made.
+const TRANSMIT_BYTES_MAX: usize = 8 << 20;
+
+/// Pieces of one vectored write. Linux takes 1024; beyond some tens nothing is gained.
+const SLICES_MAX: usize = 64;
+
+/// How long a connection that this side ends waits for the host to read the reason and close.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// What a task of this connection ended with.
+enum Done {
+    Command(Finished),
+    /// A Connect.
+    Connect(Box<Result<Connected, Completion>>),
+}
+
+struct Connection {
+    stream: TcpStream,
+    registry: Rc<Registry>,
+    framer: Framer<FromHost>,
+    qpair: QueuePair<Option<crate::namespace::Admitted>>,
+    /// Once connected.
+    queue: Option<Queue>,
+    running: FuturesUnordered<LocalBoxFuture<'static, Done>>,
+    timer: Pin<Box<Sleep>>,
+    shutdown: LocalBoxFuture<'static, ()>,
+    shutting_down: bool,
+    read_closed: bool,
+}
+
+struct Queue {
+    controller: Rc<Controller>,
+    qid: u16,
+}
+
+/// Serves a connection until it ends and its last command has left the device.
+pub(crate) async fn run(stream: TcpStream, peer: SocketAddr, registry: Rc<Registry>) {
+    let _open = metrics::Open::connection();
+    // Answers are written whole, in one piece: waiting for more only adds latency.
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(%peer, %error, "cannot disable Nagle's algorithm");
+    }
+    let mut shutdown = registry.shutdown_receiver();
+    let mut connection = Connection {
+        stream,
+        registry,
+        framer: Framer::new(),
+        qpair: QueuePair::new(Instant::now()),
+        queue: None,
+        running: FuturesUnordered::new(),
+        timer: Box::pin(tokio::time::sleep(Duration::ZERO)),
+        // An error says that the registry is gone, which is the same.
+        shutdown: Box::pin(async move { drop(shutdown.wait_for(|&shutdown| shutdown).await) }),
+        shutting_down: false,
+        read_closed: false,
+    };
+    match poll_fn(|cx| connection.poll(cx)).await {
+        Ok(()) => tracing::debug!(%peer, "connection ended"),
+        Err(error) => tracing::debug!(%peer, %error, "connection lost"),
+    }
+    connection.finish().await;
+}
+
+impl Connection {
+    /// Ready when the connection is over and everything that could be written has been.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        loop {
+            self.check_closed(cx);
+            self.shutting_down = self.shutting_down || self.shutdown.as_mut().poll(cx).is_ready();
+            let mut progress = self.poll_timer(cx);
+            progress |= self.poll_read(cx)?;
+            progress |= self.poll_running(cx);
+            progress |= self.poll_write(cx)?;
+            let idle = self.qpair.transmits().is_empty();
+            if self.qpair.is_closing() && idle {
+                return Poll::Ready(Ok(()));
+            }
+            if self.shutting_down && self.running.is_empty() && idle {
+                return Poll::Ready(Ok(()));
+            }
+            if self.read_closed {
+                return Poll::Ready(Ok(()));
+            }
+            if !progress {
+                return Poll::Pending;
+            }
+        }
+    }
+
+    fn check_closed(&mut self, cx: &Context<'_>) {
+        if let Some(Queue { controller, qid }) = &self.queue {
+            controller.set_waker(*qid, cx.waker());
+            if controller.is_closed_for(*qid) {
+                self.qpair.handle_close();
+            }
+        }
+    }
+
+    fn poll_timer(&mut self, cx: &mut Context<'_>) -> bool {
+        let keep_alive = match &self.queue {
+            Some(Queue { controller, qid: 0 }) => controller.keep_alive_deadline(),
+            _ => None,
+        };
+        let Some(deadline) = [self.qpair.poll_timeout(), keep_alive]
+            .into_iter()
+            .flatten()
+            .min()
+        else {
+            return false;
+        };
+        // A deadline that moves away, as the keep-alive's does with every PDU, is looked at when the timer fires.
+        if deadline < self.timer.deadline().into_std() {
+            self.timer.as_mut().reset(deadline.into());
+        }
+        if self.timer.as_mut().poll(cx).is_pending() {
+            return false;
+        }
+        let now = Instant::now();
+        if now < deadline {
+            self.timer.as_mut().reset(deadline.into());
+            return self.timer.as_mut().poll(cx).is_ready();
+        }
+        self.qpair.handle_timeout(now);
+        if keep_alive.is_some_and(|deadline| deadline <= now) {
+            // What the host has sent may be in the socket still, after this process was held up.
+            return self.keep_alive_due(now);
+        }
+        true
+    }
+
+    fn keep_alive_due(&mut self, now: Instant) -> bool {
+        let Some(Queue { controller, .. }) = &self.queue else {
+            return false;
+        };
+        let buffer = self.framer.buffer(READ_BYTES);
+        if let Ok(1..) = self.stream.try_read_buf(buffer) {
+            controller.handle_traffic(now);
+            self.take_pdus(now);
+        } else {
+            controller.handle_timeout(now);
+            self.qpair.handle_close();
+        }
+        true
+    }
+
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> io::Result<bool> {
+        let mut progress = false;
+        for _ in 0..READS_PER_TURN {
+            if self.qpair.is_closing()
+                || self.shutting_down
+                || self.qpair.transmits().len() > TRANSMIT_BYTES_MAX
+            {
+                break;
+            }
+            match self.stream.poll_read_ready(cx) {
+                Poll::Ready(ready) => ready?,
+                Poll::Pending => break,
+            }
+            let buffer = self.framer.buffer(READ_BYTES);
+            match self.stream.try_read_buf(buffer) {
+                Ok(0) => {
+                    self.read_closed = true;
+                    return Ok(true);
+                }
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+                Err(error) => return Err(error),
+            }
+            progress = true;
+            let now = Instant::now();
+            if let Some(Queue { controller, .. }) = &self.queue {
+                controller.handle_traffic(now);
+            }
+            self.take_pdus(now);
+        }
+        Ok(progress)
+    }
+
+    /// Hands every PDU received to the queue pair and starts what comes of it.
+    fn take_pdus(&mut self, now: Instant) {
+        loop {
+            self.framer.set_limits(self.qpair.framer_limits());
+            match self.framer.next_pdu() {
+                Ok(Some(pdu)) => {
+                    let queue = &self.queue;
+                    self.qpair.handle_pdu(pdu, now, |sqe| match queue {
+                        Some(Queue { controller, qid: 1.. }) => controller.admit(sqe),
+                        _ => None,
+                    });
+                }
+                Ok(None) => break,
+                Err(error) => {
+                    let offending = self.framer.offending().to_vec();
+                    self.qpair.handle_pdu_error(error, &offending);
+                }
+            }
+            if self.qpair.is_closing() {
+                return;
+            }
+            while let Some(request) = self.qpair.poll_request() {
+                self.start(request);
+            }
+        }
+    }
+
+    fn start(&mut self, request: IoRequest) {
+        metrics::command_started();
+        if request.fused_first.is_some() {
+            metrics::command_started();
+        }
+        match &self.queue {
+            None => {
+                let registry = Rc::clone(&self.registry);
+                let connect = connect::connect(registry, request);
+                self.running
+                    .push(Box::pin(async move { Done::Connect(Box::new(connect.await)) }));
+            }
+            Some(Queue { controller, qid: 0 }) => {
+                let answer = controller.handle_admin(&request);
+                match answer {
+                    AdminAnswer::Now(completion) => self.complete_admin(completion, request.arrived),
+                    // It may wait for ever: not a command in flight for those who look at the gauge.
+                    AdminAnswer::Parked => metrics::command_dropped(),
+                    AdminAnswer::Later(completion) => {
+                        let arrived = request.arrived;
+                        self.running.push(Box::pin(async move {
+                            let completion = completion.await;
+                            let success = completion.status.is_success();
+                            metrics::command_completed(Op::Admin, success, 0, arrived.elapsed());
+                            Done::Command(Finished {
+                                first: None,
+                                completion,
+                            })
+                        }));
+                    }
+                }
+            }
+            Some(Queue { controller, qid }) if FabricsCommand::is_fabrics(&request.sqe) => {
+                let status = match FabricsCommand::parse(&request.sqe) {
+                    Ok(FabricsCommand::Disconnect) => {
+                        controller.remove_queue(*qid);
+                        Status::SUCCESS
+                    }
+                    Ok(_) => Status::INVALID_QUEUE_TYPE.dnr(),
+                    Err(status) => status,
+                };
+                self.complete_admin(request.complete(status), request.arrived);
+            }
+            Some(_) => {
+                let command = nvm::execute(request);
+                self.running
+                    .push(Box::pin(async move { Done::Command(command.await) }));
+            }
+        }
+    }
+
+    fn complete_admin(&mut self, completion: Completion, arrived: Instant) {
+        let success = completion.status.is_success();
+        metrics::command_completed(Op::Admin, success, 0, arrived.elapsed());
+        self.qpair.handle_completion(completion);
+    }
+
+    fn poll_running(&mut self, cx: &mut Context<'_>) -> bool {
+        let mut progress = false;
+        while let Poll::Ready(Some(done)) = self.running.poll_next_unpin(cx) {
+            progress = true;
+            match done {
+                Done::Command(Finished { first, completion }) => {
+                    if let Some(first) = first {
+                        self.qpair.handle_completion(first);
+                    }
+                    self.qpair.handle_completion(completion);
+                }
+                Done::Connect(result) => self.handle_connect(*result),
+            }
+        }
+        if let Some(Queue { controller, qid: 0 }) = &self.queue {
+            while let Some(completion) = controller.poll_event() {
+                progress = true;
+                self.qpair.handle_completion(completion);
+            }
+        }
+        progress
+    }
+
+    fn handle_connect(&mut self, result: Result<Connected, Completion>) {
+        match result {
+            Ok(Connected {
+                controller,
+                connect,
+                completion,
+            }) => {
+                metrics::command_completed(Op::Admin, true, 0, Duration::ZERO);
+                self.queue = Some(Queue {
+                    controller,
+                    qid: connect.qid,
+                });
+                self.qpair.handle_connected(connect);
+                self.qpair.handle_completion(completion);
+            }
+            Err(completion) => {
+                metrics::command_completed(Op::Admin, false, 0, Duration::ZERO);
+                self.qpair.handle_completion(completion);
+            }
+        }
+    }
+
+    fn poll_write(&mut self, cx: &mut Context<'_>) -> io::Result<bool> {
+        let mut progress = false;
+        while !self.qpair.transmits().is_empty() {
+            match self.stream.poll_write_ready(cx) {
+                Poll::Ready(ready) => ready?,
+                Poll::Pending => break,
+            }
+            let written = {
+                let mut slices = [IoSlice::new(&[]); SLICES_MAX];
+                let count = self.qpair.transmits().fill(&mut slices);
+                self.stream.try_write_vectored(&slices[..count])
+            };
+            match written {
+                Ok(written) => self.qpair.transmits().advance(written),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+                Err(error) => return Err(error),
+            }
+            progress = true;
+        }
+        Ok(progress)
+    }
+
+    /// Closes the socket, then stays until the last command has left the device.
+    async fn finish(self) {
+        let Self {
+            mut stream,
+            queue,
+            mut running,
+            read_closed,
+            ..
+        } = self;
+        let outstanding = queue.as_ref().and_then(|queue| {
+            let association = queue.controller.association();
+            let subsystem = queue.controller.subsystem()?;
+            Some(subsystem.outstanding(&association.hostnqn, association.hostid))
+        });
+        // Counted before the controller goes: from then on the host's next Connect can be answered.
+        if let Some(outstanding) = &outstanding {
+            outstanding.add(running.len());
+        }
+        if let Some(Queue { controller, qid }) = queue {
+            controller.remove_queue(qid);
+        }
+        let drain = async {
+            while let Some(done) = running.next().await {
+                if let Some(outstanding) = &outstanding {
+                    outstanding.finish_one();
+                }
+                // A controller that was made for a host that did not wait for it.
+                if let Done::Connect(result) = done
+                    && let Ok(Connected {
+                        controller, connect, ..
+                    }) = *result
+                {
+                    controller.remove_queue(connect.qid);
+                }
+            }
+        };
+        let close = async {
+            // Whatever went wrong here, the connection is over.
+            let _ = stream.shutdown().await;
+            if !read_closed {
+                // Unread bytes would turn the close into a reset, and the host would lose the TermReq.
+                let _ = tokio::time::timeout(LINGER, discard(&stream)).await;
+            }
+            drop(stream);
+        };
+        futures_util::future::join(drain, close).await;
+    }
+}
+
+/// Reads until the host closes.
+async fn discard(stream: &TcpStream) -> io::Result<()> {
+    let mut scratch = [0; 4096];
+    loop {
+        stream.readable().await?;
+        match stream.try_read(&mut scratch) {
+            Ok(0) => return Ok(()),
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+}

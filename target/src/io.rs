@@ -1,0 +1,449 @@
+//! I/O commands: from a request with its data to a completion.
+//!
+//! A command is split where a device takes less in one transfer than a host may ask for; the parts run at once and
+//! the command fails if any does. A write that failed may have been done in part, as NVMe allows.
+//!
+//! NVM Command Set Specification 1.0; reservations in the Base Specification.
+
+use bytes::{Bytes, BytesMut};
+use weft_block::{BlockError, DeviceInfo, Durability, Io};
+use weft_proto::nvme::command::{BlockRange, DsmRange, NvmCommand};
+use weft_proto::nvme::log::AnaState;
+use weft_proto::nvme::reservation::{AcquireAction, AcquireData, RegisterData, ReleaseAction, ReleaseData};
+use weft_proto::nvme::status::Status;
+use weft_proto::units::{Lba, LbaRange};
+use zerocopy::FromBytes;
+
+use crate::controller::IoRequest;
+use crate::fused::{Entry, Kind};
+use crate::metrics::{self, Op};
+use crate::namespace::{Admitted, CommandDevice};
+use crate::qpair::{Completion, TRANSFER_BYTES_MAX};
+use crate::status::{of_block_error, of_reservation_error};
+
+/// The completions of a request: of its first half, if it is a fused pair, and its own.
+pub(crate) struct Finished {
+    pub(crate) first: Option<Completion>,
+    pub(crate) completion: Completion,
+}
+
+/// How a command ends: data for the host, or a status.
+type Outcome = Result<Vec<Bytes>, Status>;
+
+/// Pieces as one.
+pub(crate) fn gather(pieces: &[Bytes]) -> Bytes {
+    match pieces {
+        [] => Bytes::new(),
+        [whole] => whole.clone(),
+        pieces => {
+            let mut whole = BytesMut::with_capacity(pieces.iter().map(Bytes::len).sum());
+            for piece in pieces {
+                whole.extend_from_slice(piece);
+            }
+            whole.freeze()
+        }
+    }
+}
+
+/// The label of a command's metrics.
+fn op_of(command: &Result<NvmCommand, Status>) -> Op {
+    match command {
+        Ok(NvmCommand::Flush) => Op::Flush,
+        Ok(NvmCommand::Write { .. }) => Op::Write,
+        Ok(NvmCommand::Read { .. }) => Op::Read,
+        Ok(NvmCommand::Compare { .. }) => Op::Compare,
+        Ok(NvmCommand::WriteZeroes { .. }) => Op::WriteZeroes,
+        Ok(NvmCommand::DatasetManagement { .. }) => Op::Deallocate,
+        Ok(NvmCommand::Verify { .. }) => Op::Verify,
+        Ok(
+            NvmCommand::ReservationRegister { .. }
+            | NvmCommand::ReservationReport { .. }
+            | NvmCommand::ReservationAcquire { .. }
+            | NvmCommand::ReservationRelease { .. },
+        ) => Op::Reservation,
+        Err(_) => Op::Other,
+    }
+}
+
+/// Executes a request. Everything that has an order is done before the first await: writes enter the namespace in
+/// the order in which this is first polled.
+pub(crate) async fn execute(mut request: IoRequest) -> Finished {
+    if let Some(first) = request.fused_first.take() {
+        return execute_fused(*first, request).await;
+    }
+    let command = NvmCommand::parse(&request.sqe);
+    let op = op_of(&command);
+    let data = std::mem::take(&mut request.data);
+    let received = total(&data);
+    let outcome = match command {
+        Ok(command) => execute_command(&request, command, data).await,
+        Err(status) => Err(status),
+    };
+    Finished {
+        first: None,
+        completion: finish(&request, op, received, outcome),
+    }
+}
+
+fn finish(request: &IoRequest, op: Op, received: u64, outcome: Outcome) -> Completion {
+    let answered = outcome.as_ref().map_or(0, |data| total(data));
+    metrics::command_completed(
+        op,
+        outcome.is_ok(),
+        received + answered,
+        request.arrived.elapsed(),
+    );
+    match outcome {
+        Ok(data) => request.complete(Status::SUCCESS).with_data(data),
+        Err(status) => request.complete(status),
+    }
+}
+
+/// The namespace of a request, if it is there and served on this path.
+fn admitted(request: &IoRequest) -> Result<&Admitted, Status> {
+    let admitted = request.admitted.as_ref().ok_or(Status::INVALID_NAMESPACE.dnr())?;
+    match admitted.open.namespace.ana.state.get() {
+        state if state.is_accessible() => Ok(admitted),
+        AnaState::PERSISTENT_LOSS => Err(Status::ANA_PERSISTENT_LOSS),
+        AnaState::CHANGE => Err(Status::ANA_TRANSITION),
+        _ => Err(Status::ANA_INACCESSIBLE),
+    }
+}
+
+async fn execute_command(request: &IoRequest, command: NvmCommand, data: Vec<Bytes>) -> Outcome {
+    let answer_bytes_max = request.answer_bytes_max;
+    let admitted = admitted(request)?;
+    let access = &admitted.access;
+    let info = admitted.open.info();
+    let outcome: Result<Vec<Bytes>, BlockError> = match command {
+        NvmCommand::Read { range } => {
+            let bytes = transfer_bytes(range, &info)?;
+            if bytes > u64::from(answer_bytes_max) {
+                return Err(Status::INVALID_SGL_LENGTH.dnr());
+            }
+            let parts = parts(range.lba_range(), &info).map(|part| access.read(part));
+            all(parts.collect()).await
+        }
+        NvmCommand::Write { range, fua } => {
+            let bytes = transfer_bytes(range, &info)?;
+            if bytes != total(&data) {
+                return Err(Status::INVALID_SGL_LENGTH.dnr());
+            }
+            let _pass = enter(admitted, Kind::Shared).await;
+            write(access, range.lba_range(), &info, data, durability(fua)).await
+        }
+        NvmCommand::Compare { range } => return compare(admitted, range, &info, &data).await,
+        NvmCommand::Verify { range } => {
+            let mut done = Ok(Vec::new());
+            // One part at a time: a host may ask for 65536 blocks, and nobody waits for them.
+            for part in parts(range.lba_range(), &info) {
+                if let Err(error) = access.read(part).await {
+                    done = Err(error);
+                    break;
+                }
+            }
+            done
+        }
+        NvmCommand::Flush => access.flush().await.map(|()| Vec::new()),
+        NvmCommand::WriteZeroes {
+            range,
+            deallocate,
+            fua,
+        } => {
+            let _pass = enter(admitted, Kind::Shared).await;
+            let done = access
+                .write_zeroes(range.lba_range(), deallocate, durability(fua))
+                .await;
+            done.map(|()| Vec::new())
+        }
+        NvmCommand::DatasetManagement { ranges, deallocate } => {
+            let ranges = dsm_ranges(&gather(&data), ranges, &info)?;
+            if !deallocate || ranges.is_empty() {
+                return Ok(Vec::new());
+            }
+            let _pass = enter(admitted, Kind::Shared).await;
+            access.deallocate(ranges).await.map(|()| Vec::new())
+        }
+        NvmCommand::ReservationRegister { .. }
+        | NvmCommand::ReservationReport { .. }
+        | NvmCommand::ReservationAcquire { .. }
+        | NvmCommand::ReservationRelease { .. } => {
+            return reservation(admitted, command, &gather(&data), answer_bytes_max).await;
+        }
+    };
+    outcome.map_err(|error| status_of(access, &error))
+}
+
+/// What the host is told; a command that a Preempt and Abort ended says so.
+fn status_of(access: &CommandDevice, error: &BlockError) -> Status {
+    if *error == BlockError::ReservationConflict && access.is_aborted() {
+        Status::ABORTED_PREEMPT
+    } else {
+        of_block_error(error)
+    }
+}
+
+fn durability(fua: bool) -> Durability {
+    if fua {
+        Durability::Durable
+    } else {
+        Durability::Cached
+    }
+}
+
+async fn enter(admitted: &Admitted, kind: Kind) -> crate::fused::Pass {
+    match admitted.open.namespace.fused.enter(kind) {
+        Entry::Entered(pass) => pass,
+        waiting @ Entry::Waiting(_) => waiting.pass().await,
+    }
+}
+
+fn total(data: &[Bytes]) -> u64 {
+    data.iter().map(|piece| piece.len() as u64).sum()
+}
+
+/// Bytes of a range; an error past MDTS.
+fn transfer_bytes(range: BlockRange, info: &DeviceInfo) -> Result<u64, Status> {
+    let bytes = u64::from(range.count.get()) * u64::from(info.block_bytes);
+    if bytes > u64::from(TRANSFER_BYTES_MAX) {
+        return Err(Status::INVALID_FIELD.dnr());
+    }
+    Ok(bytes)
+}
+
+/// A range in parts that the device takes. A range outside of the device is one part, for the device to refuse.
+fn parts(range: LbaRange, info: &DeviceInfo) -> impl Iterator<Item = LbaRange> + use<> {
+    let step = u64::from((info.transfer_bytes_max.min(TRANSFER_BYTES_MAX) / info.block_bytes).max(1));
+    let step = if range.is_within(info.blocks) {
+        step
+    } else {
+        range.count
+    };
+    let mut left = range;
+    std::iter::from_fn(move || {
+        let count = left.count.min(step);
+        if count == 0 {
+            return None;
+        }
+        let part = LbaRange {
+            start: left.start,
+            count,
+        };
+        left = LbaRange {
+            start: Lba(left.start.0.wrapping_add(count)),
+            count: left.count - count,
+        };
+        Some(part)
+    })
+}
+
+/// Waits for all parts. They have all been submitted; the first error is the command's.
+async fn all<T>(mut parts: Vec<Io<T>>) -> Result<Vec<T>, BlockError> {
+    if parts.len() == 1
+        && let Some(only) = parts.pop()
+    {
+        return Ok(vec![only.await?]);
+    }
+    // Every part is waited for even if one has failed: the command is in execution as long as any part is.
+    let results = futures_util::future::join_all(parts).await;
+    results.into_iter().collect()
+}
+
+async fn write(
+    access: &CommandDevice,
+    range: LbaRange,
+    info: &DeviceInfo,
+    data: Vec<Bytes>,
+    durability: Durability,
+) -> Result<Vec<Bytes>, BlockError> {
+    let mut rest = data.into();
+    let parts = parts(range, info)
+        .map(|part| {
+            let bytes = part.count * u64::from(info.block_bytes);
+            access.write(part.start, take(&mut rest, bytes), durability)
+        })
+        .collect();
+    all(parts).await?;
+    Ok(Vec::new())
+}
+
+/// Takes `bytes` from the front of scattered data.
+fn take(rest: &mut std::collections::VecDeque<Bytes>, bytes: u64) -> Vec<Bytes> {
+    let mut left = usize::try_from(bytes).unwrap_or(usize::MAX);
+    let mut taken = Vec::new();
+    while left > 0
+        && let Some(front) = rest.front_mut()
+    {
+        if front.len() <= left {
+            left -= front.len();
+            taken.extend(rest.pop_front());
+        } else {
+            taken.push(front.split_to(left));
+            left = 0;
+        }
+    }
+    taken
+}
+
+async fn compare(admitted: &Admitted, range: BlockRange, info: &DeviceInfo, data: &[Bytes]) -> Outcome {
+    if transfer_bytes(range, info)? != total(data) {
+        return Err(Status::INVALID_SGL_LENGTH.dnr());
+    }
+    let access = &admitted.access;
+    let reads = parts(range.lba_range(), info)
+        .map(|part| access.read(part))
+        .collect();
+    let found = all(reads).await.map_err(|error| status_of(access, &error))?;
+    let same = found
+        .iter()
+        .flat_map(|piece| piece.iter())
+        .eq(data.iter().flat_map(|piece| piece.iter()));
+    if same {
+        Ok(Vec::new())
+    } else {
+        Err(Status::COMPARE_FAILURE.dnr())
+    }
+}
+
+/// Compare and Write, as one step among this registry's commands.
+async fn execute_fused(first: IoRequest, second: IoRequest) -> Finished {
+    let commands = (NvmCommand::parse(&first.sqe), NvmCommand::parse(&second.sqe));
+    let (compared, written) = match commands {
+        (Ok(NvmCommand::Compare { range }), Ok(NvmCommand::Write { range: target, fua }))
+            if range == target && first.sqe.nsid == second.sqe.nsid =>
+        {
+            compare_and_write(&first, &second, range, fua).await
+        }
+        // Nothing else can be fused, and both halves are of the same blocks.
+        _ => (
+            Err(Status::INVALID_FIELD.dnr()),
+            Err(Status::ABORTED_FAILED_FUSED),
+        ),
+    };
+    Finished {
+        first: Some(finish(&first, Op::Compare, total(&first.data), compared)),
+        completion: finish(&second, Op::Write, total(&second.data), written),
+    }
+}
+
+async fn compare_and_write(
+    first: &IoRequest,
+    second: &IoRequest,
+    range: BlockRange,
+    fua: bool,
+) -> (Outcome, Outcome) {
+    let not_written = Err(Status::ABORTED_FAILED_FUSED);
+    let checked = admitted(first).and_then(|compare| Ok((compare, admitted(second)?)));
+    let (comparing, writing) = match checked {
+        Ok(both) => both,
+        Err(status) => return (Err(status), not_written),
+    };
+    let info = comparing.open.info();
+    match transfer_bytes(range, &info) {
+        Ok(bytes) if bytes == total(&second.data) => {}
+        Ok(_) => return (Err(Status::INVALID_SGL_LENGTH.dnr()), not_written),
+        Err(status) => return (Err(status), not_written),
+    }
+    let _pass = enter(comparing, Kind::Exclusive).await;
+    if let Err(status) = compare(comparing, range, &info, &first.data).await {
+        return (Err(status), not_written);
+    }
+    let access = &writing.access;
+    let written = write(
+        access,
+        range.lba_range(),
+        &info,
+        second.data.clone(),
+        durability(fua),
+    )
+    .await;
+    (Ok(Vec::new()), written.map_err(|error| status_of(access, &error)))
+}
+
+/// The ranges of a Dataset Management that are not empty.
+fn dsm_ranges(data: &[u8], count: u16, info: &DeviceInfo) -> Result<Vec<LbaRange>, Status> {
+    let bytes = usize::from(count) * size_of::<DsmRange>();
+    let data = data.get(..bytes).ok_or(Status::INVALID_SGL_LENGTH.dnr())?;
+    let mut ranges = Vec::with_capacity(usize::from(count));
+    for range in data.chunks_exact(size_of::<DsmRange>()) {
+        let range = DsmRange::read_from_bytes(range).map_err(|_| Status::INVALID_SGL_LENGTH.dnr())?;
+        let range = LbaRange {
+            start: Lba(range.slba.get()),
+            count: u64::from(range.nlb.get()),
+        };
+        if !range.is_within(info.blocks) {
+            return Err(Status::LBA_OUT_OF_RANGE.dnr());
+        }
+        if range.count > 0 {
+            ranges.push(range);
+        }
+    }
+    Ok(ranges)
+}
+
+async fn reservation(
+    admitted: &Admitted,
+    command: NvmCommand,
+    data: &[u8],
+    answer_bytes_max: u32,
+) -> Outcome {
+    let Some((namespace, host)) = admitted.open.reserved() else {
+        return Err(Status::INVALID_OPCODE.dnr());
+    };
+    let too_short = |_| Status::INVALID_SGL_LENGTH.dnr();
+    let done = match command {
+        NvmCommand::ReservationRegister {
+            action,
+            ignore_existing_key,
+            persist,
+        } => {
+            let (keys, _) = RegisterData::read_from_prefix(data).map_err(|_| too_short(()))?;
+            let (crkey, nrkey) = (keys.crkey.get(), keys.nrkey.get());
+            namespace
+                .register(host, action, ignore_existing_key, crkey, nrkey, persist)
+                .await
+        }
+        NvmCommand::ReservationAcquire { action, rtype } => {
+            let (keys, _) = AcquireData::read_from_prefix(data).map_err(|_| too_short(()))?;
+            let (crkey, prkey) = (keys.crkey.get(), keys.prkey.get());
+            match action {
+                AcquireAction::Acquire => namespace.acquire(host, crkey, rtype).await,
+                AcquireAction::Preempt => namespace.preempt(host, crkey, prkey, rtype).await,
+                AcquireAction::PreemptAndAbort => {
+                    namespace.preempt_and_abort(host, crkey, prkey, rtype).await
+                }
+            }
+        }
+        NvmCommand::ReservationRelease { action, rtype } => {
+            let (keys, _) = ReleaseData::read_from_prefix(data).map_err(|_| too_short(()))?;
+            match action {
+                ReleaseAction::Release => namespace.release(host, keys.crkey.get(), rtype).await,
+                ReleaseAction::Clear => namespace.clear(host, keys.crkey.get()).await,
+            }
+        }
+        NvmCommand::ReservationReport { bytes, extended } => {
+            // Host identifiers have 128 bits here, which the short structure cannot hold.
+            if !extended {
+                return Err(Status::HOSTID_INCONSISTENT_FORMAT.dnr());
+            }
+            let mut report = namespace.report().to_bytes();
+            let bytes = bytes.min(u64::from(answer_bytes_max));
+            report.resize(
+                usize::try_from(bytes)
+                    .unwrap_or(usize::MAX)
+                    .min(TRANSFER_BYTES_MAX as usize),
+                0,
+            );
+            return Ok(vec![Bytes::from(report)]);
+        }
+        NvmCommand::Flush
+        | NvmCommand::Write { .. }
+        | NvmCommand::Read { .. }
+        | NvmCommand::Compare { .. }
+        | NvmCommand::WriteZeroes { .. }
+        | NvmCommand::DatasetManagement { .. }
+        | NvmCommand::Verify { .. } => Err(crate::reservation::table::Refused::InvalidField.into()),
+    };
+    done.map(|()| Vec::new())
+        .map_err(|error| of_reservation_error(&error))
+}

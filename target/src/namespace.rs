@@ -1,0 +1,179 @@
+//! Namespaces as a subsystem presents them, and as one association has them open.
+
+use std::cell::Cell;
+use std::rc::Rc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use weft_block::{Device, DeviceInfo, Durability, Io};
+use weft_proto::id::HostId;
+use weft_proto::nqn::Nqn;
+use weft_proto::nvme::log::AnaState;
+use weft_proto::units::{Lba, LbaRange};
+
+use crate::reservation::ReservedNamespace;
+use crate::reservation::namespace::Admission;
+
+/// A host's association with a subsystem: one controller.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Association {
+    /// The host's name.
+    pub hostnqn: Nqn,
+    /// The host's identifier, which reservations know it by.
+    pub hostid: HostId,
+    /// The controller.
+    pub cntlid: u16,
+    /// The subsystem.
+    pub subsystem: Nqn,
+    /// Keep Alive Timeout that was accepted; `None` if the host asked for none.
+    pub kato: Option<Duration>,
+}
+
+/// Makes the device of one association.
+pub type DeviceFactory = Rc<dyn Fn(&Association) -> Device>;
+
+/// Where a namespace's blocks are.
+#[derive(Clone)]
+pub enum Source {
+    /// A device under reservations, shared by all hosts: a drive.
+    Reserved(ReservedNamespace),
+    /// A device made once per association, without reservations of ours: a volume, which a non-owner forwards with
+    /// that host's identity. Ownership that moves is the device's own affair; it stays open.
+    PerAssociation(DeviceFactory),
+}
+
+/// What a namespace is.
+#[derive(Clone)]
+pub struct NamespaceConfig {
+    /// The same on every node that presents it.
+    pub nsid: u32,
+    /// The same on every node that presents it.
+    pub uuid: [u8; 16],
+    /// ANA group, 1 and up.
+    pub ana_group: u32,
+    /// State of the group where this is its first namespace; otherwise the group's stays.
+    pub ana_state: AnaState,
+    /// Where the blocks are.
+    pub source: Source,
+}
+
+/// The state of an ANA group on this node, shared by its namespaces.
+#[derive(Debug)]
+pub(crate) struct AnaGroupState {
+    pub(crate) state: Cell<AnaState>,
+    pub(crate) change_count: Cell<u64>,
+}
+
+/// A namespace of a subsystem.
+pub(crate) struct Namespace {
+    pub(crate) nsid: u32,
+    pub(crate) uuid: [u8; 16],
+    pub(crate) ana_group: u32,
+    pub(crate) ana: Rc<AnaGroupState>,
+    pub(crate) source: Source,
+    pub(crate) fused: crate::fused::FusedGate,
+}
+
+/// A namespace as one association has it open.
+pub(crate) struct OpenNamespace {
+    pub(crate) namespace: Rc<Namespace>,
+    pub(crate) backend: Backend,
+}
+
+pub(crate) enum Backend {
+    Reserved(ReservedNamespace, HostId),
+    Plain(Device),
+}
+
+impl OpenNamespace {
+    pub(crate) fn open(namespace: Rc<Namespace>, association: &Association) -> Self {
+        let backend = match &namespace.source {
+            Source::Reserved(reserved) => Backend::Reserved(reserved.clone(), association.hostid),
+            Source::PerAssociation(factory) => Backend::Plain(factory(association)),
+        };
+        Self { namespace, backend }
+    }
+
+    pub(crate) fn info(&self) -> DeviceInfo {
+        match &self.backend {
+            Backend::Reserved(reserved, _) => reserved.info(),
+            Backend::Plain(device) => device.info(),
+        }
+    }
+
+    pub(crate) fn reserved(&self) -> Option<(&ReservedNamespace, HostId)> {
+        match &self.backend {
+            Backend::Reserved(reserved, host) => Some((reserved, *host)),
+            Backend::Plain(_) => None,
+        }
+    }
+
+    /// The device for one command that has just arrived.
+    pub(crate) fn admit(self: &Rc<Self>) -> Admitted {
+        let access = match &self.backend {
+            Backend::Reserved(reserved, host) => CommandDevice::Reserved(reserved.admit(*host)),
+            Backend::Plain(device) => CommandDevice::Plain(Rc::clone(device)),
+        };
+        Admitted {
+            open: Rc::clone(self),
+            access,
+        }
+    }
+}
+
+/// What a command was admitted to when it arrived.
+pub(crate) struct Admitted {
+    pub(crate) open: Rc<OpenNamespace>,
+    pub(crate) access: CommandDevice,
+}
+
+/// A device for the operations of one command.
+pub(crate) enum CommandDevice {
+    Reserved(Admission),
+    Plain(Device),
+}
+
+impl CommandDevice {
+    /// Whether a Preempt and Abort has ended the command.
+    pub(crate) fn is_aborted(&self) -> bool {
+        match self {
+            Self::Reserved(admission) => admission.is_aborted(),
+            Self::Plain(_) => false,
+        }
+    }
+
+    pub(crate) fn read(&self, range: LbaRange) -> Io<Bytes> {
+        match self {
+            Self::Reserved(admission) => admission.read(range),
+            Self::Plain(device) => device.read(range),
+        }
+    }
+
+    pub(crate) fn write(&self, start: Lba, data: Vec<Bytes>, durability: Durability) -> Io<()> {
+        match self {
+            Self::Reserved(admission) => admission.write(start, data, durability),
+            Self::Plain(device) => device.write(start, data, durability),
+        }
+    }
+
+    pub(crate) fn write_zeroes(&self, range: LbaRange, deallocate: bool, durability: Durability) -> Io<()> {
+        match self {
+            Self::Reserved(admission) => admission.write_zeroes(range, deallocate, durability),
+            Self::Plain(device) => device.write_zeroes(range, deallocate, durability),
+        }
+    }
+
+    pub(crate) fn deallocate(&self, ranges: Vec<LbaRange>) -> Io<()> {
+        match self {
+            Self::Reserved(admission) => admission.deallocate(ranges),
+            Self::Plain(device) => device.deallocate(ranges),
+        }
+    }
+
+    pub(crate) fn flush(&self) -> Io<()> {
+        match self {
+            Self::Reserved(admission) => admission.flush(),
+            Self::Plain(device) => device.flush(),
+        }
+    }
+}

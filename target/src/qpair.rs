@@ -1,0 +1,695 @@
+//! One NVMe/TCP queue pair, without a socket.
+//!
+//! Three kinds of method, named for what they do:
+//! - `handle_*` takes an input: a PDU, a completion, or the time;
+//! - `poll_*` gives an output that the caller must act on;
+//! - anything else looks and changes nothing.
+//!
+//! The caller owns the socket, the clock and the devices. It reads bytes into a framer, gives the PDUs here, executes
+//! what [`QueuePair::poll_request`] yields, gives the completions here, and writes [`QueuePair::transmits`]. It applies
+//! [`QueuePair::framer_limits`] after every PDU.
+//!
+//! Legal bytes at the wrong time are as fatal as malformed ones: the connection ends with a TermReq, that connection
+//! only. Whatever a peer sizes is bounded: commands in flight by the queue's entries, data by [`TRANSFER_BYTES_MAX`] for a
+//! command and [`R2T_BYTES_MAX`] for all of them.
+//!
+//! NVMe/TCP Transport Specification 1.0, "TCP Transport Protocol"; NVM Express Base, "Command Submission and
+//! Completion" for fabrics.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use weft_proto::fabrics::command::{Connect, ConnectData, FabricsCommand, fctype};
+use weft_proto::nvme::cqe::Cqe;
+use weft_proto::nvme::sgl::DataPointer;
+use weft_proto::nvme::sqe::{Fuse, Sqe};
+use weft_proto::nvme::status::Status;
+use weft_proto::tcp::header::PDA_MAX;
+use weft_proto::tcp::{
+    CapsuleCmd, DataAt, Digests, Encoder, FatalErrorStatus, FramerLimits, FromHost, H2CData, IcReq, IcResp,
+    PduError, R2T, TermReason, TransmitQueue,
+};
+use zerocopy::{FromBytes, IntoBytes};
+
+/// Most data of one command (MDTS). The largest transfer a Linux host asks for, and enough for a shard.
+pub const TRANSFER_BYTES_MAX: u32 = 1 << 20;
+
+/// Most data in a command capsule. 8 KiB is what hosts may always send on the admin queue; it lets a 4 KiB write
+/// go without a round trip, and two of them.
+pub const CAPSULE_BYTES_MAX: u32 = 8192;
+
+/// Most data of one H2CData (MAXH2CDATA). A guess: long enough that headers cost nothing, short enough that a
+/// connection's receive buffer stays small.
+pub const H2C_DATA_BYTES_MAX: u32 = 128 << 10;
+
+/// Most data that R2Ts ask for at any time on one connection; further writes wait for their R2T.
+pub const R2T_BYTES_MAX: u32 = 8 << 20;
+
+/// From accept to a successful Connect. A guess: generous to a slow host, and short enough that silent sockets do not
+/// pile up.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A command with all its data, to be executed.
+#[derive(Debug)]
+pub struct Request<T> {
+    /// Its entry.
+    pub sqe: Sqe,
+    /// What the host sent along.
+    pub data: Vec<Bytes>,
+    /// Bytes that the host will take in answer.
+    pub answer_bytes_max: u32,
+    /// What the caller attached when the command arrived.
+    pub admitted: T,
+    /// When the last of it arrived.
+    pub arrived: Instant,
+    /// The first command of a fused pair, whose second this is.
+    pub fused_first: Option<Box<Request<T>>>,
+}
+
+impl<T> Request<T> {
+    /// Command Identifier.
+    #[must_use]
+    pub fn cid(&self) -> u16 {
+        self.sqe.cid.get()
+    }
+
+    /// A completion of this command.
+    #[must_use]
+    pub fn complete(&self, status: Status) -> Completion {
+        Completion {
+            cid: self.cid(),
+            status,
+            result: 0,
+            data: Vec::new(),
+        }
+    }
+}
+
+/// The end of a command.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Completion {
+    /// Command Identifier.
+    pub cid: u16,
+    /// Status.
+    pub status: Status,
+    /// Dwords 0 and 1.
+    pub result: u64,
+    /// For the host; only with success.
+    pub data: Vec<Bytes>,
+}
+
+impl Completion {
+    /// With a result.
+    #[must_use]
+    pub fn with_result(mut self, result: u64) -> Self {
+        self.result = result;
+        self
+    }
+
+    /// With data for the host.
+    #[must_use]
+    pub fn with_data(mut self, data: Vec<Bytes>) -> Self {
+        self.data = data;
+        self
+    }
+}
+
+/// What may legally arrive next.
+#[derive(Debug)]
+enum State {
+    /// Only an ICReq. Nothing is negotiated yet.
+    ExpectIcReq,
+    /// Only a Fabrics Connect.
+    ExpectConnect,
+    /// Nothing, until the Connect is answered.
+    Connecting,
+    /// Commands, and data that was asked for.
+    Ready,
+    /// A TermReq is queued or sent, or the peer has ended it; what still arrives is ignored.
+    Closing,
+}
+
+/// One queue pair. `T` is what the caller attaches to a command when it arrives.
+#[derive(Debug)]
+pub struct QueuePair<T> {
+    state: State,
+    encoder: Encoder,
+    limits: FramerLimits,
+    transmits: TransmitQueue,
+    requests: VecDeque<Request<T>>,
+    /// Commands in flight, by CID.
+    inflight: CidSet,
+    /// Commands whose data is on its way, by CID, which is their transfer tag too.
+    receiving: BTreeMap<u16, Receiving<T>>,
+    /// Commands that wait until R2Ts may ask for more.
+    waiting: VecDeque<u16>,
+    r2t_bytes: u32,
+    fused: Fused<T>,
+    /// Of the submission queue; 0 until connected.
+    entries: u16,
+    sqhd: u16,
+    flow_control: bool,
+    /// Until connected.
+    deadline: Option<Instant>,
+}
+
+/// A command that waits for data.
+#[derive(Debug)]
+struct Receiving<T> {
+    request: Request<T>,
+    length: u32,
+    received: u32,
+    asked: bool,
+    damaged: bool,
+}
+
+/// Fused pairs under way. The two halves arrive back to back; their data may not.
+#[derive(Debug)]
+struct Fused<T> {
+    /// A first half arrived last: the next command has to be its second.
+    open: Option<u16>,
+    /// Second half by first half.
+    pairs: BTreeMap<u16, u16>,
+    /// Halves that have all their data.
+    ready: BTreeMap<u16, Request<T>>,
+}
+
+impl<T> QueuePair<T> {
+    /// For a connection just accepted.
+    #[must_use]
+    pub fn new(now: Instant) -> Self {
+        Self {
+            state: State::ExpectIcReq,
+            encoder: Encoder::default(),
+            limits: FramerLimits::default(),
+            transmits: TransmitQueue::new(),
+            requests: VecDeque::new(),
+            inflight: CidSet::default(),
+            receiving: BTreeMap::new(),
+            waiting: VecDeque::new(),
+            r2t_bytes: 0,
+            fused: Fused {
+                open: None,
+                pairs: BTreeMap::new(),
+                ready: BTreeMap::new(),
+            },
+            entries: 0,
+            sqhd: 0,
+            flow_control: true,
+            deadline: Some(now + CONNECT_TIMEOUT),
+        }
+    }
+
+    /// Takes a PDU. `admit` is called once for a command, in the instant it arrives.
+    pub fn handle_pdu(&mut self, pdu: FromHost, now: Instant, admit: impl FnOnce(&Sqe) -> T) {
+        match (&self.state, pdu) {
+            (State::Closing, _) => {}
+            (_, FromHost::TermReq(term)) => {
+                tracing::debug!(reason = %term.reason, "the host ended the connection");
+                self.state = State::Closing;
+            }
+            (State::ExpectIcReq, FromHost::IcReq(request)) => self.initialize(&request),
+            (State::ExpectConnect, FromHost::CapsuleCmd(capsule)) => self.handle_connect(capsule, now, admit),
+            (State::Ready, FromHost::CapsuleCmd(capsule)) => self.handle_command(capsule, now, admit),
+            (State::Ready, FromHost::H2CData(data)) => self.handle_data(data, now),
+            // A well-formed PDU in the wrong state is as fatal as a malformed one.
+            (
+                State::ExpectIcReq | State::ExpectConnect | State::Connecting | State::Ready,
+                FromHost::IcReq(_) | FromHost::CapsuleCmd(_) | FromHost::H2CData(_),
+            ) => self.out_of_sequence(),
+        }
+    }
+
+    /// Takes the framer's verdict on bytes that no state could accept.
+    pub fn handle_pdu_error(&mut self, error: PduError, offending: &[u8]) {
+        if !self.is_closing() {
+            tracing::warn!(%error, "malformed PDU");
+            self.terminate(error.term_reason(), offending);
+        }
+    }
+
+    /// Takes the time.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        if self.deadline.is_some_and(|deadline| now >= deadline) {
+            self.deadline = None;
+            self.state = State::Closing;
+        }
+    }
+
+    /// Takes the success of a Connect: commands may follow. Give its completion afterwards.
+    pub fn handle_connected(&mut self, connect: Connect) {
+        if matches!(self.state, State::Connecting) {
+            self.state = State::Ready;
+            self.entries = connect.sqsize_z.saturating_add(1);
+            self.flow_control = !connect.disables_sq_flow_control();
+            // The Connect itself was the queue's first entry.
+            self.sqhd = 1 % self.entries;
+            self.deadline = None;
+        }
+    }
+
+    /// Takes the end of a command that was yielded by [`Self::poll_request`].
+    pub fn handle_completion(&mut self, completion: Completion) {
+        let Completion {
+            cid,
+            status,
+            result,
+            data,
+        } = completion;
+        if !self.inflight.remove(cid) || self.is_closing() {
+            return;
+        }
+        if matches!(self.state, State::Connecting) {
+            // The Connect failed. The host may correct itself on this connection.
+            self.state = State::ExpectConnect;
+        }
+        let mut answered = false;
+        if status.is_success() && !data.is_empty() {
+            // Without SQ flow control a response with nothing to say can be left out.
+            answered = !self.flow_control && result == 0;
+            self.encoder.c2h_data(
+                &mut self.transmits,
+                DataAt { cccid: cid, datao: 0 },
+                true,
+                answered,
+                &data,
+            );
+        }
+        if !answered {
+            let sqhd = if self.flow_control { self.sqhd } else { 0xffff };
+            let cqe = Cqe::new(cid, sqhd, status, result);
+            let mut bytes = [0; size_of::<Cqe>()];
+            bytes.copy_from_slice(cqe.as_bytes());
+            self.encoder.capsule_resp(&mut self.transmits, &bytes);
+        }
+    }
+
+    /// Ends the connection from this side, without an accusation: the controller is gone.
+    pub fn handle_close(&mut self) {
+        self.state = State::Closing;
+    }
+
+    /// The next command to execute.
+    pub fn poll_request(&mut self) -> Option<Request<T>> {
+        self.requests.pop_front()
+    }
+
+    /// When [`Self::handle_timeout`] has to be called.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        self.deadline
+    }
+
+    /// What is to be written.
+    pub fn transmits(&mut self) -> &mut TransmitQueue {
+        &mut self.transmits
+    }
+
+    /// What the framer may accept from now on.
+    #[must_use]
+    pub fn framer_limits(&self) -> FramerLimits {
+        self.limits
+    }
+
+    /// Whether the connection is to be closed once [`Self::transmits`] has been written.
+    #[must_use]
+    pub fn is_closing(&self) -> bool {
+        matches!(self.state, State::Closing)
+    }
+
+    fn initialize(&mut self, request: &IcReq) {
+        if request.pfv.get() != 0 {
+            let reason = TermReason {
+                fes: FatalErrorStatus::UNSUPPORTED_PARAMETER,
+                fei: 8,
+            };
+            return self.terminate(reason, &[]);
+        }
+        if request.hpda > PDA_MAX {
+            return self.terminate(TermReason::invalid_field(10), &[]);
+        }
+        let digests: Digests = request.dgst.digests();
+        // The response itself carries no digest.
+        self.encoder
+            .ic_resp(&mut self.transmits, &IcResp::new(digests, H2C_DATA_BYTES_MAX));
+        self.encoder = Encoder {
+            digests,
+            pda_z: request.hpda,
+        };
+        self.limits = FramerLimits {
+            digests,
+            capsule_bytes_max: CAPSULE_BYTES_MAX,
+            data_bytes_max: H2C_DATA_BYTES_MAX,
+            pda_z: 0,
+        };
+        self.state = State::ExpectConnect;
+    }
+
+    fn handle_connect(&mut self, capsule: CapsuleCmd, now: Instant, admit: impl FnOnce(&Sqe) -> T) {
+        let sqe = entry(&capsule.sqe);
+        if !FabricsCommand::is_fabrics(&sqe) || sqe.nsid.get() as u8 != fctype::CONNECT {
+            return self.out_of_sequence();
+        }
+        let cid = sqe.cid.get();
+        self.inflight.insert(cid);
+        self.state = State::Connecting;
+        let data = match capsule.data {
+            Ok(data) => data,
+            Err(_) => return self.fail(cid, Status::TRANSIENT_TRANSPORT_ERROR),
+        };
+        match sqe.data_pointer().and_then(|pointer| in_capsule(pointer, &data)) {
+            Ok(Some(data)) if data.len() == size_of::<ConnectData>() => {
+                self.requests.push_back(Request {
+                    sqe,
+                    data: vec![data],
+                    answer_bytes_max: 0,
+                    admitted: admit(&sqe),
+                    arrived: now,
+                    fused_first: None,
+                });
+            }
+            Ok(_) => self.fail(cid, Status::INVALID_SGL_LENGTH.dnr()),
+            Err(status) => self.fail(cid, status),
+        }
+    }
+
+    fn handle_command(&mut self, capsule: CapsuleCmd, now: Instant, admit: impl FnOnce(&Sqe) -> T) {
+        let sqe = entry(&capsule.sqe);
+        let cid = sqe.cid.get();
+        if self.inflight.len() >= usize::from(self.entries) || !self.inflight.insert(cid) {
+            // More commands than the queue has entries, or one identifier for two of them: completions could not be
+            // told apart any more.
+            return self.out_of_sequence();
+        }
+        self.sqhd = (self.sqhd + 1) % self.entries;
+        let fuse = match sqe.fuse() {
+            Ok(fuse) => fuse,
+            Err(status) => return self.fail(cid, status),
+        };
+        if !self.pair_up(cid, fuse) {
+            return self.fail(cid, Status::ABORTED_MISSING_FUSED.dnr());
+        }
+        let mut request = Request {
+            sqe,
+            data: Vec::new(),
+            answer_bytes_max: 0,
+            admitted: admit(&sqe),
+            arrived: now,
+            fused_first: None,
+        };
+        let pointer = match sqe.data_pointer() {
+            Ok(pointer) => pointer,
+            Err(status) => return self.fail(cid, status),
+        };
+        if pointer.length() > TRANSFER_BYTES_MAX {
+            return self.fail(cid, Status::INVALID_FIELD.dnr());
+        }
+        match direction(&sqe) {
+            Transfer::FromHost => {
+                let Ok(data) = capsule.data else {
+                    return self.fail(cid, Status::TRANSIENT_TRANSPORT_ERROR);
+                };
+                match (in_capsule(pointer, &data), pointer) {
+                    (Err(status), _) => self.fail(cid, status),
+                    (Ok(Some(data)), _) => {
+                        request.data.push(data);
+                        self.accept(request);
+                    }
+                    (Ok(None), DataPointer::Transport { length }) if length > 0 => {
+                        self.receiving.insert(
+                            cid,
+                            Receiving {
+                                request,
+                                length,
+                                received: 0,
+                                asked: false,
+                                damaged: false,
+                            },
+                        );
+                        self.waiting.push_back(cid);
+                        self.ask_for_data();
+                    }
+                    (Ok(None), _) => self.accept(request),
+                }
+            }
+            Transfer::ToHost => {
+                request.answer_bytes_max = pointer.length();
+                self.accept(request);
+            }
+            Transfer::None => self.accept(request),
+        }
+    }
+
+    fn handle_data(&mut self, pdu: H2CData, now: Instant) {
+        let (cid, ttag) = (pdu.header.cccid.get(), pdu.header.ttag.get());
+        let Some(receiving) = self.receiving.get_mut(&cid).filter(|receiving| receiving.asked) else {
+            return self.terminate(TermReason::invalid_field(8), &[]);
+        };
+        if ttag != cid {
+            return self.terminate(TermReason::invalid_field(10), &[]);
+        }
+        let (offset, length) = (pdu.header.datao.get(), pdu.header.datal.get());
+        if offset != receiving.received || length > receiving.length - receiving.received {
+            return self.terminate(TermReason::new(FatalErrorStatus::DATA_TRANSFER_OUT_OF_RANGE), &[]);
+        }
+        receiving.received += length;
+        match pdu.data {
+            Ok(data) => receiving.request.data.push(data),
+            Err(_) => receiving.damaged = true,
+        }
+        if receiving.received < receiving.length {
+            if pdu.last {
+                // The end of the R2T's data before all of it has come.
+                self.out_of_sequence();
+            }
+            return;
+        }
+        let Some(receiving) = self.receiving.remove(&cid) else {
+            return;
+        };
+        self.r2t_bytes -= receiving.length;
+        if receiving.damaged {
+            self.fail(cid, Status::TRANSIENT_TRANSPORT_ERROR);
+        } else {
+            self.accept(Request {
+                arrived: now,
+                ..receiving.request
+            });
+        }
+        self.ask_for_data();
+    }
+
+    /// Sends the R2Ts that there is room for.
+    fn ask_for_data(&mut self) {
+        while let Some(&cid) = self.waiting.front() {
+            let Some(receiving) = self.receiving.get_mut(&cid) else {
+                self.waiting.pop_front();
+                continue;
+            };
+            if self.r2t_bytes + receiving.length > R2T_BYTES_MAX {
+                return;
+            }
+            self.r2t_bytes += receiving.length;
+            receiving.asked = true;
+            self.waiting.pop_front();
+            let r2t = R2T {
+                cccid: cid.into(),
+                ttag: cid.into(),
+                r2to: 0.into(),
+                r2tl: receiving.length.into(),
+                rsvd20: [0; 4],
+            };
+            self.encoder.r2t(&mut self.transmits, &r2t);
+        }
+    }
+
+    /// Whether a command may stand where it does in the order of fused halves.
+    fn pair_up(&mut self, cid: u16, fuse: Fuse) -> bool {
+        let first = self.fused.open.take();
+        match (first, fuse) {
+            (Some(first), Fuse::Second) => {
+                self.fused.pairs.insert(first, cid);
+                true
+            }
+            (None, Fuse::Second) => false,
+            (first, Fuse::Normal | Fuse::First) => {
+                if let Some(first) = first {
+                    self.fail(first, Status::ABORTED_MISSING_FUSED.dnr());
+                }
+                if fuse == Fuse::First {
+                    self.fused.open = Some(cid);
+                }
+                true
+            }
+        }
+    }
+
+    /// Yields a command that has all its data, or keeps it until its other half has.
+    fn accept(&mut self, request: Request<T>) {
+        let cid = request.cid();
+        let pair = match request.sqe.fuse() {
+            Ok(Fuse::First) => self.fused.pairs.get(&cid).map(|&second| (cid, second)),
+            Ok(Fuse::Second) => self
+                .fused
+                .pairs
+                .iter()
+                .find(|&(_, &second)| second == cid)
+                .map(|(&first, _)| (first, cid)),
+            Ok(Fuse::Normal) | Err(_) => {
+                self.requests.push_back(request);
+                return;
+            }
+        };
+        self.fused.ready.insert(cid, request);
+        let Some((first, second)) = pair else { return };
+        if self.fused.ready.contains_key(&first)
+            && let Some(mut request) = self.fused.ready.remove(&second)
+        {
+            self.fused.pairs.remove(&first);
+            request.fused_first = self.fused.ready.remove(&first).map(Box::new);
+            self.requests.push_back(request);
+        }
+    }
+
+    /// Completes a command that was not yielded, and its other half if it is one.
+    fn fail(&mut self, cid: u16, status: Status) {
+        self.forget(cid);
+        self.complete(cid, status);
+        if self.fused.open == Some(cid) {
+            self.fused.open = None;
+        }
+        let other = match self.fused.pairs.remove(&cid) {
+            Some(second) => Some(second),
+            None => self
+                .fused
+                .pairs
+                .iter()
+                .find(|&(_, &second)| second == cid)
+                .map(|(&first, _)| first),
+        };
+        if let Some(other) = other {
+            self.fused.pairs.remove(&other);
+            self.forget(other);
+            self.complete(other, Status::ABORTED_FAILED_FUSED);
+        }
+    }
+
+    /// Drops what is kept of a command. Data that was asked for goes on being expected by nobody, which ends the
+    /// connection when it comes; only a fused pair whose half failed can meet that.
+    fn forget(&mut self, cid: u16) {
+        self.fused.ready.remove(&cid);
+        if let Some(receiving) = self.receiving.remove(&cid)
+            && receiving.asked
+        {
+            self.r2t_bytes -= receiving.length;
+        }
+    }
+
+    fn complete(&mut self, cid: u16, status: Status) {
+        self.handle_completion(Completion {
+            cid,
+            status,
+            result: 0,
+            data: Vec::new(),
+        });
+    }
+
+    fn out_of_sequence(&mut self) {
+        self.terminate(TermReason::new(FatalErrorStatus::PDU_SEQUENCE_ERROR), &[]);
+    }
+
+    fn terminate(&mut self, reason: TermReason, offending: &[u8]) {
+        tracing::warn!(%reason, "ending the connection");
+        crate::metrics::connection_terminated();
+        self.encoder.c2h_term_req(&mut self.transmits, reason, offending);
+        self.state = State::Closing;
+        self.requests.clear();
+        self.receiving.clear();
+    }
+}
+
+fn entry(bytes: &[u8; 64]) -> Sqe {
+    Sqe::read_from_bytes(bytes).expect("an entry is 64 bytes")
+}
+
+/// The command's data where it is in the capsule; `None` where the transport moves it or there is none.
+fn in_capsule(pointer: DataPointer, data: &Bytes) -> Result<Option<Bytes>, Status> {
+    match pointer {
+        DataPointer::Transport { .. } => Ok(None),
+        DataPointer::InCapsule { offset, length } => {
+            let start = usize::try_from(offset).map_err(|_| Status::INVALID_SGL_OFFSET.dnr())?;
+            let end = start
+                .checked_add(length as usize)
+                .filter(|&end| end <= data.len());
+            let end = end.ok_or(Status::INVALID_SGL_OFFSET.dnr())?;
+            Ok((length > 0).then(|| data.slice(start..end)))
+        }
+    }
+}
+
+/// Which way a command moves data.
+enum Transfer {
+    None,
+    FromHost,
+    ToHost,
+}
+
+/// By the two low bits of the opcode, or of FCTYPE for fabrics commands ("Opcodes", data transfer).
+fn direction(sqe: &Sqe) -> Transfer {
+    let code = if FabricsCommand::is_fabrics(sqe) {
+        sqe.nsid.get() as u8
+    } else {
+        sqe.opcode
+    };
+    match code & 0b11 {
+        0b01 => Transfer::FromHost,
+        0b10 => Transfer::ToHost,
+        _ => Transfer::None,
+    }
+}
+
+/// A set of command identifiers: one bit each.
+#[derive(Debug)]
+struct CidSet {
+    bits: Box<[u64; 1024]>,
+    len: usize,
+}
+
+impl Default for CidSet {
+    fn default() -> Self {
+        Self {
+            bits: Box::new([0; 1024]),
+            len: 0,
+        }
+    }
+}
+
+impl CidSet {
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn at(cid: u16) -> (usize, u64) {
+        (usize::from(cid / 64), 1 << (cid % 64))
+    }
+
+    fn insert(&mut self, cid: u16) -> bool {
+        let (word, bit) = Self::at(cid);
+        let new = self.bits[word] & bit == 0;
+        self.bits[word] |= bit;
+        self.len += usize::from(new);
+        new
+    }
+
+    fn remove(&mut self, cid: u16) -> bool {
+        let (word, bit) = Self::at(cid);
+        let known = self.bits[word] & bit != 0;
+        self.bits[word] &= !bit;
+        self.len -= usize::from(known);
+        known
+    }
+}
+
+#[cfg(test)]
+mod tests;
