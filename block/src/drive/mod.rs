@@ -163,6 +163,12 @@ impl Drive {
         self.0.direct
     }
 
+    /// Whether worker threads do its I/O, because they were asked to or io_uring is not permitted.
+    #[must_use]
+    pub fn uses_threads(&self) -> bool {
+        self.0.port.uses_threads()
+    }
+
     /// Tells when the drive is gone, and why.
     #[must_use]
     pub fn health(&self) -> watch::Receiver<Health> {

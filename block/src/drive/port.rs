@@ -140,6 +140,10 @@ impl Port {
         }
     }
 
+    pub(super) fn uses_threads(&self) -> bool {
+        matches!(self.backend, Backend::Threads(_))
+    }
+
     /// Which ring it uses, if it uses one.
     #[cfg(test)]
     pub(super) fn ring_address(&self) -> Option<*const Ring> {
