@@ -48,7 +48,7 @@ pub(crate) struct BandState {
     /// Compaction found nothing live in it.
     pub(crate) evacuated: Cell<bool>,
     /// Grows by one with each band that was opened: the age of its data.
-    pub(crate) order: u64,
+    pub(crate) order: Cell<u64>,
 }
 
 /// The append side of a band.
@@ -94,7 +94,7 @@ impl BandState {
             tainted: Cell::new(false),
             pin: Rc::new(()),
             evacuated: Cell::new(false),
-            order,
+            order: Cell::new(order),
         })
     }
 

@@ -4,12 +4,13 @@
 //! clock; see [`seams`].
 
 mod band;
+pub mod engine;
 pub mod entry;
 pub mod error;
 pub mod format;
 pub mod map;
 pub mod seams;
-pub mod testing;
 pub mod settings;
 mod stripes;
 mod sync;
+pub mod testing;

@@ -1,0 +1,422 @@
+//! The batcher: from what waits to stripes.
+//!
+//! A stripe is formed when a slot of the pipeline is free, from everything that waits: at depth 1 that is one
+//! block and m copies of it, at depth it is k wide. Of the shapes that carry the blocks, the one that
+//! writes the fewest rows per block is taken, and of equal ones the narrowest.
+//!
+//! Order: what waits is taken first come, first served, so a stripe never holds an older version of a block than
+//! an earlier stripe of the same stream did, re-appended stripes aside.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::rc::Rc;
+
+use weft_block::BlockError;
+use weft_proto::id::BandId;
+
+use super::work::Work;
+use super::{Core, Life};
+use crate::band::{BandState, Phase};
+use crate::entry::ColumnSet;
+use crate::format::header::{BLOCKS_MAX, StripeHeader};
+use crate::seams::BandPurpose;
+
+/// One queue of work with the band it goes to. Host and internal work are apart because only the latter may use
+/// the pool's reserve, and because blocks that survived a compaction should not lie among hot ones.
+pub(crate) struct Stream {
+    pub(crate) purpose: BandPurpose,
+    pub(crate) queue: RefCell<VecDeque<Work>>,
+    pub(crate) in_flight: Cell<usize>,
+    pub(crate) in_flight_max: usize,
+    pub(crate) current: RefCell<Option<Rc<BandState>>>,
+    /// Granted and not opened yet.
+    pub(crate) ready: RefCell<VecDeque<Rc<BandState>>>,
+    /// A grant is being asked for.
+    pub(crate) asking: Cell<bool>,
+    /// The directory said that the pool has no space for this purpose.
+    pub(crate) no_space: Cell<bool>,
+    /// Bands granted so far, by which chunk sizes grow.
+    pub(crate) granted: Cell<u32>,
+}
+
+/// What a stripe would look like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Plan {
+    pub(crate) w: u8,
+    pub(crate) d: u32,
+    pub(crate) blocks: usize,
+}
+
+/// What can be done with the stream's bands now.
+pub(crate) enum Opening {
+    /// Append to this band, passing over these columns; longest transfer in blocks.
+    Band(Rc<BandState>, ColumnSet, u32),
+    /// Wait: a band was asked for, the window is full, or too few columns are in service.
+    Wait,
+    /// The pool is full and nothing can be gained: work that needs space fails.
+    Full,
+}
+
+impl Stream {
+    pub(crate) fn new(purpose: BandPurpose, in_flight_max: usize) -> Self {
+        Self {
+            purpose,
+            queue: RefCell::default(),
+            in_flight: Cell::new(0),
+            in_flight_max: in_flight_max.max(1),
+            current: RefCell::default(),
+            ready: RefCell::default(),
+            asking: Cell::new(false),
+            no_space: Cell::new(false),
+            granted: Cell::new(0),
+        }
+    }
+
+    /// Ends everything that waits.
+    pub(crate) fn fail_all(&self) {
+        for work in self.queue.take() {
+            work.fail(BlockError::NotReady);
+        }
+    }
+
+    pub(crate) fn is_idle(&self) -> bool {
+        self.in_flight.get() == 0 && self.queue.borrow().is_empty()
+    }
+}
+
+impl Core {
+    pub(crate) fn stream(&self, purpose: BandPurpose) -> &Stream {
+        match purpose {
+            BandPurpose::User => &self.host,
+            BandPurpose::Internal => &self.internal,
+        }
+    }
+
+    /// Adds work at the end of a queue.
+    pub(crate) fn enqueue(&self, purpose: BandPurpose, work: Work) {
+        if self.is_over() {
+            work.fail(BlockError::NotReady);
+            return;
+        }
+        self.stream(purpose).queue.borrow_mut().push_back(work);
+        self.pump.notify();
+    }
+
+    /// Forms stripes for as long as the engine lives.
+    pub(crate) async fn append_loop(self: Rc<Self>) {
+        loop {
+            let pump = self.pump.changed();
+            if self.is_over() {
+                return;
+            }
+            self.form_stripes(BandPurpose::Internal);
+            self.form_stripes(BandPurpose::User);
+            pump.await;
+        }
+    }
+
+    fn form_stripes(self: &Rc<Self>, purpose: BandPurpose) {
+        let stream = self.stream(purpose);
+        while stream.in_flight.get() < stream.in_flight_max {
+            self.drop_dead(stream);
+            if stream.queue.borrow().is_empty() {
+                return;
+            }
+            let (band, skipped, transfer) = match self.opening(stream) {
+                Opening::Band(band, skipped, transfer) => (band, skipped, transfer),
+                Opening::Wait => return,
+                Opening::Full => {
+                    self.fail_or_divert(stream);
+                    continue;
+                }
+            };
+            let (blocks, zeroes) = waiting(stream);
+            let Some(plan) = plan(&band, skipped, transfer, blocks, zeroes) else {
+                return;
+            };
+            let work = take(stream, plan.blocks);
+            self.send_stripe(stream, &band, skipped, plan, work);
+        }
+    }
+
+    /// Takes copies that are not wanted any more from the front of the queue.
+    fn drop_dead(self: &Rc<Self>, stream: &Stream) {
+        loop {
+            let dead = {
+                let mut queue = stream.queue.borrow_mut();
+                match queue.front() {
+                    Some(Work::Block(block)) if block.target.is_dead() => queue.pop_front(),
+                    _ => None,
+                }
+            };
+            match dead {
+                Some(Work::Block(block)) => self.block_dropped(block),
+                _ => return,
+            }
+        }
+    }
+
+    /// The band that the next stripe goes to, opening one if need be.
+    pub(crate) fn opening(self: &Rc<Self>, stream: &Stream) -> Opening {
+        loop {
+            let current = stream.current.borrow().clone();
+            let Some(band) = current else {
+                if self.open_ready(stream, 0) {
+                    continue;
+                }
+                return self.no_band(stream);
+            };
+            let (skipped, transfer) = self.service(&band);
+            let healthy = band.geometry.n() - skipped.count();
+            let needed = band.geometry.m + 1;
+            if skipped != ColumnSet::NONE {
+                // Narrow stripes are costly: a band on other drives is better, if there is one.
+                self.ask_for_bands(stream);
+                if self.open_ready(stream, healthy) {
+                    continue;
+                }
+            }
+            if healthy < needed {
+                return Opening::Wait;
+            }
+            let writer = band.writer.borrow();
+            let rows_needed = 2;
+            if writer.rows_left(needed, skipped) < rows_needed {
+                drop(writer);
+                if self.open_ready(stream, 0) {
+                    continue;
+                }
+                self.retire(stream);
+                continue;
+            }
+            if writer.room(needed, skipped).unwrap_or(0) < rows_needed {
+                return Opening::Wait;
+            }
+            drop(writer);
+            return Opening::Band(band, skipped, transfer.max(2));
+        }
+    }
+
+    fn no_band(self: &Rc<Self>, stream: &Stream) -> Opening {
+        self.ask_for_bands(stream);
+        if stream.no_space.get() && stream.purpose == BandPurpose::User && self.space.is_exhausted() {
+            return Opening::Full;
+        }
+        Opening::Wait
+    }
+
+    /// Opens the ready band with the most columns in service, if it has more than `better_than`.
+    fn open_ready(self: &Rc<Self>, stream: &Stream, better_than: u8) -> bool {
+        let best = stream
+            .ready
+            .borrow()
+            .iter()
+            .enumerate()
+            .map(|(index, band)| (band.geometry.n() - self.service(band).0.count(), index))
+            .max_by_key(|(healthy, index)| (*healthy, std::cmp::Reverse(*index)));
+        let Some((_, index)) = best.filter(|(healthy, _)| *healthy > better_than) else {
+            return false;
+        };
+        let Some(band) = stream.ready.borrow_mut().remove(index) else {
+            return false;
+        };
+        band.phase.set(Phase::Open);
+        if let Some(former) = stream.current.replace(Some(band)) {
+            self.seal(&former);
+        }
+        if stream.ready.borrow().is_empty() {
+            self.ask_for_bands(stream);
+        }
+        true
+    }
+
+    /// Ends the stream's current band.
+    pub(crate) fn retire(&self, stream: &Stream) {
+        if let Some(band) = stream.current.take() {
+            self.seal(&band);
+        }
+    }
+
+    /// No more appends to `band`.
+    pub(crate) fn seal(&self, band: &BandState) {
+        tracing::debug!(volume = %self.volume, band = %band.id, "sealed");
+        band.phase.set(Phase::Sealed);
+        // The lease may rest on this band only while it is unsealed.
+        self.lease_until.set(0);
+        self.changed.notify();
+    }
+
+    /// The pool is full: a write at the front fails; a zero record goes on from the reserve.
+    fn fail_or_divert(self: &Rc<Self>, stream: &Stream) {
+        let Some(work) = stream.queue.borrow_mut().pop_front() else {
+            return;
+        };
+        match work {
+            Work::Block(block) if block.was_in.is_empty() => {
+                self.counters.full.set(self.counters.full.get() + 1);
+                block.target.fail(BlockError::CapacityExceeded);
+            }
+            // What was promised a stripe before keeps the promise: it may have become durable already.
+            work @ (Work::Block(_) | Work::Zeroes(_)) => {
+                self.enqueue(BandPurpose::Internal, work);
+            }
+        }
+    }
+
+    /// Whether new host work is accepted.
+    pub(crate) fn accepts(&self) -> bool {
+        self.life.get() == Life::Serving
+    }
+
+    /// The bands that take appends now.
+    pub(crate) fn current_bands(&self) -> Vec<BandId> {
+        [&self.host, &self.internal]
+            .into_iter()
+            .filter_map(|stream| stream.current.borrow().as_ref().map(|band| band.id))
+            .collect()
+    }
+}
+
+/// How much of the queue's front fits one header, counted as blocks and zero records.
+fn waiting(stream: &Stream) -> (usize, usize) {
+    let (mut blocks, mut zeroes) = (0, 0);
+    for work in stream.queue.borrow().iter() {
+        let next = match work {
+            Work::Block(_) => (blocks + 1, zeroes),
+            Work::Zeroes(_) => (blocks, zeroes + 1),
+        };
+        if !StripeHeader::has_room(next.0, next.1) {
+            break;
+        }
+        (blocks, zeroes) = next;
+    }
+    (blocks, zeroes)
+}
+
+/// The shape that costs the fewest rows per block. `None` when not even one row is free.
+pub(crate) fn plan(
+    band: &BandState,
+    skipped: ColumnSet,
+    transfer: u32,
+    blocks: usize,
+    zeroes: usize,
+) -> Option<Plan> {
+    let writer = band.writer.borrow();
+    let m = band.geometry.m;
+    if blocks == 0 {
+        debug_assert!(zeroes > 0, "a stripe carries something");
+        return (writer.room(1 + m, skipped)? >= 1).then_some(Plan {
+            w: 1,
+            d: 0,
+            blocks: 0,
+        });
+    }
+    let blocks = blocks.min(BLOCKS_MAX);
+    let healthy = band.geometry.n() - skipped.count();
+    let w_max = band.geometry.k.min(healthy.checked_sub(m)?);
+    let mut best: Option<(u64, Plan)> = None;
+    for w in 1..=w_max {
+        let room = writer.room(w + m, skipped).unwrap_or(0).min(transfer);
+        let d = room.saturating_sub(1).min((blocks as u32).div_ceil(u32::from(w)));
+        if d == 0 {
+            continue;
+        }
+        let carried = blocks.min(d as usize * usize::from(w));
+        // Rows per block, as a fraction in 2^16ths.
+        let rows = u64::from(d + 1) * u64::from(w + m);
+        let cost = (rows << 16) / carried as u64;
+        let plan = Plan {
+            w,
+            d,
+            blocks: carried,
+        };
+        if best.is_none_or(|(lowest, _)| cost < lowest) {
+            best = Some((cost, plan));
+        }
+    }
+    best.map(|(_, plan)| plan)
+}
+
+/// Takes `blocks` blocks, and the zero records before the one after them, from the front of the queue.
+fn take(stream: &Stream, blocks: usize) -> Vec<Work> {
+    let mut queue = stream.queue.borrow_mut();
+    let mut taken = Vec::with_capacity(blocks);
+    let (mut block_count, mut zero_count) = (0, 0);
+    while let Some(work) = queue.front() {
+        let next = match work {
+            Work::Block(_) => (block_count + 1, zero_count),
+            Work::Zeroes(_) => (block_count, zero_count + 1),
+        };
+        if next.0 > blocks || !StripeHeader::has_room(next.0, next.1) {
+            break;
+        }
+        (block_count, zero_count) = next;
+        taken.extend(queue.pop_front());
+    }
+    taken
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use weft_proto::band::{Band, ChunkAddress, ChunkSize, Geometry};
+    use weft_proto::id::{DriveId, Epoch, LayerId, VolumeId};
+
+    fn shape(blocks: usize) -> (u8, u32) {
+        let band = Band {
+            id: BandId(1),
+            volume: VolumeId(1),
+            layer: LayerId(1),
+            epoch: Epoch(1),
+            geometry: Geometry { k: 4, m: 2 },
+            chunk_size: ChunkSize::Mib8,
+            window_rows: 256,
+            version: 1,
+            columns: (0..6)
+                .map(|drive| ChunkAddress {
+                    drive: DriveId(drive),
+                    offset_mib: 1,
+                })
+                .collect(),
+        };
+        let band = BandState::new(band, BandPurpose::User, Phase::Open, 0);
+        let plan = plan(&band, ColumnSet::NONE, 256, blocks, 0).unwrap();
+        assert_eq!(plan.blocks, blocks);
+        (plan.w, plan.d)
+    }
+
+    #[test]
+    fn stripes_widen_with_what_waits() {
+        assert_eq!(shape(1), (1, 1));
+        assert_eq!(shape(2), (2, 1));
+        assert_eq!(shape(4), (2, 2));
+        assert_eq!(shape(32), (4, 8));
+        assert_eq!(shape(128), (4, 32));
+    }
+
+    #[test]
+    fn zero_records_alone_are_copies_of_a_header() {
+        assert_eq!(shape(3), (3, 1));
+        let band = Band {
+            id: BandId(1),
+            volume: VolumeId(1),
+            layer: LayerId(1),
+            epoch: Epoch(1),
+            geometry: Geometry { k: 4, m: 2 },
+            chunk_size: ChunkSize::Mib1,
+            window_rows: 256,
+            version: 1,
+            columns: Vec::new(),
+        };
+        let band = BandState::new(band, BandPurpose::User, Phase::Open, 0);
+        let plan = plan(&band, ColumnSet::NONE, 256, 0, 3);
+        assert_eq!(
+            plan,
+            Some(Plan {
+                w: 1,
+                d: 0,
+                blocks: 0
+            })
+        );
+    }
+}

@@ -1,0 +1,395 @@
+//! Compaction: live blocks of mostly dead bands move to full stripes elsewhere, so that bands can be freed. And
+//! repair, which is the same for one block.
+//!
+//! Victims are chosen by cost-benefit, (share of garbage × age) ÷ cost of reading and writing what lives. A
+//! copy keeps its sequence and is entered only if the map still means the copy it was made from. A moved band
+//! counts as empty once every stripe header in it was looked at and nothing live was left; it is freed by the
+//! next checkpoint.
+//!
+//! When it runs: as soon as a grant was refused for want of space; otherwise when the share of garbage passes a
+//! setting. It goes on beside user I/O, in its own stripes, which may use the pool's reserve.
+
+use std::cell::Cell;
+use std::rc::Rc;
+
+use bytes::Bytes;
+use futures_util::future::join_all;
+use weft_proto::id::Sequence;
+use weft_proto::units::Lba;
+
+use super::scan::Walk;
+use super::space::gain;
+use super::work::{BlockWork, Copy, CopyGroup, Target, Work};
+use super::{Core, Life};
+use crate::band::{BandState, Phase};
+use crate::entry::MapEntry;
+use crate::error::VolumeError;
+use crate::map::{Generation, HOST_LBA_END, Mapping, PageState, is_map_lba};
+use crate::seams::BandPurpose;
+
+/// Rows read at once when a band is walked for its headers: few, because a deep stripe is mostly payload.
+const WALK_PIECE_ROWS: u32 = 8;
+/// A band that gains less than this is not worth moving even when space is short.
+const GAIN_MIN: f64 = 0.06;
+/// A band that gains less than this is left alone while there is space.
+const GAIN_MIN_IDLE: f64 = 0.25;
+/// Sealed bands below which garbage is no reason to compact.
+const SEALED_BANDS_MIN: usize = 4;
+
+/// Whether a band was emptied.
+enum Evacuation {
+    Emptied,
+    /// A map block in it may belong to a run that is being written.
+    Pending,
+}
+
+/// A live block that was found in a victim.
+struct Live {
+    copy: Rc<Copy>,
+    expected: MapEntry,
+    seen: Generation,
+}
+
+impl Core {
+    pub(crate) async fn compaction_loop(self: &Rc<Self>) {
+        loop {
+            let changed = self.changed.changed();
+            if self.life.get() != Life::Serving {
+                return;
+            }
+            let result = if self.space.is_wanted() {
+                self.find_space().await
+            } else if self.is_wasteful() {
+                self.compact_one(GAIN_MIN_IDLE).await.map(|_| ())
+            } else {
+                changed.await;
+                continue;
+            };
+            if let Err(error) = result {
+                if self.is_over() {
+                    return;
+                }
+                tracing::warn!(volume = %self.volume, %error, "compaction put off");
+                self.sleep(self.settings.retry * 10).await;
+            }
+        }
+    }
+
+    /// Whether garbage passes the setting.
+    fn is_wasteful(&self) -> bool {
+        let (mut capacity, mut live, mut count) = (0, 0, 0);
+        for band in self.victims() {
+            count += 1;
+            capacity += band.capacity_blocks();
+            live += self.map().references(band.id).min(band.capacity_blocks());
+        }
+        count >= SEALED_BANDS_MIN
+            && (capacity - live) as f64 > self.settings.garbage_max * capacity as f64
+            && self.victim(GAIN_MIN_IDLE).is_some()
+    }
+
+    /// Turns garbage into free bands until something was freed or nothing is left to gain.
+    async fn find_space(self: &Rc<Self>) -> Result<(), VolumeError> {
+        // What is dead already costs nothing but a root.
+        let mut freed = self.checkpoint(super::checkpoint::Purpose::Ordinary).await?;
+        if freed == 0 {
+            // Exact counts, or overwritten blocks would hide behind runs that were not merged.
+            self.map().merge_all(self.checkpoints.floor()).await?;
+            freed = self.checkpoint(super::checkpoint::Purpose::Ordinary).await?;
+        }
+        let mut gained = 0.0;
+        while freed == 0 {
+            let Some(share) = self.compact_one(GAIN_MIN).await? else {
+                if gained > 0.0 {
+                    freed = self.checkpoint(super::checkpoint::Purpose::Ordinary).await?;
+                }
+                break;
+            };
+            gained += share;
+            if gained >= 1.0 {
+                freed = self.checkpoint(super::checkpoint::Purpose::Ordinary).await?;
+                gained = 0.0;
+            }
+        }
+        tracing::debug!(volume = %self.volume, freed, "search for space done");
+        self.space.settle(freed > 0);
+        self.changed.notify();
+        self.pump.notify();
+        Ok(())
+    }
+
+    /// Moves one band's live blocks. Answers the share of a band that was gained; `None` when no band is worth it.
+    async fn compact_one(self: &Rc<Self>, gain_min: f64) -> Result<Option<f64>, VolumeError> {
+        let Some(band) = self.victim(gain_min) else {
+            return Ok(None);
+        };
+        let share = gain(&band, self.map().references(band.id));
+        match self.evacuate(&band).await? {
+            Evacuation::Emptied => {
+                self.map().evacuated(band.id);
+                band.evacuated.set(true);
+                Ok(Some(share))
+            }
+            Evacuation::Pending => {
+                // A checkpoint ends the run that is being written.
+                self.checkpoint(super::checkpoint::Purpose::Ordinary).await?;
+                Ok(Some(0.0))
+            }
+        }
+    }
+
+    fn victims(&self) -> Vec<Rc<BandState>> {
+        self.bands
+            .borrow()
+            .values()
+            .filter(|band| {
+                band.phase.get() == Phase::Sealed
+                    && !band.evacuated.get()
+                    && !band.tainted.get()
+                    && !band.writer.borrow().has_open_stripes()
+            })
+            .cloned()
+            .collect()
+    }
+
+    /// The band whose move gains most for its cost.
+    fn victim(&self, gain_min: f64) -> Option<Rc<BandState>> {
+        let now = self.bands_opened.get() + 1;
+        self.victims()
+            .into_iter()
+            .filter_map(|band| {
+                let share = gain(&band, self.map().references(band.id));
+                let age = (now - band.order.get().min(now)) as f64 + 1.0;
+                let score = share * age.sqrt() / (2.0 - share);
+                (share >= gain_min).then_some((score, band))
+            })
+            .max_by(|(a, _), (b, _)| a.total_cmp(b))
+            .map(|(_, band)| band)
+    }
+
+    async fn evacuate(self: &Rc<Self>, band: &Rc<BandState>) -> Result<Evacuation, VolumeError> {
+        let walk = Walk {
+            from: 0,
+            piece: WALK_PIECE_ROWS,
+            window: None,
+            verify: false,
+        };
+        let stripes = self.scan_band(band, walk).await?;
+        let mut candidates: Vec<(Lba, MapEntry)> = Vec::new();
+        for found in stripes.values() {
+            for (index, record) in found.header.blocks.iter().enumerate() {
+                if let Some(entry) = found.entry(index)
+                    && (record.lba < HOST_LBA_END || is_map_lba(record.lba))
+                {
+                    candidates.push((record.lba, entry));
+                }
+            }
+        }
+        drop(stripes);
+        for batch in candidates.chunks(self.settings.compaction_blocks.max(1)) {
+            if self.life.get() != Life::Serving {
+                return Err(VolumeError::Closed);
+            }
+            if !self.move_blocks(batch).await? {
+                return Ok(Evacuation::Pending);
+            }
+        }
+        Ok(Evacuation::Emptied)
+    }
+
+    /// Moves those of `candidates` that the map refers to. `false` when one may be in a run that is being written.
+    async fn move_blocks(self: &Rc<Self>, candidates: &[(Lba, MapEntry)]) -> Result<bool, VolumeError> {
+        let group = CopyGroup::new(0);
+        let mut live: Vec<Live> = Vec::new();
+        let mut settled = true;
+        for (lba, entry) in candidates {
+            let found = self.live(*lba, entry, &group).await;
+            match found {
+                Ok(Found::Live(found)) => live.push(found),
+                Ok(Found::Dead) => {}
+                Ok(Found::Pending) => settled = false,
+                Err(error) => {
+                    for found in &live {
+                        self.unregister(&found.copy);
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        let reads = live
+            .iter()
+            .map(|found| self.read_entry_or_dead(found))
+            .collect::<Vec<_>>();
+        let read = join_all(reads).await;
+        if let Some(error) = read.iter().find_map(|result| result.as_ref().err()) {
+            let error = error.clone();
+            for found in &live {
+                self.unregister(&found.copy);
+            }
+            return Err(error);
+        }
+        let group = CopyGroup::new(live.len());
+        let moved = live.len() as u64;
+        for (found, data) in live.into_iter().zip(read) {
+            self.enqueue_copy(found, data?, &group);
+        }
+        group
+            .reply
+            .wait()
+            .await
+            .map_err(|_| self.alive().err().unwrap_or(VolumeError::Closed))?;
+        self.counters.compacted.set(self.counters.compacted.get() + moved);
+        Ok(settled)
+    }
+
+    /// Whether the map means this copy of `lba`. A live one is registered before it is looked up.
+    async fn live(
+        self: &Rc<Self>,
+        lba: Lba,
+        entry: &MapEntry,
+        group: &Rc<CopyGroup>,
+    ) -> Result<Found, VolumeError> {
+        let map = self.map();
+        let seen = map.generation();
+        if is_map_lba(lba) {
+            return Ok(match map.page_state(lba, entry).await? {
+                PageState::Live => Found::Live(Live {
+                    copy: Copy::new(lba, group), // superseded by merges, which `relocate_page` notices
+                    expected: *entry,
+                    seen,
+                }),
+                PageState::Dead => Found::Dead,
+                PageState::Pending => Found::Pending,
+            });
+        }
+        let copy = self.register(lba, group);
+        match map.lookup(lba).await {
+            Ok(Mapping::Data(found)) if found.same_place(entry) && found.sequence == entry.sequence => {
+                copy.sequence.set(Some(found.sequence));
+                Ok(Found::Live(Live {
+                    copy,
+                    expected: found,
+                    seen,
+                }))
+            }
+            Ok(_) => {
+                self.unregister(&copy);
+                Ok(Found::Dead)
+            }
+            Err(error) => {
+                self.unregister(&copy);
+                Err(error.into())
+            }
+        }
+    }
+
+    /// The bytes of a live block; anything at all once a newer version has killed the copy.
+    async fn read_entry_or_dead(self: &Rc<Self>, found: &Live) -> Result<Bytes, VolumeError> {
+        match self.read_unmapped_or_wait(found).await {
+            Err(_) if found.copy.is_dead() => Ok(Bytes::new()),
+            result => result,
+        }
+    }
+
+    async fn read_unmapped_or_wait(self: &Rc<Self>, found: &Live) -> Result<Bytes, VolumeError> {
+        loop {
+            let changed = self.changed.changed();
+            match self.read_unmapped(found.copy.lba, &found.expected).await {
+                Err(VolumeError::TooManyMissing { .. }) if !found.copy.is_dead() => {
+                    self.alive()?;
+                    self.changed_or_retry(changed).await;
+                }
+                result => return result,
+            }
+        }
+    }
+
+    fn enqueue_copy(self: &Rc<Self>, found: Live, data: Bytes, group: &Rc<CopyGroup>) {
+        let Live { copy, expected, seen } = found;
+        *copy.group.borrow_mut() = Rc::clone(group);
+        let work = BlockWork {
+            lba: copy.lba,
+            sequence: expected.sequence,
+            crc: expected.crc,
+            data,
+            target: Target::Copy { copy, expected, seen },
+            was_in: Vec::new(),
+        };
+        self.enqueue(BandPurpose::Internal, Work::Block(work));
+    }
+
+    /// Re-appends a block whose copy on its drive is damaged, in the background.
+    pub(crate) fn repair(self: &Rc<Self>, lba: Lba, entry: MapEntry, data: Bytes) {
+        let core = Rc::clone(self);
+        self.spawn(async move {
+            let group = CopyGroup::new(1);
+            match core.live(lba, &entry, &group).await {
+                Ok(Found::Live(found)) => {
+                    core.enqueue_copy(found, data, &group);
+                    if group.reply.wait().await.is_ok() {
+                        core.counters.repaired.set(core.counters.repaired.get() + 1);
+                    }
+                }
+                Ok(Found::Dead | Found::Pending) => {}
+                Err(error) => {
+                    tracing::warn!(volume = %core.volume, %lba, %error, "not repaired");
+                }
+            }
+        });
+    }
+
+    // The registry of copies; see `work::Copy`.
+
+    fn register(&self, lba: Lba, group: &Rc<CopyGroup>) -> Rc<Copy> {
+        let copy = Copy::new(lba, group);
+        self.copies
+            .borrow_mut()
+            .entry(lba.0)
+            .or_default()
+            .push(Rc::clone(&copy));
+        copy
+    }
+
+    pub(crate) fn unregister(&self, copy: &Rc<Copy>) {
+        let mut copies = self.copies.borrow_mut();
+        if let Some(of_lba) = copies.get_mut(&copy.lba.0) {
+            of_lba.retain(|other| !Rc::ptr_eq(other, copy));
+            if of_lba.is_empty() {
+                copies.remove(&copy.lba.0);
+            }
+        }
+    }
+
+    /// A version of these blocks becomes visible: copies of older ones are not wanted any more. A version that
+    /// comes late and is older than what a copy was made from leaves the copy alone.
+    pub(crate) fn kill_copies(&self, start: u64, count: u64, sequence: Sequence) {
+        let copies = self.copies.borrow();
+        if copies.is_empty() {
+            return;
+        }
+        for copy in copies
+            .range(start..start.saturating_add(count))
+            .flat_map(|(_, of_lba)| of_lba)
+        {
+            copy.newest.set(copy.newest.get().max(Some(sequence)));
+        }
+    }
+}
+
+/// What the map says of a candidate.
+enum Found {
+    Live(Live),
+    Dead,
+    Pending,
+}
+
+impl Copy {
+    fn new(lba: Lba, group: &Rc<CopyGroup>) -> Rc<Self> {
+        Rc::new(Self {
+            lba,
+            sequence: Cell::new(None),
+            newest: Cell::new(None),
+            group: std::cell::RefCell::new(Rc::clone(group)),
+        })
+    }
+}

@@ -1,0 +1,243 @@
+//! The volume as a block device of 4 KiB blocks, without a volatile write cache.
+//!
+//! Every completed write is durable (invariant 1), so `flush` has nothing to do but to wait for the lease, and the
+//! caller's [`Durability`] makes no difference.
+
+use std::rc::Rc;
+
+use bytes::{Bytes, BytesMut};
+use futures_util::FutureExt;
+use weft_block::{BlockDevice, BlockError, DeviceInfo, Durability, Io};
+use weft_proto::id::Sequence;
+use weft_proto::units::{BLOCK_BYTES, Lba, LbaRange};
+
+use super::flight::ZERO_BLOCK;
+use super::work::{BlockWork, Op, Target, Work, ZeroWork};
+use super::{Core, Engine};
+use crate::format::checksum::block_crc;
+use crate::seams::BandPurpose;
+
+/// Longest read or write. A stripe header lists 128 blocks; longer commands are several stripes.
+const TRANSFER_BYTES_MAX: u32 = 1 << 20;
+
+impl BlockDevice for Engine {
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo {
+            block_bytes: BLOCK_BYTES as u32,
+            blocks: self.0.size_blocks(),
+            transfer_bytes_max: TRANSFER_BYTES_MAX,
+            volatile_write_cache: false,
+            deallocated_reads_zero: true,
+        }
+    }
+
+    fn read(&self, range: LbaRange) -> Io<Bytes> {
+        let core = Rc::clone(&self.0);
+        if let Err(error) = core.check(range) {
+            return ready(Err(error));
+        }
+        if range.count > u64::from(TRANSFER_BYTES_MAX) / BLOCK_BYTES as u64 {
+            return ready(Err(invalid(range.count.saturating_mul(BLOCK_BYTES as u64))));
+        }
+        if range.count == 0 {
+            return ready(Ok(Bytes::new()));
+        }
+        if !core.accepts() {
+            return ready(Err(BlockError::NotReady));
+        }
+        let counter = &core.counters.host_read;
+        counter.set(counter.get() + range.count);
+        // Started when made: the I/O goes on in a task of its own, whatever becomes of the caller's future.
+        let reply = crate::sync::Reply::new();
+        let answer = Rc::clone(&reply);
+        let task_core = Rc::clone(&core);
+        core.spawn(async move {
+            let read = task_core.read_range(range).await;
+            let result = match read {
+                Ok(bytes) => task_core.leased().await.map(|()| bytes),
+                Err(error) => Err(error),
+            };
+            answer.give(result.map_err(|error| {
+                tracing::debug!(volume = %task_core.volume, %error, "read not served");
+                error.to_block(range.start)
+            }));
+        });
+        reply.wait().boxed_local()
+    }
+
+    fn write(&self, start: Lba, data: Vec<Bytes>, _durability: Durability) -> Io<()> {
+        let core = &self.0;
+        let bytes: usize = data.iter().map(Bytes::len).sum();
+        if !bytes.is_multiple_of(BLOCK_BYTES) || bytes > TRANSFER_BYTES_MAX as usize {
+            return ready(Err(invalid(bytes as u64)));
+        }
+        let range = LbaRange {
+            start,
+            count: (bytes / BLOCK_BYTES) as u64,
+        };
+        if let Err(error) = core.check(range) {
+            return ready(Err(error));
+        }
+        if range.count == 0 {
+            return ready(Ok(()));
+        }
+        let mut parts: Vec<Part> = Vec::with_capacity(range.count as usize);
+        for (lba, block) in (start.0..).zip(blocks(data)) {
+            if block[..] != ZERO_BLOCK {
+                parts.push(Part::Block(Lba(lba), block));
+            } else if let Some(Part::Zeroes(range)) = parts.last_mut() {
+                range.count += 1;
+            } else {
+                parts.push(Part::Zeroes(LbaRange {
+                    start: Lba(lba),
+                    count: 1,
+                }));
+            }
+        }
+        core.submit(range.count, parts)
+    }
+
+    fn write_zeroes(&self, range: LbaRange, _deallocate: bool, _durability: Durability) -> Io<()> {
+        self.deallocate(vec![range])
+    }
+
+    fn deallocate(&self, ranges: Vec<LbaRange>) -> Io<()> {
+        let core = &self.0;
+        let mut parts = Vec::with_capacity(ranges.len());
+        let mut blocks = 0;
+        for range in ranges {
+            if let Err(error) = core.check(range) {
+                return ready(Err(error));
+            }
+            if range.count > 0 {
+                blocks += range.count;
+                parts.push(Part::Zeroes(range));
+            }
+        }
+        core.submit(blocks, parts)
+    }
+
+    fn flush(&self) -> Io<()> {
+        let core = Rc::clone(&self.0);
+        async move { core.leased().await.map_err(|error| error.to_block(Lba(0))) }.boxed_local()
+    }
+}
+
+/// What a host command breaks into.
+enum Part {
+    Block(Lba, Bytes),
+    Zeroes(LbaRange),
+}
+
+impl Core {
+    fn check(&self, range: LbaRange) -> Result<(), BlockError> {
+        let blocks = self.size_blocks();
+        if range.is_within(blocks) {
+            Ok(())
+        } else {
+            Err(BlockError::OutOfRange {
+                start: range.start,
+                count: range.count,
+                blocks,
+            })
+        }
+    }
+
+    /// Queues the parts of one host command. Their sequences are given here, so overlapping writes take effect in
+    /// the order of arrival.
+    fn submit(self: &Rc<Self>, blocks: u64, parts: Vec<Part>) -> Io<()> {
+        if !self.accepts() {
+            return ready(Err(BlockError::NotReady));
+        }
+        self.counters
+            .host_written
+            .set(self.counters.host_written.get() + blocks);
+        let op = Op::new(parts.len());
+        for part in parts {
+            let sequence = self.next_sequence();
+            if matches!(part, Part::Zeroes(_)) {
+                self.checkpoints.zeroes_pending.borrow_mut().insert(sequence);
+            }
+            self.enqueue(BandPurpose::User, self.work(part, sequence, &op));
+        }
+        let core = Rc::clone(self);
+        async move {
+            op.reply.wait().await?;
+            core.leased().await.map_err(|error| error.to_block(Lba(0)))
+        }
+        .boxed_local()
+    }
+
+    fn work(&self, part: Part, sequence: Sequence, op: &Rc<Op>) -> Work {
+        match part {
+            Part::Block(lba, data) => Work::Block(BlockWork {
+                lba,
+                sequence,
+                crc: block_crc(self.volume, lba, sequence, &data),
+                data,
+                target: Target::Host(Rc::clone(op)),
+                was_in: Vec::new(),
+            }),
+            Part::Zeroes(range) => Work::Zeroes(ZeroWork {
+                range,
+                sequence,
+                op: Rc::clone(op),
+                was_in: Vec::new(),
+            }),
+        }
+    }
+}
+
+/// Cuts scattered bytes into blocks; only a block that is itself scattered is copied.
+fn blocks(data: Vec<Bytes>) -> impl Iterator<Item = Bytes> {
+    let mut rest = data.into_iter().filter(|piece| !piece.is_empty());
+    let mut current = Bytes::new();
+    std::iter::from_fn(move || {
+        if current.is_empty() {
+            current = rest.next()?;
+        }
+        if current.len() >= BLOCK_BYTES {
+            return Some(current.split_to(BLOCK_BYTES));
+        }
+        let mut block = BytesMut::with_capacity(BLOCK_BYTES);
+        loop {
+            let missing = BLOCK_BYTES - block.len();
+            block.extend_from_slice(&current.split_to(missing.min(current.len())));
+            if block.len() == BLOCK_BYTES {
+                return Some(block.freeze());
+            }
+            current = rest.next()?;
+        }
+    })
+}
+
+fn ready<T: 'static>(result: Result<T, BlockError>) -> Io<T> {
+    std::future::ready(result).boxed_local()
+}
+
+fn invalid(bytes: u64) -> BlockError {
+    BlockError::InvalidLength {
+        bytes,
+        block_bytes: BLOCK_BYTES as u32,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scattered_bytes_become_whole_blocks() {
+        let bytes: Vec<u8> = (0..3 * BLOCK_BYTES).map(|at| (at / 100) as u8).collect();
+        let whole = Bytes::from(bytes.clone());
+        let data = vec![
+            whole.slice(..10),
+            Bytes::new(),
+            whole.slice(10..5000),
+            whole.slice(5000..),
+        ];
+        let cut: Vec<Bytes> = blocks(data).collect();
+        assert_eq!(cut.len(), 3);
+        assert_eq!(cut.concat(), bytes);
+    }
+}

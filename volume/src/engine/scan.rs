@@ -1,0 +1,220 @@
+//! Finding stripes in a band by their headers.
+//!
+//! A band is walked in pieces, all columns of a piece at once. Where a header stands, the walk jumps over its shard;
+//! where none does (payload of a lost header, a hole, the end), it goes on row by row. An open band ends when a whole
+//! window has no shard on any column: writes in flight never span more.
+
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use bytes::Bytes;
+use futures_util::future::join_all;
+use weft_block::BlockError;
+use weft_proto::id::StripeNumber;
+use weft_proto::units::BLOCK_BYTES;
+
+use super::Core;
+use crate::band::BandState;
+use crate::entry::{ColumnSet, MapEntry};
+use crate::error::VolumeError;
+use crate::format::checksum::crc32c;
+use crate::format::header::{HeaderError, ShardPart, StripeHeader};
+
+/// A stripe of which at least one header was found.
+pub(crate) struct Found {
+    pub(crate) header: StripeHeader,
+    /// Columns whose shard is whole; without `verify`, whose header is.
+    pub(crate) valid: ColumnSet,
+}
+
+impl Found {
+    /// Whether the payload can be computed.
+    pub(crate) fn is_decodable(&self) -> bool {
+        self.valid.count() >= self.header.shape.w
+    }
+
+    /// Where block `index` of it lies.
+    pub(crate) fn entry(&self, index: usize) -> Option<MapEntry> {
+        let header = &self.header;
+        let record = header.blocks.get(index)?;
+        let d = usize::from(header.d);
+        let column = header.shape.columns(header.geometry).nth(index / d)?;
+        Some(MapEntry {
+            band: header.band,
+            row: header.row + 1 + (index % d) as u32,
+            column,
+            start: header.shape.start,
+            w: header.shape.w,
+            skipped: header.shape.skipped,
+            sequence: record.sequence,
+            crc: record.crc,
+        })
+    }
+}
+
+/// How a band is walked.
+#[derive(Clone, Copy)]
+pub(crate) struct Walk {
+    /// First row.
+    pub(crate) from: u32,
+    /// Rows read at once.
+    pub(crate) piece: u32,
+    /// Stop after this many rows without a shard; `None` walks to the end.
+    pub(crate) window: Option<u32>,
+    /// Whether payloads are checked.
+    pub(crate) verify: bool,
+}
+
+/// One column's walk.
+struct Cursor {
+    column: u8,
+    row: u32,
+    missing: bool,
+}
+
+impl Core {
+    /// Every stripe of `band` with a readable header, by number. More than m unreachable columns are an error.
+    pub(crate) async fn scan_band(
+        self: &Rc<Self>,
+        band: &Rc<BandState>,
+        walk: Walk,
+    ) -> Result<BTreeMap<StripeNumber, Found>, VolumeError> {
+        let mut found: BTreeMap<StripeNumber, Found> = BTreeMap::new();
+        let mut cursors: Vec<Cursor> = (0..band.geometry.n())
+            .map(|column| Cursor {
+                column,
+                row: walk.from,
+                missing: false,
+            })
+            .collect();
+        let mut last_end = walk.from;
+        let mut at = walk.from;
+        while at < band.rows
+            && walk
+                .window
+                .is_none_or(|window| at < last_end.saturating_add(window))
+        {
+            self.alive()?;
+            let end = at.saturating_add(walk.piece).min(band.rows);
+            let pieces = join_all(
+                cursors
+                    .iter_mut()
+                    .map(|cursor| self.walk_piece(band, cursor, end, walk.verify)),
+            )
+            .await;
+            for (header, part, whole) in pieces.into_iter().flatten() {
+                last_end = last_end.max(header.row + 1 + u32::from(header.d));
+                let stripe = found.entry(header.stripe).or_insert_with(|| Found {
+                    header,
+                    valid: ColumnSet::NONE,
+                });
+                if whole {
+                    stripe.valid = stripe.valid.with(part.column);
+                }
+            }
+            let missing = cursors.iter().filter(|cursor| cursor.missing).count() as u8;
+            if missing > band.geometry.m {
+                return Err(VolumeError::TooManyMissing {
+                    band: band.id,
+                    missing,
+                    tolerated: band.geometry.m,
+                });
+            }
+            // Where every column stands past the piece, nothing in between need be read.
+            let reached = cursors
+                .iter()
+                .filter(|cursor| !cursor.missing)
+                .map(|cursor| cursor.row)
+                .min();
+            at = reached.unwrap_or(end).max(end);
+        }
+        Ok(found)
+    }
+
+    /// Walks one column up to `end`.
+    async fn walk_piece(
+        self: &Rc<Self>,
+        band: &Rc<BandState>,
+        cursor: &mut Cursor,
+        end: u32,
+        verify: bool,
+    ) -> Vec<(StripeHeader, ShardPart, bool)> {
+        let mut found = Vec::new();
+        if cursor.missing || cursor.row >= end {
+            return found;
+        }
+        let start = cursor.row;
+        let Some(rows) = self.piece(band, cursor, end - start).await else {
+            cursor.missing = true;
+            return found;
+        };
+        while cursor.row < end {
+            let block = &rows[(cursor.row - start) as usize];
+            let parsed = match block {
+                Some(block) => StripeHeader::parse(
+                    block,
+                    &self.identity.key,
+                    self.identity.cluster,
+                    &band.band.borrow(),
+                    cursor.row,
+                    cursor.column,
+                ),
+                None => Err(HeaderError::NoMagic),
+            };
+            let Ok((header, part)) = parsed else {
+                cursor.row += 1;
+                continue;
+            };
+            let d = u32::from(header.d);
+            let whole = !verify || {
+                let first = cursor.row + 1;
+                let mut payload = Vec::with_capacity(d as usize);
+                for row in first..first + d {
+                    let block = match rows.get((row - start) as usize) {
+                        Some(block) => block.clone(),
+                        // The shard goes on past the piece.
+                        None => match self.read_rows(band, cursor.column, row, 1).await {
+                            Some(Ok(bytes)) => Some(bytes),
+                            _ => None,
+                        },
+                    };
+                    payload.extend(block);
+                }
+                payload.len() == d as usize
+                    && crc32c(payload.iter().map(|block| &block[..])) == part.payload_crc
+            };
+            cursor.row += 1 + d;
+            found.push((header, part, whole));
+        }
+        found
+    }
+
+    /// The rows of a piece, each by itself where the medium lost some of them. `None` when the column is
+    /// unreachable.
+    async fn piece(
+        self: &Rc<Self>,
+        band: &Rc<BandState>,
+        cursor: &Cursor,
+        count: u32,
+    ) -> Option<Vec<Option<Bytes>>> {
+        match self.read_rows(band, cursor.column, cursor.row, count).await? {
+            Ok(bytes) => Some(
+                (0..count as usize)
+                    .map(|row| Some(bytes.slice(row * BLOCK_BYTES..(row + 1) * BLOCK_BYTES)))
+                    .collect(),
+            ),
+            Err(BlockError::Unrecovered { .. }) => {
+                let mut rows = Vec::with_capacity(count as usize);
+                for row in cursor.row..cursor.row + count {
+                    match self.read_rows(band, cursor.column, row, 1).await? {
+                        Ok(bytes) => rows.push(Some(bytes)),
+                        Err(BlockError::Unrecovered { .. }) => rows.push(None),
+                        Err(_) => return None,
+                    }
+                }
+                Some(rows)
+            }
+            Err(_) => None,
+        }
+    }
+}
