@@ -157,7 +157,11 @@ impl Ring {
             {
                 continue;
             }
-            let submitted = self.ring.borrow().submit();
+            let submitted = if self.has_work_for_kernel() {
+                self.ring.borrow().submit()
+            } else {
+                Ok(0)
+            };
             if let Some(index) = next {
                 self.backlog.borrow_mut().push_front(index);
             }
@@ -169,6 +173,14 @@ impl Ring {
                 Err(_) => return false,
             }
         }
+    }
+
+    /// Whether there are entries to submit, or completions that the kernel could not put into the queue and
+    /// hands over only when it is entered.
+    fn has_work_for_kernel(&self) -> bool {
+        let mut ring = self.ring.borrow_mut();
+        let submission = ring.submission();
+        !submission.is_empty() || submission.cq_overflow()
     }
 
     /// Takes the completions that are there, and finishes their operations.

@@ -75,6 +75,29 @@ fn a_file_keeps_the_contract_through_threads() {
 }
 
 #[test]
+fn a_file_keeps_the_contract_through_the_page_cache() {
+    // As on a file system that takes no direct I/O: nothing is copied, whatever its alignment, and a write may
+    // have more segments than a system call.
+    let folder = folder();
+    for engine in [Engine::Auto, Engine::Threads] {
+        let count = std::cell::Cell::new(0);
+        run(testing::conformance(async || {
+            count.set(count.get() + 1);
+            let path = folder.path().join(format!("drive{}-{engine:?}", count.get()));
+            create_file(&path, 16 * MIB).unwrap();
+            let mut probed = probe::open(&path).unwrap().unwrap();
+            rustix::fs::fcntl_setfl(&probed.file, rustix::fs::OFlags::empty()).unwrap();
+            probed.direct = false;
+            let options = DriveOptions {
+                engine,
+                ..DriveOptions::default()
+            };
+            Drive(Inner::start(&path, probed, &options)).device()
+        }));
+    }
+}
+
+#[test]
 fn a_file_in_memory_keeps_the_contract() {
     // tmpfs: takes no ZERO_RANGE, and before Linux 6.6 no direct I/O.
     let folder = tempfile::tempdir_in("/dev/shm").unwrap();
