@@ -18,7 +18,7 @@ use crate::seams::BandPurpose;
 
 /// Where a band is in its life. Freed bands are not kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Phase {
+pub(crate) enum Phase {
     /// Granted, nothing written yet.
     Granted,
     /// Takes appends.

@@ -12,7 +12,6 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 
 use weft_block::BlockError;
-use weft_proto::id::BandId;
 
 use super::work::Work;
 use super::{Core, Life};
@@ -267,14 +266,6 @@ impl Core {
     pub(crate) fn accepts(&self) -> bool {
         self.life.get() == Life::Serving
     }
-
-    /// The bands that take appends now.
-    pub(crate) fn current_bands(&self) -> Vec<BandId> {
-        [&self.host, &self.internal]
-            .into_iter()
-            .filter_map(|stream| stream.current.borrow().as_ref().map(|band| band.id))
-            .collect()
-    }
 }
 
 /// How much of the queue's front fits one header, counted as blocks and zero records.
@@ -360,7 +351,7 @@ fn take(stream: &Stream, blocks: usize) -> Vec<Work> {
 mod tests {
     use super::*;
     use weft_proto::band::{Band, ChunkAddress, ChunkSize, Geometry};
-    use weft_proto::id::{DriveId, Epoch, LayerId, VolumeId};
+    use weft_proto::id::{BandId, DriveId, Epoch, LayerId, VolumeId};
 
     fn shape(blocks: usize) -> (u8, u32) {
         let band = Band {

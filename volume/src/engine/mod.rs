@@ -353,3 +353,6 @@ impl Core {
 /// A core that does not keep itself alive through what it owns.
 #[derive(Clone)]
 pub(crate) struct WeakCore(pub(crate) Weak<Core>);
+
+#[cfg(test)]
+mod tests;

@@ -205,11 +205,4 @@ impl Work {
             Self::Zeroes(zeroes) => zeroes.op.fail(error),
         }
     }
-
-    pub(crate) fn was_in(&self) -> &[Rc<Abandoned>] {
-        match self {
-            Self::Block(block) => &block.was_in,
-            Self::Zeroes(zeroes) => &zeroes.was_in,
-        }
-    }
 }

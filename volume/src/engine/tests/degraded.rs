@@ -1,0 +1,134 @@
+//! Columns that fail, stall, lie or are missing.
+
+use super::*;
+
+const GEOMETRY: Geometry = Geometry { k: 4, m: 2 };
+
+#[test]
+fn every_block_reads_with_any_m_drives_dead() {
+    let mut fixture = Fixture::new(6, 128, GEOMETRY, 32 * MIB);
+    let writes: Vec<(u64, u64)> = (0..150).map(|lba| (lba, lba + 1)).collect();
+    fixture.write_all(&writes);
+    for lba in 150..170 {
+        fixture.write(lba, &[lba + 1]).unwrap();
+    }
+    for first in 1..=6 {
+        for second in first..=6 {
+            fixture.set_health(first, Health::Dead);
+            fixture.set_health(second, Health::Dead);
+            fixture.check_all();
+            fixture.set_health(first, Health::Serving);
+            fixture.set_health(second, Health::Serving);
+        }
+    }
+    assert!(fixture.engine.stats().reconstructed > 0);
+}
+
+#[test]
+fn a_drive_that_fails_in_the_middle_of_writes_costs_no_write() {
+    for health in [Health::Dead, Health::Stalled] {
+        let mut fixture = Fixture::new(6, 256, GEOMETRY, 32 * MIB);
+        fixture.write(0, &[1]).unwrap();
+        let futures: Vec<_> = (0..200u64)
+            .map(|lba| {
+                fixture
+                    .engine
+                    .write(Lba(lba), vec![block(lba + 5)], Durability::Cached)
+            })
+            .collect();
+        let writes = fixture
+            .world
+            .start(fixture.owner.incarnation, futures_util::future::join_all(futures));
+        fixture
+            .world
+            .run_for(std::time::Duration::from_micros(50))
+            .unwrap();
+        fixture.set_health(2, health);
+        fixture.set_health(5, health);
+        fixture.world.run_until(|| writes.is_done()).unwrap();
+        assert!(writes.take().unwrap().iter().all(Result::is_ok));
+        fixture.model.extend((0..200).map(|lba| (lba, lba + 5)));
+        fixture.check_all();
+        let stats = fixture.engine.stats();
+        assert!(stats.stripes_abandoned > 0, "{stats:?}");
+        fixture.fail_over();
+        fixture.check_all();
+        fixture.set_health(2, Health::Serving);
+        fixture.set_health(5, Health::Serving);
+        fixture.write(300, &[3]).unwrap();
+        fixture.check_all();
+    }
+}
+
+#[test]
+fn below_one_plus_m_columns_writes_wait_and_go_on_by_themselves() {
+    let mut fixture = Fixture::new(6, 128, GEOMETRY, 32 * MIB);
+    fixture.write(0, &[1]).unwrap();
+    for drive in 1..=4 {
+        fixture.set_health(drive, Health::Dead);
+    }
+    let write = fixture.world.start(
+        fixture.owner.incarnation,
+        fixture.engine.write(Lba(1), vec![block(2)], Durability::Cached),
+    );
+    fixture.world.run_for(std::time::Duration::from_secs(20)).unwrap();
+    assert!(!write.is_done(), "a write neither fails nor weakens");
+    for drive in 1..=4 {
+        fixture.set_health(drive, Health::Serving);
+    }
+    fixture.world.run_until(|| write.is_done()).unwrap();
+    assert_eq!(write.take().unwrap(), Ok(()));
+    fixture.model.insert(1, 2);
+    fixture.check(0, 2);
+}
+
+#[test]
+fn a_flipped_bit_is_noticed_served_around_and_repaired() {
+    let mut fixture = Fixture::new(6, 128, GEOMETRY, 32 * MIB);
+    let writes: Vec<(u64, u64)> = (0..64).map(|lba| (lba, lba + 1)).collect();
+    fixture.write_all(&writes);
+    // Every block of one drive is damaged.
+    let drive = fixture.world.drive(DriveId(3));
+    for at in 0..128 * 256 {
+        if drive.holds(at) {
+            drive.flip_bit(at, 77);
+        }
+    }
+    fixture.check_all();
+    fixture.world.run_for(std::time::Duration::from_secs(1)).unwrap();
+    let stats = fixture.engine.stats();
+    assert!(stats.checksum_mismatches > 0, "{stats:?}");
+    assert_eq!(stats.repaired, stats.checksum_mismatches);
+    fixture.check_all();
+    assert_eq!(
+        fixture.engine.stats().checksum_mismatches,
+        stats.checksum_mismatches
+    );
+    fixture.fail_over();
+    fixture.check_all();
+}
+
+#[test]
+fn recovery_needs_all_but_m_columns_and_says_which_are_missing() {
+    for missing in 0..=3 {
+        let mut fixture = Fixture::new(6, 128, GEOMETRY, 32 * MIB);
+        for lba in 0..30 {
+            fixture.write(lba, &[lba + 1]).unwrap();
+        }
+        for drive in 0..missing {
+            fixture.set_health(2 * drive + 1, Health::Dead);
+        }
+        let result = fixture.try_fail_over();
+        if missing <= 2 {
+            result.unwrap();
+            fixture.check_all();
+            fixture.write(40, &[9]).unwrap();
+            fixture.check_all();
+        } else {
+            assert!(
+                matches!(result, Err(VolumeError::TooManyMissing { .. })),
+                "{result:?}"
+            );
+        }
+    }
+}

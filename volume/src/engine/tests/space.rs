@@ -1,0 +1,123 @@
+//! Compaction, full pools, TRIM.
+
+use super::*;
+
+const GEOMETRY: Geometry = Geometry { k: 4, m: 2 };
+
+/// Settings for a pool so small that a big chunk would take it whole.
+fn tight() -> Settings {
+    Settings {
+        log_budget_bytes: 8 * MIB,
+        chunk_size_max: weft_proto::band::ChunkSize::Mib1,
+        ..Settings::default()
+    }
+}
+
+#[test]
+fn a_pool_at_eighty_percent_takes_five_times_its_size_in_overwrites() {
+    // 6 drives of 24 MiB: 4 columns of data are 96 MiB, less a row in 33 for headers.
+    let mut fixture = Fixture::with(6, 24, GEOMETRY, 256 * MIB, tight());
+    let usable_blocks = 22 * 256 * 4 * 32 / 33;
+    let live = usable_blocks * 8 / 10;
+    let mut version = 0;
+    for start in (0..live).step_by(64) {
+        let writes: Vec<(u64, u64)> = (start..(start + 64).min(live))
+            .map(|lba| {
+                version += 1;
+                (lba, version)
+            })
+            .collect();
+        fixture.write_all(&writes);
+    }
+    let mut written = 0;
+    while written < 5 * usable_blocks {
+        let mut writes = BTreeMap::new();
+        for _ in 0..128 {
+            version += 1;
+            writes.insert(fixture.rng.below(live), version);
+        }
+        written += writes.len() as u64;
+        let writes: Vec<(u64, u64)> = writes.into_iter().collect();
+        fixture.write_all(&writes);
+    }
+    fixture.check_all();
+    let stats = fixture.engine.stats();
+    assert!(stats.compacted_blocks > 0, "{stats:?}");
+    fixture.fail_over();
+    fixture.check_all();
+    fixture.write(0, &[1]).unwrap();
+    assert!(
+        fixture.world.violations().is_empty(),
+        "{:?}",
+        fixture.world.violations()
+    );
+}
+
+#[test]
+fn a_full_pool_refuses_only_what_needs_space_and_recovers_with_trim() {
+    let mut fixture = Fixture::with(6, 16, GEOMETRY, 256 * MIB, tight());
+    fixture
+        .world
+        .configure_metadata(crate::testing::directory::MetadataSpec {
+            reserve_mib: 4,
+            ..Default::default()
+        });
+    let mut lba = 0;
+    let refused = loop {
+        let fills: Vec<u64> = (lba..lba + 64).map(|lba| lba + 1).collect();
+        match fixture.write(lba, &fills) {
+            Ok(()) => lba += 64,
+            Err(error) => break error,
+        }
+        assert!(lba < 256 * 256, "the pool never fills");
+    };
+    assert_eq!(refused, BlockError::CapacityExceeded);
+    assert!(lba > 4 * 1024, "only {lba} blocks were taken");
+    let range = |start, count| LbaRange {
+        start: Lba(start),
+        count,
+    };
+    // What was refused may have been written in part: those blocks are nobody's.
+    fixture
+        .run(fixture.engine.deallocate(vec![range(lba, 64)]))
+        .unwrap();
+    fixture.check_all();
+    fixture
+        .run(fixture.engine.deallocate(vec![range(0, lba / 2)]))
+        .unwrap();
+    for trimmed in 0..lba / 2 {
+        fixture.model.insert(trimmed, 0);
+    }
+    fixture.check_all();
+    let mut tries = 0;
+    while fixture.write(lba, &[1, 2, 3]).is_err() {
+        tries += 1;
+        assert!(tries < 50, "space does not come back");
+        fixture
+            .world
+            .run_for(std::time::Duration::from_millis(200))
+            .unwrap();
+    }
+    for again in (0..lba / 4).step_by(64) {
+        let fills: Vec<u64> = (again..again + 64).map(|lba| lba + 7).collect();
+        fixture.write(again, &fills).unwrap();
+    }
+    fixture.check_all();
+    fixture.fail_over();
+    fixture.check_all();
+}
+
+#[test]
+fn narrow_stripes_of_a_quiet_host_are_made_wide() {
+    let mut fixture = Fixture::with(6, 128, GEOMETRY, 64 * MIB, tight());
+    for lba in 0..3000 {
+        fixture.write(lba, &[lba + 1]).unwrap();
+    }
+    fixture.world.run_for(std::time::Duration::from_secs(5)).unwrap();
+    fixture.checkpoint();
+    fixture.checkpoint();
+    fixture.check_all();
+    let stats = fixture.engine.stats();
+    assert!(stats.compacted_blocks > 0, "{stats:?}");
+    assert!(stats.bands_freed > 0, "{stats:?}");
+}
