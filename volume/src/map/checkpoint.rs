@@ -4,7 +4,6 @@
 //! while new changes go on, and [`PageMap::snapshot`] for the root. An error in between costs nothing: what was frozen
 //! stays in memory, answers lookups, and is written by the next try.
 
-use std::cell::RefCell;
 use std::rc::Rc;
 
 use super::address::PageId;
@@ -32,9 +31,9 @@ impl PageMap {
         true
     }
 
-    /// Writes what was frozen as a run, which the map uses from then on. After an error it may be called again. One call
-    /// at a time.
+    /// Writes what was frozen as a run, which the map uses from then on. After an error it may be called again.
     pub async fn write_frozen(&self) -> Result<(), MapError> {
+        let _one_at_a_time = self.writing.lock().await;
         let Some(frozen) = self.frozen.borrow().clone() else {
             return Ok(());
         };
@@ -54,13 +53,7 @@ impl PageMap {
         }
         let mut runs = self.runs.borrow().to_vec();
         if let Some((descriptor, page_counts)) = written {
-            runs.insert(
-                0,
-                Rc::new(Run {
-                    descriptor,
-                    page_counts: RefCell::new(page_counts),
-                }),
-            );
+            runs.insert(0, Run::new(descriptor, page_counts));
         }
         *self.runs.borrow_mut() = runs.into();
         self.record_counts.borrow_mut().add_all(frozen.counts());

@@ -103,6 +103,7 @@ impl PageMap {
                 self.pages.clear_moved(*child);
             }
         }
+        run.folded.set(true);
         let mut counts = run.page_counts.borrow_mut();
         counts.subtract(old.band, 1);
         counts.add(new.band, 1);

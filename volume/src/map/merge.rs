@@ -7,7 +7,6 @@
 //! A merge is where superseded entries are met and given back to the band counts. When the oldest run is among the
 //! inputs, ranges that read as zeroes are dropped, unless a replay could still bring an older version back.
 
-use std::cell::RefCell;
 use std::rc::Rc;
 
 use weft_proto::id::Sequence;
@@ -248,14 +247,14 @@ impl Merge {
 }
 
 impl PageMap {
-    /// Does about `blocks` blocks' worth of merging, if any is due. One call at a time.
+    /// Does about `blocks` blocks' worth of merging, if any is due. Waits while another call is at it.
     ///
     /// `floor`: no stripe that a replay from a later root could apply holds a version with a lower sequence than
     /// this that a range of zeroes has superseded. Ranges below it are dropped where nothing older is left;
     /// `Sequence { epoch: 0, counter: 0 }` keeps all.
     pub async fn merge_step(&self, blocks: usize, floor: Sequence) -> Result<MergeProgress, MapError> {
-        let under_way = self.merge.take();
-        let merge = match under_way {
+        let mut place = self.merge.lock().await;
+        let merge = match place.take() {
             Some(merge) => merge,
             None => {
                 let records: Vec<u64> = self.run_records();
@@ -265,27 +264,30 @@ impl PageMap {
                 self.begin_merge(count, floor)?
             }
         };
-        self.continue_merge(merge, blocks).await
+        self.continue_merge(&mut place, merge, blocks).await
     }
 
     /// Merges all runs into one, so that band counts become exact as of the last checkpoint. For a pool
     /// that is tight, and for tests; it reads and rewrites the whole map.
     pub async fn merge_all(&self, floor: Sequence) -> Result<(), MapError> {
-        while let Some(merge) = self.merge.take() {
-            self.continue_merge(merge, usize::MAX).await?;
+        let mut place = self.merge.lock().await;
+        while let Some(merge) = place.take() {
+            self.continue_merge(&mut place, merge, usize::MAX).await?;
         }
         let count = self.runs.borrow().len();
         if count > 0 {
             let merge = self.begin_merge(count, floor)?;
-            self.continue_merge(merge, usize::MAX).await?;
+            self.continue_merge(&mut place, merge, usize::MAX).await?;
         }
         Ok(())
     }
 
-    /// Whether `run` is an input of a merge under way.
+    /// Whether `run` is, or may be, an input of a merge under way.
     pub(crate) fn is_merged(&self, run: u32) -> bool {
-        let merge = self.merge.borrow();
-        merge.as_ref().is_some_and(|merge| merge.inputs.contains(&run))
+        match self.merge.try_lock() {
+            None => true,
+            Some(merge) => merge.as_ref().is_some_and(|merge| merge.inputs.contains(&run)),
+        }
     }
 
     fn run_records(&self) -> Vec<u64> {
@@ -311,12 +313,18 @@ impl PageMap {
         ))
     }
 
-    async fn continue_merge(&self, mut merge: Merge, blocks: usize) -> Result<MergeProgress, MapError> {
+    /// `place` is where a merge waits for its next step.
+    async fn continue_merge(
+        &self,
+        place: &mut Option<Merge>,
+        mut merge: Merge,
+        blocks: usize,
+    ) -> Result<MergeProgress, MapError> {
         // Lives until the merge is back in its place or done, so that a dropped future leaves nothing behind.
         let unfinished = Unfinished::new(self, merge.output_number());
         if !merge.step(blocks).await? {
             unfinished.keep();
-            *self.merge.borrow_mut() = Some(merge);
+            *place = Some(merge);
             return Ok(MergeProgress::Working);
         }
         let merged = merge.finish().await?;
@@ -326,11 +334,7 @@ impl PageMap {
             .position(|run| merged.inputs.contains(&run.descriptor.number));
         runs.retain(|run| !merged.inputs.contains(&run.descriptor.number));
         if let (Some(at), Some((descriptor, page_counts))) = (at, merged.output) {
-            let output = Run {
-                descriptor,
-                page_counts: RefCell::new(page_counts),
-            };
-            runs.insert(at, Rc::new(output));
+            runs.insert(at, Run::new(descriptor, page_counts));
         }
         *self.runs.borrow_mut() = runs.into();
         self.record_counts.borrow_mut().subtract_all(&merged.superseded);

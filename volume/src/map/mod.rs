@@ -42,6 +42,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
+use futures_util::lock::Mutex;
 use weft_proto::id::{BandId, Sequence};
 use weft_proto::units::{Lba, LbaRange};
 
@@ -136,6 +137,18 @@ pub struct MapRoot {
 struct Run {
     descriptor: RunDescriptor,
     page_counts: RefCell<BandCounts>,
+    /// Whether an index block was rewritten since the map was loaded.
+    folded: Cell<bool>,
+}
+
+impl Run {
+    fn new(descriptor: RunDescriptor, page_counts: BandCounts) -> Rc<Self> {
+        Rc::new(Self {
+            descriptor,
+            page_counts: RefCell::new(page_counts),
+            folded: Cell::new(false),
+        })
+    }
 }
 
 /// The page map of one layer. See the module.
@@ -159,7 +172,10 @@ pub struct PageMap {
     /// Bands without a live block, and the generation in which that was said.
     evacuated: RefCell<BTreeMap<BandId, u64>>,
     run_next: Cell<u32>,
-    merge: RefCell<Option<Merge>>,
+    /// The merge between two steps; locked during one.
+    merge: Mutex<Option<Merge>>,
+    /// Locked while what was frozen is being written.
+    writing: Mutex<()>,
     /// Numbers of unfinished runs, a merge's that is between steps included.
     unfinished: RefCell<Vec<u32>>,
 }
@@ -186,12 +202,8 @@ impl PageMap {
             }
             counts
         };
-        let runs = root.runs.iter().map(|run| {
-            Rc::new(Run {
-                descriptor: run.run,
-                page_counts: RefCell::new(collect(&run.page_counts)),
-            })
-        });
+        let runs = root.runs.iter();
+        let runs = runs.map(|run| Run::new(run.run, collect(&run.page_counts)));
         let pages = Pages::new(identity, store, settings.cache_bytes);
         for (lba, place) in &root.moved {
             if let Some(id) = PageId::from_lba(*lba) {
@@ -212,7 +224,8 @@ impl PageMap {
             pending_counts: PendingCounts::default(),
             evacuated: RefCell::default(),
             run_next: Cell::new(root.run_next),
-            merge: RefCell::default(),
+            merge: Mutex::default(),
+            writing: Mutex::default(),
             unfinished: RefCell::default(),
         })
     }
@@ -322,26 +335,28 @@ impl PageMap {
     /// References to `band`, superseded ones that no merge has met included: an upper bound of its live blocks.
     #[must_use]
     pub fn references(&self, band: BandId) -> u64 {
+        let pages = self.page_references(band);
         if self.evacuated.borrow().contains_key(&band) {
-            return 0;
+            return pages;
         }
-        self.counted(band)
+        pages + self.record_references(band)
     }
 
     /// Whether a root built from [`PageMap::snapshot`] at this moment needs `band`, or what changed since does.
     ///
-    /// A band may be freed with the publication of that root when this says `false` and nothing is appended to
-    /// the band any more.
+    /// A band may be freed with the publication of that root when this says `false` **and** nothing was appended
+    /// to the band since the freeze: the map does not know which bands hold records of TRIMs that only a
+    /// replay would find.
     #[must_use]
     pub fn refers_to(&self, band: BandId) -> bool {
-        let installed = self.installed.get();
-        let evacuated = self.evacuated.borrow();
-        let shadowed = evacuated.get(&band).is_some_and(|said| *said < installed);
-        !shadowed && self.counted(band) > 0
+        let said = self.evacuated.borrow().get(&band).copied();
+        let outdone = said.is_some_and(|said| said < self.installed.get());
+        // Map blocks are counted exactly, so no word of the engine overrides their count.
+        self.page_references(band) > 0 || (!outdone && self.record_references(band) > 0)
     }
 
-    /// Says that every block of `band` was looked up and none is live any more: dead, or relocated and entered. What older
-    /// runs still say of it will never win, and counts as nothing once the present delta has become a run.
+    /// Says that every host block of `band` was looked up and none is live any more: dead, or relocated and entered. What
+    /// older runs still say of it will never win, and counts as nothing once the present delta has become a run.
     pub fn evacuated(&self, band: BandId) {
         let generation = self.generation.get();
         self.evacuated.borrow_mut().entry(band).or_insert(generation);
@@ -356,17 +371,17 @@ impl PageMap {
         }
     }
 
-    fn counted(&self, band: BandId) -> u64 {
+    fn record_references(&self, band: BandId) -> u64 {
         let frozen = self.frozen.borrow();
-        let runs = self.runs.borrow();
         self.delta.borrow().counts().of(band)
             + frozen.as_ref().map_or(0, |frozen| frozen.counts().of(band))
             + self.record_counts.borrow().of(band)
-            + self.pending_counts.borrow().of(band)
-            + runs
-                .iter()
-                .map(|run| run.page_counts.borrow().of(band))
-                .sum::<u64>()
+    }
+
+    fn page_references(&self, band: BandId) -> u64 {
+        let runs = self.runs.borrow();
+        let pages = runs.iter().map(|run| run.page_counts.borrow().of(band));
+        pages.sum::<u64>() + self.pending_counts.borrow().of(band)
     }
 
     // Figures.

@@ -45,12 +45,18 @@ impl PageMap {
     }
 
     /// Enters a copy of the map block that [`PageMap::page_state`] found live at `expected`. `false` when its
-    /// run was merged away or the block moved meanwhile: the copy is then garbage.
+    /// run was merged away, or the block moved meanwhile or may have: the copy is then garbage, and the band keeps its
+    /// reference if it had one.
     pub fn relocate_page(&self, lba: Lba, expected: &MapEntry, copy: MapEntry) -> bool {
         let Some((id, run)) = PageId::from_lba(lba).and_then(|id| Some((id, self.run(id.run)?))) else {
             return false;
         };
-        if self.pages.place(id, *expected) != *expected {
+        // Where the index was rewritten, no line in the table of moved blocks does not mean that the block never moved.
+        let stands = match self.pages.moved_to(id) {
+            Some(place) => place == *expected,
+            None => !run.folded.get() || self.place_cached(&run.descriptor, id) == Some(*expected),
+        };
+        if !stands {
             return false;
         }
         self.pages.set_moved(id, copy);
@@ -58,6 +64,18 @@ impl PageMap {
         counts.subtract(expected.band, 1);
         counts.add(copy.band, 1);
         true
+    }
+
+    /// Where `id` lies now, if the cache knows.
+    fn place_cached(&self, run: &RunDescriptor, id: PageId) -> Option<MapEntry> {
+        let mut at = run.top_id();
+        let mut place = run.top;
+        while at.level > id.level {
+            let page = self.pages.cached(at)?;
+            let slot = run::slot_towards(at, id).filter(|slot| *slot < page.records().len())?;
+            (at, place) = run::child(at, slot, &page).ok()?;
+        }
+        (at == id).then(|| self.pages.place(id, place))
     }
 
     /// Where `id` lies now; `None` when the run has no such block.

@@ -49,6 +49,10 @@ impl Pages {
         self.moved.borrow().get(&id).copied().unwrap_or(place)
     }
 
+    pub(crate) fn moved_to(&self, id: PageId) -> Option<MapEntry> {
+        self.moved.borrow().get(&id).copied()
+    }
+
     pub(crate) fn set_moved(&self, id: PageId, place: MapEntry) {
         self.moved.borrow_mut().insert(id, place);
     }

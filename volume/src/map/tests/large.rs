@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::rc::Rc;
 
-use futures_util::future::{join, join_all};
+use futures_util::future::{join, join_all, join3};
 use weft_proto::id::{BandId, Epoch, Sequence};
 use weft_proto::units::{Lba, LbaRange};
 
@@ -208,7 +208,7 @@ fn every_map_block_can_move_and_folding_empties_the_table_of_moved_blocks() {
         if round == 1 {
             while run(map.fold_moved(2, 1)).unwrap() > 0 {}
             assert_eq!(map.stats().moved_blocks, 1, "the top's place stands in the root");
-            let live: u64 = store.bands().iter().map(|band| map.counted(*band)).sum();
+            let live: u64 = store.bands().iter().map(|band| map.page_references(*band)).sum();
             assert_eq!(live, map.stats().run_blocks);
         }
         run(check(&map, (0..COUNT).step_by(171)));
@@ -304,11 +304,38 @@ fn a_merge_that_fails_is_abandoned_and_leaves_the_map_as_it_was() {
     store.fail_appends.set(1);
     assert!(run(map.merge_all(sequence(0))).is_err());
     assert_eq!(map.stats().runs, 2);
-    let live: u64 = store.bands().iter().map(|band| map.counted(*band)).sum();
+    let live: u64 = store.bands().iter().map(|band| map.page_references(*band)).sum();
     assert_eq!(live, map.stats().run_blocks);
     run(map.merge_all(sequence(0))).unwrap();
     assert_eq!(map.stats().runs, 1);
     run(check(&map, (0..COUNT).step_by(997)));
+}
+
+#[test]
+fn calls_that_meet_take_turns() {
+    let store = MemoryStore::new(50);
+    let map = filled(&store, 8);
+    for round in 1..6 {
+        for index in 0..200 {
+            map.insert(Lba(3 * index), entry(3 * index, COUNT * round + index));
+        }
+        assert!(map.freeze());
+        let (first, second) = run(join(map.write_frozen(), map.write_frozen()));
+        assert_eq!((first, second), (Ok(()), Ok(())));
+        assert_eq!(map.stats().runs, 1 + round as usize);
+    }
+    let (stepped, all, again) = run(join3(
+        map.merge_step(1, sequence(0)),
+        map.merge_all(sequence(0)),
+        map.merge_all(sequence(0)),
+    ));
+    assert_eq!(
+        (stepped, all, again),
+        (Ok(MergeProgress::Working), Ok(()), Ok(()))
+    );
+    assert_eq!(map.stats().run_records, COUNT);
+    let live: u64 = (0..200).map(|band| map.record_references(BandId(band))).sum();
+    assert_eq!(live, COUNT);
 }
 
 #[test]
