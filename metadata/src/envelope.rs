@@ -46,8 +46,6 @@ impl Kind {
     pub(crate) const MAP: Self = Self(5);
     /// A message between members of the Raft group.
     pub(crate) const RAFT: Self = Self(6);
-    /// A record of the log (its body only: the record's header is the log's own).
-    pub(crate) const LOG: Self = Self(7);
 }
 
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]

@@ -9,7 +9,7 @@ use crate::state::{Command, Reply};
 /// A command on its way through the log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct Proposal(pub Command);
+pub(crate) struct Proposal(pub(crate) Command);
 
 impl fmt::Display for Proposal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -19,7 +19,7 @@ impl fmt::Display for Proposal {
 
 openraft::declare_raft_types!(
     /// openraft's configuration: a member is a [`weft_proto::id::NodeId`] at its control address.
-    pub TypeConfig:
+    pub(crate) TypeConfig:
         D = Proposal,
         R = Reply,
         NodeId = u64,
