@@ -33,7 +33,6 @@ pub(crate) struct BandState {
     pub(crate) geometry: Geometry,
     /// Rows of a column.
     pub(crate) rows: u32,
-    pub(crate) purpose: BandPurpose,
     /// As the directory has it; chunks may be replaced.
     pub(crate) band: RefCell<Rc<Band>>,
     pub(crate) phase: Cell<Phase>,
@@ -79,7 +78,6 @@ impl BandState {
             id: band.id,
             geometry: band.geometry,
             rows,
-            purpose,
             phase: Cell::new(phase),
             writer: RefCell::new(Writer {
                 geometry: band.geometry,

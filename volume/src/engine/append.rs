@@ -198,7 +198,10 @@ impl Core {
 
     fn no_band(self: &Rc<Self>, stream: &Stream) -> Opening {
         self.ask_for_bands(stream);
-        if stream.no_space.get() && stream.purpose == BandPurpose::User && self.space.is_exhausted() {
+        // Without a band for internal work, nothing can be compacted either.
+        let stuck = self.internal.no_space.get() && self.internal.current.borrow().is_none();
+        if stream.purpose == BandPurpose::User && stream.no_space.get() && (stuck || self.space.is_exhausted())
+        {
             return Opening::Full;
         }
         Opening::Wait
