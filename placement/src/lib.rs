@@ -29,4 +29,5 @@ pub use capacity::{Capacity, EngineNeed, Reserve, capacity};
 pub use propose::{propose, propose_replacement};
 pub use request::{Placement, Policy, Refusal, Request, WouldFit};
 pub use survivable::Survivable;
-pub use topology::{Domain, DomainLevel, Drive, DriveClass, FreeChunks, Home, Topology};
+pub use topology::{Domain, DomainLevel, Drive, FreeChunks, Home, Topology};
+pub use weft_proto::band::DriveClass;

@@ -3,11 +3,11 @@
 use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
-use weft_proto::band::{ChunkSize, Geometry};
+use weft_proto::band::{ChunkSize, DriveClass, Geometry};
 use weft_proto::id::DriveId;
 
 use crate::survivable::Survivable;
-use crate::topology::{DomainLevel, Drive, DriveClass};
+use crate::topology::{DomainLevel, Drive};
 
 /// Which drives a pool's bands may use together.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

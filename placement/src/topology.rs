@@ -3,20 +3,8 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
-use weft_proto::band::ChunkSize;
+use weft_proto::band::{ChunkSize, DriveClass};
 use weft_proto::id::{DriveId, NodeId};
-
-/// What a drive is made of, as far as placement cares.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum DriveClass {
-    /// Storage-class memory or similar: narrow stripes.
-    Scm,
-    /// Triple-level cell flash: the default.
-    Tlc,
-    /// Quad-level cell flash: large and sequential.
-    Qlc,
-}
 
 /// Where a drive fails together with others.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
