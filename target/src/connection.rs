@@ -116,7 +116,7 @@ impl Connection {
             if self.qpair.is_closing() && idle {
                 return Poll::Ready(Ok(()));
             }
-            if self.shutting_down && self.running.is_empty() && idle {
+            if self.shutting_down && self.running.is_empty() && idle && !self.has_io_queues() {
                 return Poll::Ready(Ok(()));
             }
             if self.read_closed {
@@ -126,6 +126,11 @@ impl Connection {
                 return Poll::Pending;
             }
         }
+    }
+
+    /// Whether this is an admin queue whose I/O queues have not ended: they would end with it, unanswered.
+    fn has_io_queues(&self) -> bool {
+        matches!(&self.queue, Some(Queue { controller, qid: 0 }) if controller.has_io_queues())
     }
 
     fn check_closed(&mut self, cx: &Context<'_>) {

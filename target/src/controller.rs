@@ -164,7 +164,13 @@ impl Controller {
         self.queues.borrow_mut().remove(&qid);
         if qid == 0 {
             self.close("admin queue closed");
+        } else {
+            self.wake_admin();
         }
+    }
+
+    pub(crate) fn has_io_queues(&self) -> bool {
+        self.queues.borrow().range(1..).next().is_some()
     }
 
     /// Sets whom to wake for a queue.
@@ -397,5 +403,49 @@ fn cut(mut data: Vec<u8>, bytes_max: u32) -> Vec<Bytes> {
         Vec::new()
     } else {
         vec![Bytes::from(data)]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use weft_proto::id::HostId;
+
+    use super::*;
+    use crate::registry::RegistryConfig;
+
+    fn controller(kato: Option<Duration>, now: Instant) -> Rc<Controller> {
+        let registry = Registry::new(RegistryConfig::default());
+        let association = Association {
+            hostnqn: "nqn.host".parse().unwrap(),
+            hostid: HostId([1; 16]),
+            cntlid: 1,
+            subsystem: "nqn.subsystem".parse().unwrap(),
+            kato,
+        };
+        Controller::new(registry, association, None, now)
+    }
+
+    #[test]
+    fn a_host_is_given_up_exactly_at_its_timeout_and_traffic_moves_it() {
+        let start = Instant::now();
+        let kato = Duration::from_secs(15);
+        let controller = controller(Some(kato), start);
+        controller.handle_timeout(start + kato - Duration::from_millis(1));
+        assert!(!controller.is_closed_for(0));
+        let heard = start + Duration::from_secs(10);
+        controller.handle_traffic(heard);
+        controller.handle_timeout(start + kato);
+        assert!(!controller.is_closed_for(0));
+        assert_eq!(controller.keep_alive_deadline(), Some(heard + kato));
+        controller.handle_timeout(heard + kato);
+        assert!(controller.is_closed_for(0));
+    }
+
+    #[test]
+    fn without_a_timeout_a_host_may_be_silent_for_ever() {
+        let start = Instant::now();
+        let controller = controller(None, start);
+        controller.handle_timeout(start + Duration::from_secs(1 << 20));
+        assert!(!controller.is_closed_for(0));
     }
 }

@@ -135,8 +135,6 @@ impl Controller {
         fill_field(&mut data.mn, &subsystem.config.model, b' ');
         data.cmic = cmic::MULTI_PORT | cmic::MULTI_CONTROLLER | cmic::ANA;
         data.oaes = (AsyncEventConfig::NAMESPACE_ATTRIBUTE | AsyncEventConfig::ANA_CHANGE).into();
-        // A retry of a path-related status waits 100 ms where a host honours it (CRDT1).
-        data.crdt = [1.into(), 0.into(), 0.into()];
         data.anatt = ANATT_SECONDS;
         data.anacap = anacap::ALL_STATES | anacap::FIXED_GROUP;
         data.anagrpmax = config.ana_group_max.into();

@@ -50,7 +50,7 @@ pub enum ReservationError {
     Refused(#[from] Refused),
     /// The change is in force but could not be made to survive power loss.
     #[error("not persisted: {0}")]
-    NotPersisted(Rc<str>),
+    NotPersisted(Arc<str>),
 }
 
 /// A namespace with reservations. A cheap handle; clones are the same namespace.
