@@ -14,7 +14,6 @@ use weft_proto::band::{Band, ChunkAddress, Geometry};
 use weft_proto::id::{BandId, StripeNumber};
 
 use crate::entry::{ColumnSet, Shape};
-use crate::seams::BandPurpose;
 
 /// Where a band is in its life. Freed bands are not kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,7 +71,7 @@ pub(crate) struct Reservation {
 }
 
 impl BandState {
-    pub(crate) fn new(band: Band, purpose: BandPurpose, phase: Phase, order: u64) -> Rc<Self> {
+    pub(crate) fn new(band: Band, phase: Phase, order: u64) -> Rc<Self> {
         let rows = band.chunk_size.rows();
         Rc::new(Self {
             id: band.id,
@@ -245,7 +244,7 @@ mod tests {
                 })
                 .collect(),
         };
-        BandState::new(band, BandPurpose::User, Phase::Open, 0)
+        BandState::new(band, Phase::Open, 0)
     }
 
     #[test]

@@ -9,6 +9,7 @@ pub mod entry;
 pub mod error;
 pub mod format;
 pub mod map;
+pub mod metrics;
 pub mod seams;
 pub mod settings;
 mod stripes;

@@ -200,7 +200,9 @@ impl Core {
         self.ask_for_bands(stream);
         // Without a band for internal work, nothing can be compacted either.
         let stuck = self.internal.no_space.get() && self.internal.current.borrow().is_none();
-        if stream.purpose == BandPurpose::User && stream.no_space.get() && (stuck || self.space.is_exhausted())
+        if stream.purpose == BandPurpose::User
+            && stream.no_space.get()
+            && (stuck || self.space.is_exhausted())
         {
             return Opening::Full;
         }
@@ -255,7 +257,7 @@ impl Core {
         };
         match work {
             Work::Block(block) if block.was_in.is_empty() => {
-                self.counters.full.set(self.counters.full.get() + 1);
+                self.counters.full.add(1);
                 block.target.fail(BlockError::CapacityExceeded);
             }
             // What was promised a stripe before keeps the promise: it may have become durable already.
@@ -373,7 +375,7 @@ mod tests {
                 })
                 .collect(),
         };
-        let band = BandState::new(band, BandPurpose::User, Phase::Open, 0);
+        let band = BandState::new(band, Phase::Open, 0);
         let plan = plan(&band, ColumnSet::NONE, 256, blocks, 0).unwrap();
         assert_eq!(plan.blocks, blocks);
         (plan.w, plan.d)
@@ -402,7 +404,7 @@ mod tests {
             version: 1,
             columns: Vec::new(),
         };
-        let band = BandState::new(band, BandPurpose::User, Phase::Open, 0);
+        let band = BandState::new(band, Phase::Open, 0);
         let plan = plan(&band, ColumnSet::NONE, 256, 0, 3);
         assert_eq!(
             plan,

@@ -210,10 +210,8 @@ impl Core {
             map.forget(*band);
         }
         let counters = &self.counters;
-        counters.checkpoints.set(counters.checkpoints.get() + 1);
-        counters
-            .bands_freed
-            .set(counters.bands_freed.get() + freed.len() as u64);
+        counters.checkpoints.add(1);
+        counters.bands_freed.add(freed.len() as u64);
         if !freed.is_empty() {
             self.space.hope();
         }

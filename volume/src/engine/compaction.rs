@@ -238,7 +238,7 @@ impl Core {
             .wait()
             .await
             .map_err(|_| self.alive().err().unwrap_or(VolumeError::Closed))?;
-        self.counters.compacted.set(self.counters.compacted.get() + moved);
+        self.counters.compacted.add(moved);
         Ok(settled)
     }
 
@@ -327,7 +327,7 @@ impl Core {
                 Ok(Found::Live(found)) => {
                     core.enqueue_copy(found, data, &group);
                     if group.reply.wait().await.is_ok() {
-                        core.counters.repaired.set(core.counters.repaired.get() + 1);
+                        core.counters.repaired.add(1);
                     }
                 }
                 Ok(Found::Dead | Found::Pending) => {}

@@ -15,7 +15,7 @@ use super::flight::ZERO_BLOCK;
 use super::work::{BlockWork, Op, Target, Work, ZeroWork};
 use super::{Core, Engine};
 use crate::format::checksum::block_crc;
-use crate::seams::BandPurpose;
+use crate::seams::{BandPurpose, Timestamp};
 
 /// Longest read or write. A stripe header lists 128 blocks; longer commands are several stripes.
 const TRANSFER_BYTES_MAX: u32 = 1 << 20;
@@ -45,8 +45,7 @@ impl BlockDevice for Engine {
         if !core.accepts() {
             return ready(Err(BlockError::NotReady));
         }
-        let counter = &core.counters.host_read;
-        counter.set(counter.get() + range.count);
+        let arrived = core.seams.env.now();
         // Started when made: the I/O goes on in a task of its own, whatever becomes of the caller's future.
         let reply = crate::sync::Reply::new();
         let answer = Rc::clone(&reply);
@@ -57,6 +56,11 @@ impl BlockDevice for Engine {
                 Ok(bytes) => task_core.leased().await.map(|()| bytes),
                 Err(error) => Err(error),
             };
+            if result.is_ok() {
+                let counters = &task_core.counters;
+                counters.user_read_bytes.add(range.count * BLOCK_BYTES as u64);
+                counters.read_seconds.record(task_core.seconds_since(arrived));
+            }
             answer.give(result.map_err(|error| {
                 tracing::debug!(volume = %task_core.volume, %error, "read not served");
                 error.to_block(range.start)
@@ -94,7 +98,7 @@ impl BlockDevice for Engine {
                 }));
             }
         }
-        core.submit(range.count, parts)
+        core.submit(bytes as u64, parts)
     }
 
     fn write_zeroes(&self, range: LbaRange, _deallocate: bool, _durability: Durability) -> Io<()> {
@@ -104,17 +108,15 @@ impl BlockDevice for Engine {
     fn deallocate(&self, ranges: Vec<LbaRange>) -> Io<()> {
         let core = &self.0;
         let mut parts = Vec::with_capacity(ranges.len());
-        let mut blocks = 0;
         for range in ranges {
             if let Err(error) = core.check(range) {
                 return ready(Err(error));
             }
             if range.count > 0 {
-                blocks += range.count;
                 parts.push(Part::Zeroes(range));
             }
         }
-        core.submit(blocks, parts)
+        core.submit(0, parts)
     }
 
     fn flush(&self) -> Io<()> {
@@ -143,15 +145,13 @@ impl Core {
         }
     }
 
-    /// Queues the parts of one host command. Their sequences are given here, so overlapping writes take effect in
+    /// Queues the parts of one host command, `user_bytes` of which are data. Their sequences are given here, so overlapping writes take effect in
     /// the order of arrival.
-    fn submit(self: &Rc<Self>, blocks: u64, parts: Vec<Part>) -> Io<()> {
+    fn submit(self: &Rc<Self>, user_bytes: u64, parts: Vec<Part>) -> Io<()> {
         if !self.accepts() {
             return ready(Err(BlockError::NotReady));
         }
-        self.counters
-            .host_written
-            .set(self.counters.host_written.get() + blocks);
+        let arrived = self.seams.env.now();
         let op = Op::new(parts.len());
         for part in parts {
             let sequence = self.next_sequence();
@@ -163,9 +163,23 @@ impl Core {
         let core = Rc::clone(self);
         async move {
             op.reply.wait().await?;
-            core.leased().await.map_err(|error| error.to_block(Lba(0)))
+            core.leased().await.map_err(|error| error.to_block(Lba(0)))?;
+            let counters = &core.counters;
+            counters.user_bytes.add(user_bytes);
+            let seconds = if user_bytes > 0 {
+                &counters.write_seconds
+            } else {
+                &counters.zero_seconds
+            };
+            seconds.record(core.seconds_since(arrived));
+            Ok(())
         }
         .boxed_local()
+    }
+
+    fn seconds_since(&self, start: Timestamp) -> f64 {
+        let elapsed = self.seams.env.now().0.saturating_sub(start.0);
+        std::time::Duration::from_nanos(elapsed).as_secs_f64()
     }
 
     fn work(&self, part: Part, sequence: Sequence, op: &Rc<Op>) -> Work {

@@ -18,13 +18,14 @@ use weft_proto::band::{Geometry, RootPointer};
 use weft_proto::id::{DriveId, StripeNumber};
 use weft_proto::units::{BLOCK_BYTES, Lba};
 
-use super::Core;
 use super::append::{Plan, Stream};
 use super::work::{Abandoned, BlockWork, Target, Work};
+use super::{Core, Life};
 use crate::band::{BandState, Reservation};
 use crate::entry::{ColumnSet, MapEntry};
 use crate::format::checksum::crc32c;
 use crate::format::header::{BlockRecord, ShardPart, StripeHeader, ZeroRecord};
+use crate::metrics::Bytes as SentBytes;
 use crate::seams::BandPurpose;
 
 /// A payload block of zeroes: padding, and what a block without data reads as.
@@ -98,10 +99,9 @@ impl Core {
         };
         let data: Vec<Bytes> = blocks.iter().map(|block| block.data.clone()).collect();
         let shards = self.shards(&header, &data, d as usize);
-        let bytes = shards.iter().map(Vec::len).sum::<usize>() * BLOCK_BYTES;
+        let bytes = self.count_stripe(band.geometry, plan.w, d, &blocks);
         let writes = self.send_shards(band, &place, shards);
-        self.counters.stripe_sent(plan.w, d, blocks.len(), bytes as u64);
-        self.checkpoints.written(bytes as u64, self);
+        self.checkpoints.written(bytes, self);
         stream.in_flight.set(stream.in_flight.get() + 1);
         let flight = Flight {
             number,
@@ -114,6 +114,35 @@ impl Core {
         };
         let core = Rc::clone(self);
         self.spawn(async move { core.fly(flight, writes).await });
+    }
+
+    /// Counts what a stripe sends to drives, and answers how many bytes that is.
+    fn count_stripe(&self, geometry: Geometry, w: u8, d: u32, blocks: &[BlockWork]) -> u64 {
+        let counters = &self.counters;
+        counters.stripe_sent(w, d);
+        let block = BLOCK_BYTES as u64;
+        let header = u64::from(w + geometry.m) * block;
+        let parity = u64::from(geometry.m) * u64::from(d) * block;
+        counters.sent(SentBytes::Header, header);
+        counters.sent(SentBytes::Parity, parity);
+        for work in blocks {
+            counters.sent(self.kind(work), block);
+        }
+        // Padding is what its stripe is.
+        let padding = u64::from(w) * u64::from(d) - blocks.len() as u64;
+        if let Some(first) = blocks.first() {
+            counters.sent(self.kind(first), padding * block);
+        }
+        header + parity + u64::from(w) * u64::from(d) * block
+    }
+
+    fn kind(&self, work: &BlockWork) -> SentBytes {
+        match work.target {
+            Target::Page(..) | Target::Root(_) => SentBytes::Map,
+            Target::Copy { .. } => SentBytes::Copy,
+            Target::Host(_) if self.life.get() == Life::Opening || !work.was_in.is_empty() => SentBytes::Copy,
+            Target::Host(_) => SentBytes::User,
+        }
     }
 
     /// The bytes of each shard, as whole blocks: its header, its payload.
@@ -332,7 +361,7 @@ impl Core {
 
     /// The blocks go first in the queue again, with what they owe to this stripe's number.
     fn abandon(self: &Rc<Self>, flight: Flight) {
-        self.counters.abandoned.set(self.counters.abandoned.get() + 1);
+        self.counters.abandoned.add(1);
         let is_root = |block: &BlockWork| matches!(block.target, Target::Root(_));
         let (roots, blocks): (Vec<_>, Vec<_>) = flight.blocks.into_iter().partition(is_root);
         for root in roots {

@@ -61,7 +61,8 @@ impl Core {
             return;
         }
         tracing::warn!(volume = %self.volume, %drive, "drive passed over");
-        self.counters.suspected.set(self.counters.suspected.get() + 1);
+        self.counters.suspected.add(1);
+        self.counters.suspects.increment(1.0);
         self.changed.notify();
         let core = Rc::clone(self);
         self.spawn(async move {
@@ -69,6 +70,7 @@ impl Core {
             loop {
                 core.sleep(pause).await;
                 if core.is_over() {
+                    core.counters.suspects.decrement(1.0);
                     return;
                 }
                 if let Some(device) = core.seams.drives.device(drive)
@@ -80,6 +82,7 @@ impl Core {
             }
             tracing::info!(volume = %core.volume, %drive, "drive back in service");
             core.health.suspects.borrow_mut().remove(&drive);
+            core.counters.suspects.decrement(1.0);
             core.changed.notify();
         });
     }

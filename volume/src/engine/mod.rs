@@ -41,6 +41,7 @@ use weft_proto::units::BLOCK_BYTES;
 use crate::band::{BandState, Phase};
 use crate::error::VolumeError;
 use crate::map::PageMap;
+use crate::metrics::Counters;
 use crate::seams::{BandPurpose, DirectoryError, Seams};
 use crate::settings::{Identity, Settings};
 use crate::stripes::StripeNumbers;
@@ -50,7 +51,6 @@ use append::Stream;
 use checkpoint::Checkpoints;
 use health::Health;
 use space::Space;
-use stats::Counters;
 use work::Copy;
 
 pub use stats::Stats;
@@ -304,10 +304,10 @@ impl Core {
     }
 
     /// Enters a band of this or an earlier epoch.
-    pub(crate) fn add_band(&self, band: Band, purpose: BandPurpose, phase: Phase) -> Rc<BandState> {
+    pub(crate) fn add_band(&self, band: Band, phase: Phase) -> Rc<BandState> {
         let order = self.bands_opened.get() + 1;
         self.bands_opened.set(order);
-        let state = BandState::new(band, purpose, phase, order);
+        let state = BandState::new(band, phase, order);
         self.bands.borrow_mut().insert(state.id, Rc::clone(&state));
         state
     }

@@ -125,7 +125,7 @@ impl Core {
         }
         if self.still_maps(lba, &entry).await? {
             tracing::warn!(volume = %self.volume, %lba, band = %entry.band, column = entry.column, row = entry.row, "checksum mismatch");
-            self.counters.mismatches.set(self.counters.mismatches.get() + 1);
+            self.counters.mismatches.add(1);
         }
         let bytes = self.recover_block(lba, entry).await?;
         self.repair(lba, entry, bytes.clone());
@@ -167,9 +167,7 @@ impl Core {
             };
             match self.reconstruct(&band, lba, &entry).await {
                 Ok(bytes) => {
-                    self.counters
-                        .reconstructed
-                        .set(self.counters.reconstructed.get() + 1);
+                    self.counters.reconstructed.add(1);
                     return Ok(bytes);
                 }
                 // Every column answered and they do not add up: waiting would not help.
@@ -293,7 +291,7 @@ impl Core {
             count: u64::from(count) * BLOCK_BYTES as u64 / block_bytes,
         };
         let deadline = self.seams.env.now().after(self.settings.read_stall);
-        self.counters.drive_reads.set(self.counters.drive_reads.get() + 1);
+        self.counters.drive_reads.add(1);
         match within(&*self.seams.env, deadline, device.read(range)).await {
             Some(Ok(bytes)) if bytes.len() == count as usize * BLOCK_BYTES => Some(Ok(bytes)),
             Some(Ok(_)) => None,

@@ -35,7 +35,7 @@ use crate::seams::BandPurpose;
 impl Core {
     pub(crate) async fn open(self: &Rc<Self>, grant: EpochGrant) -> Result<(), VolumeError> {
         for band in &grant.bands {
-            self.add_band(band.clone(), BandPurpose::User, Phase::Sealed);
+            self.add_band(band.clone(), Phase::Sealed);
         }
         let root = match grant.root {
             Some(pointer) => Some(self.load_root(pointer).await?),
@@ -176,6 +176,7 @@ impl Core {
         let ended_at = published.max(claimed.unwrap_or(StripeNumber(0)));
         let above = stripes.split_off(&StripeNumber(ended_at.0 + 1));
         tracing::info!(volume = %self.volume, %epoch, %ended_at, replayed = stripes.len(), above = above.len(), "recovery scan done");
+        self.counters.applied.add(stripes.len() as u64);
         self.replay(epoch, &stripes).await?;
         self.reappend(above).await?;
         Ok(ended_at)
@@ -261,9 +262,11 @@ impl Core {
         let mut ops = Vec::new();
         for (number, found) in stripes {
             if !found.is_decodable() {
+                self.counters.dropped.add(1);
                 tracing::debug!(volume = %self.volume, stripe = %number, valid = found.valid.count(), "never acknowledged: dropped");
                 continue;
             }
+            self.counters.reappended.add(1);
             let mut work = Vec::new();
             for (index, record) in found.header.blocks.iter().enumerate() {
                 let Some(entry) = found.entry(index).filter(|_| record.lba < HOST_LBA_END) else {

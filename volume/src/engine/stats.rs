@@ -1,25 +1,36 @@
-//! What the engine counts.
+//! What an engine tells of itself.
 
-use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+
+use weft_proto::units::BLOCK_BYTES;
 
 use super::Core;
 use crate::map::MapStats;
+use crate::metrics::Bytes;
 
 /// Figures of one engine since it was opened, and of its volume as of now.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
-    /// Blocks the host wrote, zero blocks included.
-    pub host_blocks_written: u64,
-    /// Blocks the host read.
-    pub host_blocks_read: u64,
-    /// Bytes sent to drives, headers and parity included.
-    pub drive_bytes_written: u64,
+    /// Bytes that hosts wrote and got acknowledged.
+    pub user_bytes: u64,
+    /// Bytes that hosts read.
+    pub user_read_bytes: u64,
+    /// Bytes sent to drives, in all.
+    pub drive_bytes: u64,
+    /// Of these: payload of host writes, at their first placement.
+    pub drive_user_bytes: u64,
+    /// Of these: payload of compaction, repair, recovery, and of stripes that were abandoned.
+    pub drive_copy_bytes: u64,
+    /// Of these: parity.
+    pub drive_parity_bytes: u64,
+    /// Of these: shard headers.
+    pub drive_header_bytes: u64,
+    /// Of these: map blocks and roots.
+    pub drive_map_bytes: u64,
     /// Read commands sent to drives.
     pub drive_reads: u64,
-    /// Stripes sent, by data shards: index w.
-    pub stripe_width: Vec<u64>,
-    /// Stripes sent, by rows of payload: index log2(d) rounded up, 0 for d ≤ 1.
-    pub stripe_depth: Vec<u64>,
+    /// Stripes sent, by (w, d).
+    pub stripes: BTreeMap<(u8, u32), u64>,
     /// Stripes abandoned because a column failed or stalled.
     pub stripes_abandoned: u64,
     /// Times a drive was passed over.
@@ -46,9 +57,9 @@ pub struct Stats {
     pub bands: usize,
     /// Bytes of the drives that the bands take.
     pub allocated_bytes: u64,
-    /// Upper bound of the live blocks.
-    pub live_blocks: u64,
-    /// Host commands waiting for a stripe.
+    /// Upper bound of the live bytes, map blocks included, parity and headers not.
+    pub live_bytes: u64,
+    /// Parts of host commands that wait for a stripe.
     pub queued: usize,
     /// Stripes in flight.
     pub stripes_in_flight: usize,
@@ -58,52 +69,23 @@ pub struct Stats {
     pub map: MapStats,
 }
 
-/// The counters behind [`Stats`].
-#[derive(Default)]
-pub(crate) struct Counters {
-    pub(crate) host_written: Cell<u64>,
-    pub(crate) host_read: Cell<u64>,
-    pub(crate) drive_bytes: Cell<u64>,
-    pub(crate) drive_reads: Cell<u64>,
-    width: RefCell<[u64; 17]>,
-    depth: RefCell<[u64; 8]>,
-    pub(crate) abandoned: Cell<u64>,
-    pub(crate) suspected: Cell<u64>,
-    pub(crate) mismatches: Cell<u64>,
-    pub(crate) repaired: Cell<u64>,
-    pub(crate) reconstructed: Cell<u64>,
-    pub(crate) compacted: Cell<u64>,
-    pub(crate) full: Cell<u64>,
-    pub(crate) checkpoints: Cell<u64>,
-    pub(crate) bands_granted: Cell<u64>,
-    pub(crate) bands_freed: Cell<u64>,
-}
-
-impl Counters {
-    pub(crate) fn stripe_sent(&self, w: u8, d: u32, _blocks: usize, bytes: u64) {
-        if let Some(count) = self.width.borrow_mut().get_mut(usize::from(w)) {
-            *count += 1;
-        }
-        let bucket = d.next_power_of_two().trailing_zeros() as usize;
-        if let Some(count) = self.depth.borrow_mut().get_mut(bucket) {
-            *count += 1;
-        }
-        self.drive_bytes.set(self.drive_bytes.get() + bytes);
-    }
-}
-
 impl Core {
     pub(crate) fn stats(&self) -> Stats {
         let counters = &self.counters;
         let bands = self.bands.borrow();
         let map = self.map.get();
+        let kinds = [Bytes::User, Bytes::Copy, Bytes::Parity, Bytes::Header, Bytes::Map];
         Stats {
-            host_blocks_written: counters.host_written.get(),
-            host_blocks_read: counters.host_read.get(),
-            drive_bytes_written: counters.drive_bytes.get(),
+            user_bytes: counters.user_bytes.get(),
+            user_read_bytes: counters.user_read_bytes.get(),
+            drive_bytes: kinds.into_iter().map(|kind| counters.bytes(kind)).sum(),
+            drive_user_bytes: counters.bytes(Bytes::User),
+            drive_copy_bytes: counters.bytes(Bytes::Copy),
+            drive_parity_bytes: counters.bytes(Bytes::Parity),
+            drive_header_bytes: counters.bytes(Bytes::Header),
+            drive_map_bytes: counters.bytes(Bytes::Map),
             drive_reads: counters.drive_reads.get(),
-            stripe_width: counters.width.borrow().to_vec(),
-            stripe_depth: counters.depth.borrow().to_vec(),
+            stripes: counters.stripes(),
             stripes_abandoned: counters.abandoned.get(),
             drives_suspected: counters.suspected.get(),
             drives_suspect: self.health.suspects(),
@@ -120,7 +102,9 @@ impl Core {
                 .values()
                 .map(|band| band.band.borrow().chunk_size.bytes() * u64::from(band.geometry.n()))
                 .sum(),
-            live_blocks: map.map_or(0, |map| bands.keys().map(|band| map.references(*band)).sum()),
+            live_bytes: map.map_or(0, |map| {
+                bands.keys().map(|band| map.references(*band)).sum::<u64>() * BLOCK_BYTES as u64
+            }),
             queued: self.host.queue.borrow().len(),
             stripes_in_flight: self.host.in_flight.get() + self.internal.in_flight.get(),
             leased: self.is_leased(),

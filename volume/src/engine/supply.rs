@@ -45,11 +45,9 @@ impl Core {
             match answer {
                 Ok(bands) => {
                     for band in bands {
-                        self.counters
-                            .bands_granted
-                            .set(self.counters.bands_granted.get() + 1);
+                        self.counters.bands_granted.add(1);
                         stream.granted.set(stream.granted.get() + 1);
-                        let band = self.add_band(band, purpose, Phase::Granted);
+                        let band = self.add_band(band, Phase::Granted);
                         stream.ready.borrow_mut().push_back(band);
                     }
                     stream.no_space.set(false);

@@ -17,10 +17,12 @@ fn tight() -> Settings {
 fn a_pool_at_eighty_percent_takes_five_times_its_size_in_overwrites() {
     // 6 drives of 24 MiB, of which user bands may take 18 on each: 4 columns of data, less a row in 33 for headers.
     let mut fixture = Fixture::with(6, 24, GEOMETRY, 256 * MIB, tight());
-    fixture.world.configure_metadata(crate::testing::directory::MetadataSpec {
-        reserve_mib: 4,
-        ..Default::default()
-    });
+    fixture
+        .world
+        .configure_metadata(crate::testing::directory::MetadataSpec {
+            reserve_mib: 4,
+            ..Default::default()
+        });
     let usable_blocks = 18 * 256 * 4 * 32 / 33;
     let live = usable_blocks * 8 / 10;
     let mut version = 0;
