@@ -11,7 +11,7 @@ mod common;
 use std::time::Duration;
 
 use common::{Fabric, Host, Owner, Spec, seeds};
-use futures_util::future::{LocalBoxFuture, join, join3, join_all};
+use futures_util::future::{LocalBoxFuture, join, join_all, join3};
 use weft_proto::id::DriveId;
 use weft_volume::testing::drive::Health;
 use weft_volume::testing::rng::Rng;

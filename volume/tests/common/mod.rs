@@ -52,6 +52,7 @@ impl Spec {
             cache_bytes: 64 << 10,
             runs_max: 4,
             merge_fan_in: 2,
+            ..MapSettings::default()
         };
         Self {
             geometry: Geometry { k, m },
