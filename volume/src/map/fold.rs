@@ -12,6 +12,7 @@ use crate::entry::MapEntry;
 
 use super::address::PageId;
 use super::format::{Page, RECORDS_PER_PAGE, Record};
+use super::merge::Merge;
 use super::store::{MapBlock, MapError};
 use super::{PageMap, Run, run};
 
@@ -25,9 +26,15 @@ fn parent(id: PageId) -> PageId {
 }
 
 impl PageMap {
-    /// Rewrites up to `blocks` index blocks that have the most moved children, if there are more than `keep` moved
-    /// blocks. Answers how many it rewrote. One call at a time, and not beside [`PageMap::merge_step`].
-    pub async fn fold_moved(&self, blocks: usize, keep: usize) -> Result<usize, MapError> {
+    /// Rewrites up to `blocks` index blocks, those with the most moved children first, if there are more than `keep`
+    /// moved blocks. Answers how many it rewrote. `merging` is the merge that waits for its next step: its inputs are left
+    /// alone, because it has read a part of their index already.
+    pub(crate) async fn fold_moved(
+        &self,
+        merging: Option<&Merge>,
+        blocks: usize,
+        keep: usize,
+    ) -> Result<usize, MapError> {
         let moved = self.pages.moved();
         if moved.len() <= keep {
             return Ok(0);
@@ -35,11 +42,10 @@ impl PageMap {
         let mut by_parent: BTreeMap<PageId, Vec<(PageId, MapEntry)>> = BTreeMap::new();
         for (id, place) in moved {
             // The place of a run's top stands in the root itself.
-            if self
+            let below_top = self
                 .run(id.run)
-                .is_some_and(|run| id.level < run.descriptor.height)
-                && !self.is_merged(id.run)
-            {
+                .is_some_and(|run| id.level < run.descriptor.height);
+            if below_top && !merging.is_some_and(|merge| merge.reads(id.run)) {
                 by_parent.entry(parent(id)).or_default().push((id, place));
             }
         }

@@ -143,6 +143,11 @@ impl Merge {
         }
     }
 
+    /// Whether `run` is an input.
+    pub(crate) fn reads(&self, run: u32) -> bool {
+        self.inputs.contains(&run)
+    }
+
     pub(crate) fn output_number(&self) -> u32 {
         self.writer.number()
     }
@@ -247,11 +252,13 @@ impl Merge {
 }
 
 impl PageMap {
-    /// Does about `blocks` blocks' worth of merging, if any is due. Waits while another call is at it.
+    /// Does about `blocks` blocks' worth of merging, if any is due, and otherwise of rewriting the index of moved blocks, if
+    /// there are too many. Waits while another call is at it.
     ///
-    /// `floor`: no stripe that a replay from a later root could apply holds a version with a lower sequence than
-    /// this that a range of zeroes has superseded. Ranges below it are dropped where nothing older is left;
-    /// `Sequence { epoch: 0, counter: 0 }` keeps all.
+    /// `floor`: a range of zeroes below this sequence was visible before any stripe was formed that a replay from a
+    /// later root could apply, and no such stripe has an older version of a block in it. Such ranges are dropped where no
+    /// older run is left. A copy may be looked up before and written after a range becomes visible: ranges that were
+    /// pending then are not below the floor. `Sequence { epoch: 0, counter: 0 }` keeps all.
     pub async fn merge_step(&self, blocks: usize, floor: Sequence) -> Result<MergeProgress, MapError> {
         let mut place = self.merge.lock().await;
         let merge = match place.take() {
@@ -259,7 +266,11 @@ impl PageMap {
             None => {
                 let records: Vec<u64> = self.run_records();
                 let Some(count) = choose(&records, self.settings.merge_fan_in, self.settings.runs_max) else {
-                    return Ok(MergeProgress::Idle);
+                    let folded = self.fold_moved(None, blocks, self.settings.moved_max).await?;
+                    return Ok(match folded {
+                        0 => MergeProgress::Idle,
+                        _ => MergeProgress::Working,
+                    });
                 };
                 self.begin_merge(count, floor)?
             }
@@ -280,14 +291,6 @@ impl PageMap {
             self.continue_merge(&mut place, merge, usize::MAX).await?;
         }
         Ok(())
-    }
-
-    /// Whether `run` is, or may be, an input of a merge under way.
-    pub(crate) fn is_merged(&self, run: u32) -> bool {
-        match self.merge.try_lock() {
-            None => true,
-            Some(merge) => merge.as_ref().is_some_and(|merge| merge.inputs.contains(&run)),
-        }
     }
 
     fn run_records(&self) -> Vec<u64> {

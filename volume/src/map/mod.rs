@@ -75,6 +75,8 @@ pub struct MapSettings {
     pub runs_max: usize,
     /// Runs of about one size that are merged at once.
     pub merge_fan_in: usize,
+    /// Moved map blocks above which their index blocks are rewritten: each is a line of every root.
+    pub moved_max: usize,
 }
 
 impl Default for MapSettings {
@@ -83,6 +85,7 @@ impl Default for MapSettings {
             cache_bytes: 32 << 20,
             runs_max: 8,
             merge_fan_in: 4,
+            moved_max: 1024,
         }
     }
 }

@@ -206,7 +206,7 @@ fn every_map_block_can_move_and_folding_empties_the_table_of_moved_blocks() {
         }
         assert_eq!(map.stats().moved_blocks as u64, map.stats().run_blocks);
         if round == 1 {
-            while run(map.fold_moved(2, 1)).unwrap() > 0 {}
+            while run(map.fold_moved(None, 2, 1)).unwrap() > 0 {}
             assert_eq!(map.stats().moved_blocks, 1, "the top's place stands in the root");
             let live: u64 = store.bands().iter().map(|band| map.page_references(*band)).sum();
             assert_eq!(live, map.stats().run_blocks);
@@ -224,6 +224,7 @@ fn lookups_go_on_while_runs_are_merged_away_under_them_and_their_bands_are_freed
         cache_bytes: 2 * CACHED_PAGE_BYTES,
         runs_max: 2,
         merge_fan_in: 2,
+        moved_max: 5,
     };
     let map = PageMap::new(IDENTITY, store.handle(), settings);
     let newest = Cell::new(0);

@@ -130,6 +130,7 @@ impl World {
             cache_bytes,
             runs_max: 4,
             merge_fan_in: 3,
+            moved_max: 5,
         };
         let map = PageMap::new(IDENTITY, store.handle(), settings);
         let payload = run(root(&map).write(&map, 1)).unwrap();
@@ -234,7 +235,9 @@ impl World {
         let Mapping::Data(found) = run(self.map.lookup(Lba(lba))).unwrap() else {
             return false;
         };
-        let since = self.counter;
+        // A trim that has its sequence and is not visible yet will outdo the copy.
+        let since = self.in_flight.iter().map(|write| write.since).min();
+        let since = since.unwrap_or(self.counter);
         let entry = self.place(lba, found.sequence);
         self.in_flight.push(InFlight {
             logged: Logged::Block(lba, entry),
@@ -304,6 +307,14 @@ impl World {
                 );
             }
         }
+    }
+
+    fn fold(&self, blocks: usize, keep: usize) {
+        run(async {
+            let merging = self.map.merge.lock().await;
+            self.map.fold_moved(merging.as_ref(), blocks, keep).await
+        })
+        .unwrap();
     }
 
     /// With everything in one run, the counts of bands are exact.
@@ -553,7 +564,7 @@ fn apply(world: &mut World, op: Op) {
         Op::Evacuate(pick) => world.evacuate(pick),
         Op::EvacuatePages(pick) => world.evacuate_pages(pick),
         Op::Fold { blocks, keep } => {
-            run(world.map.fold_moved(blocks, keep)).unwrap();
+            world.fold(blocks, keep);
         }
         Op::Crash(order) => world.crash(order),
         Op::Check => world.check(),
