@@ -149,3 +149,6 @@ fn registrants(drive: &Drive) -> u32 {
         .filter(|registration| **registration == Registration::Registered);
     u32::try_from(registered.count()).unwrap_or(u32::MAX)
 }
+
+#[cfg(test)]
+mod tests;

@@ -3,6 +3,11 @@
 //!
 //! Nothing here depends on speed: tests wait for conditions, with a deadline that only a defect reaches.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test, helpers included, ends at the first thing that goes wrong"
+)]
+
 use std::collections::BTreeSet;
 use std::future::Future;
 use std::net::SocketAddr;
@@ -394,12 +399,14 @@ fn the_volumes_of_a_killed_agent_go_to_the_living() {
     // The one that dies is a follower once, and the leader once.
     for victim in [(cluster.leader() + 1) % 3, cluster.leader()] {
         let node = cluster.members[victim].node;
+        let killed = Instant::now();
         cluster.members[victim].kill();
         cluster.wait("new owners", |cluster| {
             let map = cluster.map();
             map.nodes[&node].state == NodeState::Down
                 && (1..=6).all(|id| owner(&map, id).is_some_and(|owner| owner.node != node))
         });
+        println!("took over {:?} after the kill", killed.elapsed());
         let map = cluster.map();
         let orphans = map
             .volumes

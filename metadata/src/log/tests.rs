@@ -3,8 +3,17 @@
 use std::io;
 use std::path::Path;
 
+use openraft::entry::RaftEntry;
+use openraft::storage::{IOFlushed, RaftLogStorage, RaftLogStorageExt};
+use openraft::vote::RaftLeaderId;
+use openraft::{EntryPayload, RaftLogReader};
+
+use super::LogStore;
 use super::record::RecordKind;
 use super::wal::Wal;
+use crate::raft::Proposal;
+use crate::raft::types::{Entry, LogId, Vote};
+use crate::state::Command;
 
 /// Small, so that a few records cross segments.
 const SEGMENT: u64 = 512;
@@ -200,4 +209,105 @@ fn purged_segments_are_deleted_from_the_front() {
     assert!(after < before && after > 1, "{before} segments became {after}");
     let found = records(directory.path()).unwrap();
     assert!(found.len() >= 20 && found.len() < 40, "{}", found.len());
+}
+
+fn log_id(term: u64, index: u64) -> LogId {
+    LogId::new(
+        openraft::impls::leader_id_adv::LeaderId::new(term, 1).to_committed(),
+        index,
+    )
+}
+
+fn entry(term: u64, index: u64) -> Entry {
+    let command = Command::MarkDead {
+        incarnation: weft_proto::id::IncarnationId(index),
+    };
+    Entry::new(log_id(term, index), EntryPayload::Normal(Proposal(command)))
+}
+
+/// The files as a crash at this moment would leave them to the next process.
+fn crash(directory: &Path) -> tempfile::TempDir {
+    let copy = tempfile::tempdir().unwrap();
+    for file in std::fs::read_dir(directory).unwrap() {
+        let file = file.unwrap();
+        std::fs::copy(file.path(), copy.path().join(file.file_name())).unwrap();
+    }
+    copy
+}
+
+#[test]
+fn a_crash_after_any_answer_loses_nothing_that_was_answered() {
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    runtime.block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        // Small segments: the crashes come in every state of their change too.
+        let mut log = LogStore::open(directory.path(), 1024).unwrap();
+        let mut expected: Vec<Entry> = Vec::new();
+        let mut vote = None;
+        let mut purged = None;
+        for step in 0..120_u64 {
+            let term = 1 + step / 30;
+            let last = expected.last().map_or(0, |entry| entry.log_id.index);
+            match step % 10 {
+                3 => {
+                    let new = Vote::new(term, step);
+                    log.save_vote(&new).await.unwrap();
+                    vote = Some(new);
+                }
+                6 if expected.len() > 3 => {
+                    let keep = expected[expected.len() - 3].log_id;
+                    log.truncate_after(Some(keep)).await.unwrap();
+                    expected.truncate(expected.len() - 2);
+                }
+                8 if expected.len() > 8 => {
+                    let upto = expected[3].log_id;
+                    log.purge(upto).await.unwrap();
+                    expected.drain(..4);
+                    purged = Some(upto);
+                }
+                9 => log
+                    .save_committed(expected.last().map(|entry| entry.log_id))
+                    .await
+                    .unwrap(),
+                _ => {
+                    let new: Vec<Entry> = (1..=1 + step % 3).map(|i| entry(term, last + i)).collect();
+                    log.blocking_append(new.clone()).await.unwrap();
+                    expected.extend(new);
+                }
+            }
+            let copy = crash(directory.path());
+            let mut found = LogStore::open(copy.path(), 1024).unwrap();
+            let entries = found.try_get_log_entries(..).await.unwrap();
+            assert_eq!(entries, expected, "after step {step}");
+            assert_eq!(found.read_vote().await.unwrap(), vote, "after step {step}");
+            let state = found.get_log_state().await.unwrap();
+            assert_eq!(state.last_purged_log_id, purged, "after step {step}");
+        }
+        let files = std::fs::read_dir(directory.path()).unwrap().count();
+        assert!(files > 2, "the test is to cross segments");
+    });
+}
+
+#[test]
+fn a_second_process_on_the_same_log_is_kept_out() {
+    let directory = tempfile::tempdir().unwrap();
+    let _first = LogStore::open(directory.path(), 1024).unwrap();
+    assert_eq!(
+        LogStore::open(directory.path(), 1024).unwrap_err().kind(),
+        io::ErrorKind::ResourceBusy
+    );
+}
+
+#[test]
+fn an_append_is_readable_before_it_is_durable() {
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    runtime.block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let mut log = LogStore::open(directory.path(), 1 << 20).unwrap();
+        log.append([entry(1, 1), entry(1, 2)], IOFlushed::noop())
+            .await
+            .unwrap();
+        assert_eq!(log.try_get_log_entries(1..=2).await.unwrap().len(), 2);
+        assert_eq!(log.try_get_log_entries(2..2).await.unwrap().len(), 0);
+    });
 }

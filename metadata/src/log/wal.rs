@@ -261,7 +261,7 @@ fn create(path: &Path, bytes: u64) -> io::Result<File> {
 }
 
 fn zero(file: &File, from: u64, to: u64) -> io::Result<()> {
-    const ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+    static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
     let mut at = from;
     while at < to {
         let count = (to - at).min(ZEROES.len() as u64);

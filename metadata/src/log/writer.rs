@@ -140,10 +140,10 @@ impl Files {
                 tracing::error!(%error, "the Raft log cannot be written; this member stops");
             }
             for done in waiting {
-                let answer = result
-                    .as_ref()
-                    .map(|()| ())
-                    .map_err(|error| io::Error::new(error.kind(), error.to_string()));
+                let answer = match &result {
+                    Ok(()) => Ok(()),
+                    Err(error) => Err(io::Error::new(error.kind(), error.to_string())),
+                };
                 match done {
                     Done::Nobody => {}
                     Done::Callback(callback) => callback.io_completed(answer),

@@ -26,7 +26,7 @@ mod bands;
 mod nodes;
 mod ownership;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod volumes;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -19,14 +19,14 @@ use super::invariants::{violations, violations_between};
 use super::map::{DomainLevel, DriveClass, DriveHome, Presentation, Settings};
 
 /// A state whose every step is checked.
-pub(super) struct Checked {
-    pub(super) state: ClusterState,
+pub(crate) struct Checked {
+    pub(crate) state: ClusterState,
     next_request: u64,
 }
 
 impl Checked {
     /// Applies, and checks every invariant, that a refusal changed nothing, and that the stored form survives.
-    pub(super) fn apply(&mut self, command: Command) -> Reply {
+    pub(crate) fn apply(&mut self, command: Command) -> Reply {
         let before = self.state.clone();
         let reply = self.state.apply(command.clone());
         let mut found = violations(&self.state);
@@ -38,14 +38,14 @@ impl Checked {
         reply
     }
 
-    pub(super) fn accept(&mut self, command: Command) -> Reply {
+    pub(crate) fn accept(&mut self, command: Command) -> Reply {
         let text = format!("{command:?}");
         self.apply(command)
             .accepted()
             .unwrap_or_else(|refusal| panic!("{text}: {refusal}"))
     }
 
-    pub(super) fn refuse(&mut self, command: Command) -> Refusal {
+    pub(crate) fn refuse(&mut self, command: Command) -> Refusal {
         match self.apply(command) {
             Reply::Refused(refusal) => refusal,
             reply => panic!("expected a refusal, not {reply:?}"),
@@ -53,7 +53,7 @@ impl Checked {
     }
 
     /// Each node with a live incarnation, one drive and a registration on every drive; one pool of `geometry`.
-    pub(super) fn cluster(nodes: u32, drive_mib: u32, geometry: Geometry) -> Self {
+    pub(crate) fn cluster(nodes: u32, drive_mib: u32, geometry: Geometry) -> Self {
         let mut cluster = Self {
             state: ClusterState::default(),
             next_request: 0,
@@ -84,7 +84,7 @@ impl Checked {
         cluster
     }
 
-    pub(super) fn start(&mut self, node: NodeId) -> IncarnationId {
+    pub(crate) fn start(&mut self, node: NodeId) -> IncarnationId {
         let draw = self.state.next.incarnation;
         match self.accept(Command::StartIncarnation {
             node,
@@ -96,26 +96,26 @@ impl Checked {
         }
     }
 
-    pub(super) fn register(&mut self, incarnation: IncarnationId) {
+    pub(crate) fn register(&mut self, incarnation: IncarnationId) {
         let drives = self.state.map.drives.keys().copied().collect();
         self.accept(Command::RecordRegistrations { incarnation, drives });
     }
 
-    pub(super) fn fence(&mut self, incarnation: IncarnationId, drives: &[u32]) -> Reply {
+    pub(crate) fn fence(&mut self, incarnation: IncarnationId, drives: &[u32]) -> Reply {
         self.apply(Command::RecordFenced {
             incarnation,
             drives: drives.iter().map(|id| DriveId(*id)).collect(),
         })
     }
 
-    pub(super) fn volume(&mut self, name: &str) -> VolumeId {
+    pub(crate) fn volume(&mut self, name: &str) -> VolumeId {
         match self.accept(Command::CreateVolume(new_volume(name))) {
             Reply::Volume(id) => id,
             reply => panic!("{reply:?}"),
         }
     }
 
-    pub(super) fn begin(&mut self, volume: VolumeId, node: u32) -> Result<Epoch, Refusal> {
+    pub(crate) fn begin(&mut self, volume: VolumeId, node: u32) -> Result<Epoch, Refusal> {
         let incarnation = self.state.map.nodes[&NodeId(node)].incarnation.unwrap();
         let expected = self.state.map.volumes[&volume].epoch;
         match self.accept(Command::BeginTakeover {
@@ -129,7 +129,7 @@ impl Checked {
     }
 
     /// Bands on the first drives in service.
-    pub(super) fn grant(&mut self, volume: VolumeId, purpose: Purpose, size: ChunkSize) -> Reply {
+    pub(crate) fn grant(&mut self, volume: VolumeId, purpose: Purpose, size: ChunkSize) -> Reply {
         self.next_request += 1;
         let epoch = self.state.map.volumes[&volume].epoch;
         let geometry = self.state.map.volumes[&volume].geometry;
@@ -152,14 +152,14 @@ impl Checked {
         })
     }
 
-    pub(super) fn band(&mut self, volume: VolumeId) -> Band {
+    pub(crate) fn band(&mut self, volume: VolumeId) -> Band {
         match self.grant(volume, Purpose::Internal, ChunkSize::Mib1) {
             Reply::Bands(mut bands) => bands.remove(0),
             reply => panic!("{reply:?}"),
         }
     }
 
-    pub(super) fn root(&self, volume: VolumeId, band: BandId, freed: &[BandId]) -> RootUpdate {
+    pub(crate) fn root(&self, volume: VolumeId, band: BandId, freed: &[BandId]) -> RootUpdate {
         let layout = &self.state.layouts[&volume];
         RootUpdate {
             volume,
@@ -178,7 +178,7 @@ impl Checked {
     }
 
     /// Takes the volume over, with one band that holds the root, and serves.
-    pub(super) fn serve(&mut self, volume: VolumeId, node: u32) -> Band {
+    pub(crate) fn serve(&mut self, volume: VolumeId, node: u32) -> Band {
         self.begin(volume, node).unwrap();
         let recovered = self.state.epoch_grant(volume).unwrap().recover;
         let band = self.band(volume);
@@ -192,7 +192,7 @@ impl Checked {
     }
 }
 
-pub(super) fn init() -> Command {
+pub(crate) fn init() -> Command {
     Command::Init {
         id: ClusterId([1; 16]),
         name: "test".into(),
@@ -203,7 +203,7 @@ pub(super) fn init() -> Command {
     }
 }
 
-pub(super) fn new_node(index: u32) -> NewNode {
+pub(crate) fn new_node(index: u32) -> NewNode {
     NewNode {
         name: format!("node-{index}"),
         rack: None,
@@ -212,7 +212,7 @@ pub(super) fn new_node(index: u32) -> NewNode {
     }
 }
 
-pub(super) fn new_volume(name: &str) -> NewVolume {
+pub(crate) fn new_volume(name: &str) -> NewVolume {
     NewVolume {
         name: name.into(),
         pool: PoolId(1),
@@ -227,6 +227,6 @@ pub(super) fn new_volume(name: &str) -> NewVolume {
     }
 }
 
-pub(super) fn geometry(k: u8, m: u8) -> Geometry {
+pub(crate) fn geometry(k: u8, m: u8) -> Geometry {
     Geometry::new(k, m).unwrap()
 }
