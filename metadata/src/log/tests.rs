@@ -247,7 +247,8 @@ fn a_crash_after_any_answer_loses_nothing_that_was_answered() {
         let mut purged = None;
         for step in 0..120_u64 {
             let term = 1 + step / 30;
-            let last = expected.last().map_or(0, |entry| entry.log_id.index);
+            // Raft's first entry has index 0.
+            let next = expected.last().map_or(0, |entry| entry.log_id.index + 1);
             match step % 10 {
                 3 => {
                     let new = Vote::new(term, step);
@@ -270,7 +271,7 @@ fn a_crash_after_any_answer_loses_nothing_that_was_answered() {
                     .await
                     .unwrap(),
                 _ => {
-                    let new: Vec<Entry> = (1..=1 + step % 3).map(|i| entry(term, last + i)).collect();
+                    let new: Vec<Entry> = (0..1 + step % 3).map(|i| entry(term, next + i)).collect();
                     log.blocking_append(new.clone()).await.unwrap();
                     expected.extend(new);
                 }
