@@ -400,12 +400,11 @@ impl Connection {
                     outstanding.finish_one();
                 }
                 // A controller that was made for a host that did not wait for it.
-                if let Done::Connect(result) = done
-                    && let Ok(Connected {
-                        controller, connect, ..
-                    }) = *result
-                {
-                    controller.remove_queue(connect.qid);
+                if let Done::Connect(result) = done {
+                    metrics::command_dropped();
+                    if let Ok(connected) = *result {
+                        connected.controller.remove_queue(connected.connect.qid);
+                    }
                 }
             }
         };
