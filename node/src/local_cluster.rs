@@ -4,7 +4,8 @@
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
 
@@ -146,6 +147,104 @@ impl Agents {
         child.kill().with_context(|| format!("kill agent {}", agent.config.name))?;
         child.wait().with_context(|| format!("wait for agent {}", agent.config.name))?;
         Ok(())
+    }
+
+    /// Runs `weft --cluster <all agents> ARGUMENTS` and waits for it.
+    ///
+    /// # Errors
+    /// The program cannot be started.
+    pub fn weft(&self, arguments: &[&str]) -> anyhow::Result<Output> {
+        Command::new(&self.options.program)
+            .arg("--cluster")
+            .arg(self.control_addresses().join(","))
+            .args(arguments)
+            .stdin(Stdio::null())
+            .output()
+            .context("run weft")
+    }
+
+    /// As [`Agents::weft`], for a command that has to succeed. Returns its standard output.
+    ///
+    /// # Errors
+    /// It failed; says what it printed.
+    pub fn weft_ok(&self, arguments: &[&str]) -> anyhow::Result<String> {
+        let output = self.weft(arguments)?;
+        ensure!(
+            output.status.success(),
+            "weft {}: {}\n{}",
+            arguments.join(" "),
+            output.status,
+            String::from_utf8_lossy(&output.stderr)
+        );
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// As [`Agents::weft_ok`] with `--json`.
+    ///
+    /// # Errors
+    /// As [`Agents::weft_ok`], or what it printed is not JSON.
+    pub fn weft_json(&self, arguments: &[&str]) -> anyhow::Result<serde_json::Value> {
+        let text = self.weft_ok(&[&["--json"], arguments].concat())?;
+        serde_json::from_str(&text).with_context(|| format!("weft {}: {text}", arguments.join(" ")))
+    }
+
+    /// `weft init` on the first agent and `weft join` on the others, then waits until all drives are online.
+    ///
+    /// # Errors
+    /// What a command printed, or that it takes too long.
+    pub fn form(&self, voters: u32) -> anyhow::Result<()> {
+        let addresses = self.control_addresses();
+        let first = addresses.first().context("no agents")?;
+        // An agent that was just started may not listen yet.
+        self.wait_until("the first agent answers", |agents| {
+            let voters = voters.to_string();
+            agents.weft(&["init", "--agent", first, "--name", "test", "--voters", &voters]).is_ok_and(|output| output.status.success())
+        })?;
+        for address in &addresses[1..] {
+            self.wait_until("an agent joins", |agents| {
+                agents.weft(&["join", "--agent", address]).is_ok_and(|output| output.status.success())
+            })?;
+        }
+        self.wait_for_drives(self.list.len() * self.options.drives as usize)
+    }
+
+    /// Waits until `count` drives are online.
+    ///
+    /// # Errors
+    /// It takes too long.
+    pub fn wait_for_drives(&self, count: usize) -> anyhow::Result<()> {
+        self.wait_until("all drives are online", |agents| {
+            agents.weft_json(&["status"]).is_ok_and(|status| status["drives_online"] == count)
+        })
+    }
+
+    /// Waits until a condition holds, for as long as a slow machine may need.
+    ///
+    /// # Errors
+    /// It does not come to hold, or an agent has ended by itself.
+    pub fn wait_until(&self, what: &str, condition: impl Fn(&Self) -> bool) -> anyhow::Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(120);
+        while !condition(self) {
+            ensure!(Instant::now() < deadline, "waited two minutes until {what}, in vain");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Ok(())
+    }
+
+    /// Sends a signal by name, such as STOP and CONT.
+    ///
+    /// # Errors
+    /// The agent does not run.
+    pub fn signal(&self, index: usize, name: &str) -> anyhow::Result<()> {
+        let agent = &self.list[index];
+        let child = agent.child.as_ref().with_context(|| format!("agent {} does not run", agent.config.name))?;
+        let signal = match name {
+            "STOP" => rustix::process::Signal::STOP,
+            "CONT" => rustix::process::Signal::CONT,
+            other => bail!("signal {other}: STOP and CONT are known"),
+        };
+        let pid = rustix::process::Pid::from_child(child);
+        rustix::process::kill_process(pid, signal).with_context(|| format!("signal agent {}", agent.config.name))
     }
 
     /// Names an agent that ended by itself, with the last lines of its log.

@@ -1,16 +1,74 @@
-//! All metrics of an agent: the tables of the crates, in one list, described to the exporter.
+//! All metrics of an agent: the tables of the crates in one list, and the exporter that serves them.
 
 use std::net::SocketAddr;
 
 use anyhow::Context as _;
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder};
 use serde::Serialize;
 
 /// One metric, as `weft metrics list` prints it.
 #[derive(Clone, Debug, Serialize)]
-pub(crate) struct Metric {
-    pub(crate) name: &'static str,
-    pub(crate) kind: &'static str,
-    pub(crate) unit: &'static str,
-    pub(crate) labels: &'static [&'static str],
-    pub(crate) meaning: &'static str,
+pub struct Metric {
+    /// As Prometheus sees it.
+    pub name: &'static str,
+    /// counter, gauge or histogram.
+    pub kind: String,
+    /// Of a value.
+    pub unit: &'static str,
+    /// Names of its labels.
+    pub labels: &'static [&'static str],
+    /// What it says, in a sentence.
+    pub meaning: &'static str,
+}
+
+/// Every metric that an agent can export, by name.
+#[must_use]
+pub fn list() -> Vec<Metric> {
+    let mut metrics = Vec::new();
+    macro_rules! add {
+        ($($table:path),*) => {$(
+            metrics.extend($table.iter().map(|metric| Metric {
+                name: metric.name,
+                kind: format!("{:?}", metric.kind).to_lowercase(),
+                unit: metric.unit,
+                labels: metric.labels,
+                meaning: metric.help,
+            }));
+        )*};
+    }
+    add!(
+        weft_block::metrics::METRICS,
+        weft_initiator::METRICS,
+        weft_metadata::metrics::METRICS,
+        weft_target::metrics::METRICS,
+        weft_volume::metrics::METRICS
+    );
+    metrics.sort_by_key(|metric| metric.name);
+    metrics
+}
+
+/// Latency buckets in seconds: from a memory copy to a host's patience.
+const SECONDS: [f64; 16] = [
+    10e-6, 20e-6, 50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 20e-3, 50e-3, 0.1, 0.5, 2.0, 10.0,
+];
+
+/// Serves `/metrics` and describes every metric, so that a dashboard finds it before its first event.
+///
+/// # Errors
+/// The address is not free.
+pub(crate) fn serve(listen: SocketAddr) -> anyhow::Result<()> {
+    PrometheusBuilder::new()
+        .with_http_listener(listen)
+        .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &SECONDS)
+        .context("histogram buckets")?
+        .install()
+        .with_context(|| format!("metrics_listen = \"{listen}\": cannot listen"))?;
+    for metric in list() {
+        match metric.kind.as_str() {
+            "counter" => metrics::describe_counter!(metric.name, metric.meaning),
+            "gauge" => metrics::describe_gauge!(metric.name, metric.meaning),
+            _ => metrics::describe_histogram!(metric.name, metric.meaning),
+        }
+    }
+    Ok(())
 }

@@ -1,6 +1,7 @@
 //! Small questions to the cluster map that several parts of this crate ask.
 
-use weft_metadata::state::{ClusterMap, Drive, DriveState, Node, NodeState};
+use weft_metadata::state::ClusterMap;
+use weft_metadata::state::map::{Drive, DriveState, Node, NodeState};
 use weft_proto::id::ClusterId;
 use weft_proto::nqn::Nqn;
 

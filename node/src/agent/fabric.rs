@@ -25,7 +25,7 @@ use weft_volume::seams::{
 const LEASE_CHECK: Duration = Duration::from_millis(300);
 
 /// A drive that has not answered a reservation command by then is unreachable for now (design section 5).
-const FENCE_TIMEOUT: Duration = Duration::from_millis(500);
+pub(crate) const FENCE_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// How one drive is reached: through its own server's guard or over the fabric. Both check every command
 /// against the drive's reservations.

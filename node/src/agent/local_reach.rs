@@ -16,7 +16,7 @@ use super::fabric::Reach;
 pub(crate) const RESERVATION: ReservationType = ReservationType::WriteExclusiveAllRegistrants;
 
 /// NVMe status "Reservation Conflict", type and code, as [`FenceError::Refused`] carries it.
-const RESERVATION_CONFLICT: u16 = 0x083;
+pub(crate) const RESERVATION_CONFLICT: u16 = 0x083;
 
 /// See the module.
 pub(crate) struct LocalReach {
@@ -35,7 +35,7 @@ impl Fencing for LocalReach {
         let (namespace, host) = (self.namespace.clone(), self.host);
         async move {
             namespace
-                .register(host, RegisterAction::Register, false, 0, own.0, PersistChange::NoChange)
+                .register(host, RegisterAction::Register, false, 0, own.0, PersistChange::Keep)
                 .await
                 .map_err(fence_error)
         }

@@ -2,15 +2,22 @@
 //!
 //! Others reach it by sending it work: a closure that runs there and whose answer comes back.
 
+use std::rc::Rc;
+
 use futures_util::future::LocalBoxFuture;
 use tokio::sync::{mpsc, oneshot};
 
-type Work = Box<dyn FnOnce() -> LocalBoxFuture<'static, ()> + Send>;
+type Work<S> = Box<dyn FnOnce(Rc<S>) -> LocalBoxFuture<'static, ()> + Send>;
 
-/// A handle to the data thread. The thread ends when the last handle is gone and its work is done.
-#[derive(Clone)]
-pub(crate) struct DataThread {
-    work: mpsc::UnboundedSender<Work>,
+/// A handle to the data thread, which holds an `S`. The thread ends when the last handle is gone.
+pub(crate) struct DataThread<S> {
+    work: mpsc::UnboundedSender<Work<S>>,
+}
+
+impl<S> Clone for DataThread<S> {
+    fn clone(&self) -> Self {
+        Self { work: self.work.clone() }
+    }
 }
 
 /// The data thread has ended.
@@ -18,19 +25,22 @@ pub(crate) struct DataThread {
 #[error("the data thread has ended")]
 pub(crate) struct Ended;
 
-impl DataThread {
-    /// Starts the thread.
+impl<S: 'static> DataThread<S> {
+    /// Starts the thread; `make` runs on it.
     ///
     /// # Errors
     /// The operating system gives no thread or no event queue.
-    pub(crate) fn spawn() -> std::io::Result<(Self, std::thread::JoinHandle<()>)> {
-        let (sender, mut receiver) = mpsc::unbounded_channel::<Work>();
+    pub(crate) fn spawn(
+        make: impl FnOnce() -> S + Send + 'static,
+    ) -> std::io::Result<(Self, std::thread::JoinHandle<()>)> {
+        let (sender, mut receiver) = mpsc::unbounded_channel::<Work<S>>();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let thread = std::thread::Builder::new().name("weft-data".to_owned()).spawn(move || {
             let local = tokio::task::LocalSet::new();
             local.block_on(&runtime, async move {
+                let state = Rc::new(make());
                 while let Some(work) = receiver.recv().await {
-                    tokio::task::spawn_local(work());
+                    tokio::task::spawn_local(work(state.clone()));
                 }
             });
         })?;
@@ -43,13 +53,13 @@ impl DataThread {
     /// [`Ended`] if the thread is gone, or ends before it has answered.
     pub(crate) async fn call<T: Send + 'static>(
         &self,
-        work: impl FnOnce() -> LocalBoxFuture<'static, T> + Send + 'static,
+        work: impl FnOnce(Rc<S>) -> LocalBoxFuture<'static, T> + Send + 'static,
     ) -> Result<T, Ended> {
         let (sender, receiver) = oneshot::channel();
-        let work: Work = Box::new(move || {
+        let work: Work<S> = Box::new(move |state| {
             Box::pin(async move {
                 // Whoever asked may have gone away; the work is done all the same.
-                let _ = sender.send(work().await);
+                let _ = sender.send(work(state).await);
             })
         });
         self.work.send(work).map_err(|_| Ended)?;
@@ -59,14 +69,15 @@ impl DataThread {
 
 #[cfg(test)]
 mod tests {
-    use std::rc::Rc;
+    use std::cell::Cell;
 
     use super::*;
 
     #[tokio::test]
     async fn work_runs_on_the_thread_and_may_keep_things_that_never_leave_it() {
-        let (data, _thread) = DataThread::spawn().unwrap();
-        let answer = data.call(|| Box::pin(async { *Rc::new(7) })).await.unwrap();
-        assert_eq!(answer, 7);
+        let (data, _thread) = DataThread::spawn(|| Cell::new(6)).unwrap();
+        let answer = data.call(|state| Box::pin(async move { state.replace(state.get() + 1) })).await.unwrap();
+        assert_eq!(answer, 6);
+        assert_eq!(data.call(|state| Box::pin(async move { state.get() })).await.unwrap(), 7);
     }
 }

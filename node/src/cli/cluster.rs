@@ -3,9 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::json;
-use weft_metadata::state::{
-    ClusterMap, Command as Proposal, DomainLevel, Drive, DriveClass, DriveHome, NewPool, Phase,
-};
+use weft_metadata::state::command::NewPool;
+use weft_metadata::state::map::{DomainLevel, Drive, DriveClass, DriveHome, Phase};
+use weft_metadata::state::{ClusterMap, Command as Proposal};
 use weft_proto::grpc::admin::{AddDriveRequest, InitRequest, InspectRequest, JoinRequest, ThirdParty, add_drive_request};
 
 use super::output::{bytes, table};
@@ -44,11 +44,11 @@ impl Session {
             lines += &format!("volumes  {} of {} serving\n", number("volumes_serving"), number("volumes"));
             for pool in status["pools"].as_array().into_iter().flatten() {
                 lines += &format!(
-                    "pool     {} {}: {} raw, {} allocated, {} usable\n",
+                    "pool     {} {}: {} raw, {} free, {} usable\n",
                     pool["name"].as_str().unwrap_or_default(),
                     pool["ec"].as_str().unwrap_or_default(),
                     bytes(pool["raw_bytes"].as_u64().unwrap_or_default()),
-                    bytes(pool["allocated_bytes"].as_u64().unwrap_or_default()),
+                    bytes(pool["free_bytes"].as_u64().unwrap_or_default()),
                     bytes(pool["usable_bytes"].as_u64().unwrap_or_default()),
                 );
             }
@@ -66,19 +66,22 @@ impl Session {
         Ok(json!({
             "cluster": cluster.map(|cluster| cluster.id.to_string()),
             "name": cluster.map(|cluster| cluster.name.clone()),
-            "leader": status.leader.and_then(|node| map.nodes.get(&node)).map_or("none".to_owned(), |node| node.name.clone()),
+            "leader": map.nodes.get(&status.leader).map_or_else(|| status.leader.to_string(), |node| node.name.clone()),
             "nodes": map.nodes.len(),
             "nodes_up": map.nodes.values().filter(|node| crate::view::node_is_up(node)).count(),
             "drives": crate::view::drives(&map).count(),
             "drives_online": crate::view::drives(&map).filter(|drive| map.in_service(drive)).count(),
             "volumes": map.volumes.len(),
             "volumes_serving": serving.count(),
-            "pools": status.pools.iter().map(|pool| json!({
-                "name": map.pools.get(&pool.pool).map(|found| found.name.clone()),
-                "ec": map.pools.get(&pool.pool).map(|found| found.geometry.to_string()),
+            "pools": status.pools.iter().map(|(id, pool)| json!({
+                "name": map.pools.get(id).map(|found| found.name.clone()),
+                "ec": pool.geometry.to_string(),
+                "domains": pool.domains,
                 "raw_bytes": pool.capacity_mib << 20,
-                "allocated_bytes": pool.allocated_mib << 20,
-                "usable_bytes": pool.usable_bytes,
+                "free_bytes": pool.free_mib << 20,
+                "quarantined_bytes": pool.quarantined_mib << 20,
+                "reserved_bytes": pool.reserve_mib() << 20,
+                "usable_bytes": pool.usable_bytes(),
             })).collect::<Vec<_>>(),
         }))
     }
@@ -120,7 +123,7 @@ impl Session {
             DriveCommand::List => {
                 let map = self.map().await?;
                 let status = self.client().status().await.map_err(|error| self.client_failure(error))?;
-                let allocated: BTreeMap<_, _> = status.drives.iter().map(|drive| (drive.drive, drive.allocated_mib)).collect();
+                let allocated: BTreeMap<_, _> = status.drives.iter().map(|(drive, usage)| (*drive, usage.allocated_mib)).collect();
                 let drives: Vec<&Drive> = crate::view::drives(&map).collect();
                 self.output.rows(&["DRIVE", "ID", "STATE", "CLASS", "SIZE", "ALLOCATED", "DOMAIN"], &drives, |drive| {
                     vec![

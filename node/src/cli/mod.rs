@@ -97,32 +97,25 @@ impl Session {
     }
 
     fn client(&self) -> MetadataClient {
-        MetadataClient::new(self.addresses.clone())
+        MetadataClient::new(self.addresses.clone()).with_deadline(PATIENCE)
     }
 
     async fn map(&self) -> Result<ClusterMap, Failure> {
-        let answer = tokio::time::timeout(PATIENCE, self.client().map()).await;
-        answer.map_err(|_| self.unreachable())?.map_err(|error| self.client_failure(error))
+        self.client().map().await.map_err(|error| self.client_failure(error))
     }
 
     async fn propose(&self, proposal: Proposal) -> Result<Reply, Failure> {
-        let answer = tokio::time::timeout(PATIENCE, self.client().propose(proposal)).await;
-        let reply = answer.map_err(|_| self.unreachable())?.map_err(|error| self.client_failure(error))?;
-        Ok(reply.accepted()?)
-    }
-
-    fn unreachable(&self) -> Failure {
-        Failure::Unreachable(format!(
-            "no leader found in {} s through {}; name running agents with --cluster HOST:PORT,…",
-            PATIENCE.as_secs(),
-            self.addresses.join(", ")
-        ))
+        self.client().propose(proposal).await.map_err(|error| self.client_failure(error))
     }
 
     fn client_failure(&self, error: ClientError) -> Failure {
         match error {
             ClientError::Refused(refusal) => refusal.into(),
-            error => Failure::Unreachable(format!("{error} (asked {})", self.addresses.join(", "))),
+            error => Failure::Unreachable(format!(
+                "{error}; asked {} for {} s: name running agents with --cluster HOST:PORT,…",
+                self.addresses.join(", "),
+                PATIENCE.as_secs()
+            )),
         }
     }
 
@@ -131,7 +124,7 @@ impl Session {
         self.output.rows(&["NAME", "KIND", "UNIT", "LABELS", "MEANING"], &rows, |metric| {
             vec![
                 metric.name.to_owned(),
-                metric.kind.to_owned(),
+                metric.kind.clone(),
                 metric.unit.to_owned(),
                 metric.labels.join(","),
                 metric.meaning.to_owned(),

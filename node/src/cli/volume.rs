@@ -2,7 +2,9 @@
 
 use rand::RngCore as _;
 use serde_json::json;
-use weft_metadata::state::{ClusterMap, Command as Proposal, NewVolume, Phase, Presentation, Volume};
+use weft_metadata::state::command::NewVolume;
+use weft_metadata::state::map::{Phase, Presentation, Volume};
+use weft_metadata::state::{ClusterMap, Command as Proposal};
 use weft_proto::band::Geometry;
 use weft_proto::nqn::Nqn;
 

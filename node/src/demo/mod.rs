@@ -18,7 +18,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use weft_metadata::client::MetadataClient;
-use weft_metadata::state::{ClusterMap, Command as Proposal, Phase, Volume};
+use weft_metadata::state::map::{Phase, Volume};
+use weft_metadata::state::{ClusterMap, Command as Proposal};
 use weft_proto::grpc::admin::admin_client::AdminClient;
 use weft_proto::grpc::admin::{InitRequest, JoinRequest};
 use weft_proto::units::Lba;
@@ -254,7 +255,7 @@ impl Demo<'_> {
             map.node_named(&name).is_some_and(|node| {
                 crate::view::node_is_up(node)
                     && crate::view::drives(map)
-                        .filter(|drive| drive.home == weft_metadata::state::DriveHome::Node(node.id))
+                        .filter(|drive| drive.home == weft_metadata::state::map::DriveHome::Node(node.id))
                         .all(|drive| map.in_service(drive))
             })
         })
@@ -279,8 +280,6 @@ impl Demo<'_> {
         self.client
             .propose(Proposal::RequestMove { volume: volume.id, to: Some(target) })
             .await
-            .context("request the move")?
-            .accepted()
             .context("request the move")?;
         wait_for(&self.client, "the volume has moved", |map| {
             map.volume_named(VOLUME)
@@ -324,7 +323,7 @@ impl Demo<'_> {
 
     async fn usable_bytes(&self) -> anyhow::Result<u64> {
         let status = self.client.status().await.context("read the status")?;
-        Ok(status.pools.iter().map(|pool| pool.usable_bytes).sum())
+        Ok(status.pools.values().map(|pool| pool.usable_bytes()).sum())
     }
 
     /// Samples of all agents that run.
@@ -356,7 +355,8 @@ impl Demo<'_> {
         let fresh = Host::connect(&volume, &self.agents).await?;
         self.report.sha256_written = self.load.sha256_written();
         self.bar.set_position(0);
-        let read = self.load.read_all(&fresh.device(), |at| self.bar.set_position(at));
+        let device = fresh.device();
+        let read = self.load.read_all(&device, |at| self.bar.set_position(at));
         self.report.sha256_read = read.await.context("read everything back")?;
         self.report.host_retries += fresh.retries();
         ensure!(
@@ -408,8 +408,6 @@ async fn create_volume(client: &MetadataClient, input_bytes: u64) -> anyhow::Res
     client
         .propose(crate::cli::new_volume(&map, VOLUME, "default", size, None, 4096, [host::host_nqn()])?)
         .await
-        .context("create the volume")?
-        .accepted()
         .context("create the volume")?;
     wait_for(client, "the volume is served", |map| serving(map).is_some()).await?;
     let map = client.map().await.context("read the cluster map")?;

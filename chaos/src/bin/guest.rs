@@ -1,0 +1,152 @@
+//! The guest tests: `chaos/guest/test`, or `guest PATH-OF-WEFT`.
+//!
+//! 1. The Linux kernel as a host: discovery, connect, `nvme list`, `nvme id-ctrl`, fio with verify, mkfs.ext4, write,
+//!    disconnect, reconnect, fsck, compare.
+//! 2. The Linux kernel's nvmet as a third-party drive: refused by name without reservations; with them it completes a
+//!    4+2 that five nodes cannot hold, and data written through it comes back when a node is gone.
+
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use anyhow::{Context as _, ensure};
+use bytes::Bytes;
+use weft_block::{Device, Durability};
+use weft_chaos::guest::{self, Nvmet};
+use weft_initiator::{ConnectOptions, HostIdentity, Multipath, MultipathOptions};
+use weft_node::config::EngineConfig;
+use weft_node::local_cluster::{Agents, Options};
+use weft_proto::id::HostId;
+use weft_proto::nqn::Nqn;
+use weft_proto::units::{Lba, LbaRange};
+
+/// As `chaos/guest/init` writes it.
+const GUEST_HOSTNQN: &str = "nqn.2014-08.org.nvmexpress:uuid:6b1f2c3d-0000-4000-8000-000000000001";
+
+fn main() -> anyhow::Result<()> {
+    let program = std::env::args_os().nth(1).map(PathBuf::from).context("usage: guest PATH-OF-WEFT")?;
+    let kernel = guest::prepare()?;
+    println!("guest kernel: Linux {kernel}");
+    linux_is_a_host(&program).context("the Linux kernel as a host")?;
+    println!("passed: the Linux kernel {kernel} as a host");
+    nvmet_is_a_drive(&program).context("the Linux kernel's nvmet as a third-party drive")?;
+    println!("passed: nvmet of Linux {kernel} as a third-party drive");
+    println!("2 passed, 0 failed");
+    Ok(())
+}
+
+fn cluster(program: &Path, folder: &Path, nodes: u32) -> anyhow::Result<Agents> {
+    let mut agents = Agents::new(
+        folder,
+        Options {
+            program: program.to_owned(),
+            keep: false,
+            drives: 1,
+            drive_bytes: 1 << 30,
+            engine: EngineConfig::default(),
+            first_address: Some(Ipv4Addr::LOCALHOST),
+        },
+    )?;
+    for _ in 0..nodes {
+        agents.add()?;
+    }
+    agents.form(3)?;
+    Ok(agents)
+}
+
+fn linux_is_a_host(program: &Path) -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let agents = cluster(program, folder.path(), 6)?;
+    agents.weft_ok(&["volume", "create", "disk", "--size", "256MiB", "--ec", "4+2"])?;
+    let attached = agents.weft_json(&["volume", "attach", "disk", "--host", GUEST_HOSTNQN])?;
+    let subnqn = attached["subnqn"].as_str().context("attach prints the subsystem")?;
+    wait_until_served(&agents, "disk")?;
+    let config = &agents.list[0].config;
+    guest::run(
+        "host.sh",
+        &[
+            ("SUBNQN", subnqn),
+            ("PORT", &config.nvme_listen.port().to_string()),
+            ("DISCOVERY_PORT", &config.discovery_listen.port().to_string()),
+        ],
+    )
+}
+
+fn nvmet_is_a_drive(program: &Path) -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let mut agents = cluster(program, folder.path(), 5)?;
+    let nsid = "1";
+
+    let without = Nvmet::boot(768, false)?;
+    let address = format!("127.0.0.1:{}", without.port);
+    let add = ["drive", "add", "--nvme-tcp", &address, "--subnqn", without.subnqn, "--nsid", nsid, "--force"];
+    let refused = agents.weft(&add)?;
+    let sentence = String::from_utf8_lossy(&refused.stderr).into_owned();
+    ensure!(
+        refused.status.code() == Some(4) && sentence.contains("does not support reservations") && sentence.contains(&address),
+        "a target without reservations has to be refused by name: {} {sentence}",
+        refused.status
+    );
+    println!("refused, as it must be: {}", sentence.trim());
+    without.stop()?;
+
+    let nvmet = Nvmet::boot(768, true)?;
+    let address = format!("127.0.0.1:{}", nvmet.port);
+    agents.weft_ok(&["drive", "add", "--nvme-tcp", &address, "--subnqn", nvmet.subnqn, "--nsid", nsid])?;
+    agents.wait_for_drives(6)?;
+    agents.weft_ok(&["volume", "create", "disk", "--size", "256MiB", "--ec", "4+2"])?;
+    let host: Nqn = GUEST_HOSTNQN.parse()?;
+    let attached = agents.weft_json(&["volume", "attach", "disk", "--host", host.as_str()])?;
+    let subnqn: Nqn = attached["subnqn"].as_str().context("attach prints the subsystem")?.parse()?;
+    wait_until_served(&agents, "disk")?;
+
+    let addresses = agents.list.iter().map(|agent| agent.config.nvme_listen).collect::<Vec<_>>();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let local = tokio::task::LocalSet::new();
+    let host = HostIdentity { hostnqn: host, hostid: HostId([0x5a; 16]) };
+    let connect = ConnectOptions::new(addresses[0], subnqn, host);
+    local.block_on(&runtime, async {
+        let device: Device = Rc::new(Multipath::connect(MultipathOptions::new(connect, addresses, 1)).await?);
+        for chunk in 0..CHUNKS {
+            device.write(chunk_start(chunk), vec![chunk_bytes(chunk)], Durability::Cached).await?;
+        }
+        compare(&device).await?;
+        let drives = agents.weft_json(&["drive", "list"])?;
+        println!("drives: {drives}");
+        // Without any one of the five nodes, every stripe needs the third-party drive's shards or parity.
+        let killed = agents.list.len() - 1;
+        agents.kill(killed)?;
+        compare(&device).await?;
+        agents.start(killed)?;
+        anyhow::Ok(())
+    })?;
+    let status = agents.weft_json(&["status"])?;
+    ensure!(status["pools"][0]["domains"] == 6, "the third-party box is no failure domain of its own: {status}");
+    nvmet.stop()
+}
+
+const CHUNKS: u64 = 256;
+const CHUNK_BLOCKS: u64 = 16;
+
+fn chunk_start(chunk: u64) -> Lba {
+    Lba(chunk * CHUNK_BLOCKS)
+}
+
+fn chunk_bytes(chunk: u64) -> Bytes {
+    let byte = |index: u64| (index.wrapping_mul(2_654_435_761).wrapping_add(chunk * 97) >> 7) as u8;
+    (0..CHUNK_BLOCKS * 4096).map(byte).collect::<Vec<u8>>().into()
+}
+
+async fn compare(device: &Device) -> anyhow::Result<()> {
+    for chunk in 0..CHUNKS {
+        let data = device.read(LbaRange { start: chunk_start(chunk), count: CHUNK_BLOCKS }).await?;
+        ensure!(data == chunk_bytes(chunk), "chunk {chunk} differs");
+    }
+    Ok(())
+}
+
+fn wait_until_served(agents: &Agents, volume: &str) -> anyhow::Result<()> {
+    agents.wait_until("the volume is served", |agents| {
+        agents.weft_ok(&["volume", "show", volume]).is_ok_and(|text| text.contains("serving"))
+    })
+}

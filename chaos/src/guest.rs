@@ -1,0 +1,120 @@
+//! A Linux guest under QEMU's software emulation: `chaos/guest/prepare` makes it, `chaos/guest/run` boots it.
+
+use std::io::{BufRead as _, BufReader};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail, ensure};
+
+/// How long a guest may take to say something. Emulated guests on a slow machine need minutes.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+/// The folder of the guest's scripts.
+fn scripts() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("guest")
+}
+
+/// Installs what the guest needs and makes it, once. Returns its kernel's version.
+///
+/// # Errors
+/// What could not be installed or made.
+pub fn prepare() -> anyhow::Result<String> {
+    let output = Command::new(scripts().join("prepare")).stderr(Stdio::inherit()).output().context("prepare")?;
+    ensure!(output.status.success(), "chaos/guest/prepare: {}", output.status);
+    let folder = PathBuf::from(String::from_utf8(output.stdout)?.trim());
+    let version = folder.join("kernel");
+    Ok(std::fs::read_to_string(&version).with_context(|| version.display().to_string())?.trim().to_owned())
+}
+
+/// Runs a script in a guest to its end, its output on ours.
+///
+/// # Errors
+/// The guest did not boot, or the script failed: says with which status.
+pub fn run(script: &str, variables: &[(&str, &str)]) -> anyhow::Result<()> {
+    let status = command(script, variables).status().context("run a guest")?;
+    ensure!(status.success(), "guest script {script}: {status}");
+    Ok(())
+}
+
+fn command(script: &str, variables: &[(&str, &str)]) -> Command {
+    let mut command = Command::new(scripts().join("run"));
+    command.arg(scripts().join(script));
+    command.args(variables.iter().map(|(name, value)| format!("{name}={value}")));
+    command.stdin(Stdio::null());
+    command
+}
+
+/// A guest that serves a namespace with the kernel's nvmet.
+pub struct Nvmet {
+    guest: Child,
+    stop_port: u16,
+    /// Where this machine reaches its NVMe/TCP listener.
+    pub port: u16,
+    /// Its subsystem.
+    pub subnqn: &'static str,
+}
+
+impl Nvmet {
+    /// Boots a guest whose nvmet serves `size_mib` MiB, with reservations or without, and waits until it listens.
+    ///
+    /// # Errors
+    /// The guest did not boot, or nvmet could not be set up.
+    pub fn boot(size_mib: u32, reservations: bool) -> anyhow::Result<Self> {
+        let subnqn = "nqn.2026-11.io.weft.test:nvmet";
+        let (port, stop_port) = (free_port()?, free_port()?);
+        let reservations = if reservations { "1" } else { "0" };
+        let mut command = command(
+            "nvmet.sh",
+            &[("SUBNQN", subnqn), ("SIZE_MIB", &size_mib.to_string()), ("RESERVATIONS", reservations)],
+        );
+        let forward = format!(
+            "user,id=n0,hostfwd=tcp:127.0.0.1:{port}-:4420,hostfwd=tcp:127.0.0.1:{stop_port}-:4421"
+        );
+        command.args(["--", "-netdev", &forward]).stdout(Stdio::piped());
+        let mut guest = command.spawn().context("run a guest")?;
+        let output = guest.stdout.take().context("the guest's output")?;
+        let (lines, received) = mpsc::channel();
+        std::thread::spawn(move || {
+            for line in BufReader::new(output).lines().map_while(Result::ok) {
+                println!("  nvmet {line}");
+                // Nobody listens any more once it is ready.
+                let _ = lines.send(line);
+            }
+        });
+        let nvmet = Self { guest, stop_port, port, subnqn };
+        loop {
+            match received.recv_timeout(PATIENCE) {
+                Ok(line) if line.contains("nvmet ready") => return Ok(nvmet),
+                Ok(_) => {}
+                Err(_) => bail!("the guest's nvmet did not become ready"),
+            }
+        }
+    }
+
+    /// Tells the guest to end.
+    ///
+    /// # Errors
+    /// It ended badly.
+    pub fn stop(mut self) -> anyhow::Result<()> {
+        drop(TcpStream::connect((Ipv4Addr::LOCALHOST, self.stop_port)).context("tell the guest to end")?);
+        let status = self.guest.wait().context("wait for the guest")?;
+        ensure!(status.success(), "the nvmet guest ended with {status}");
+        Ok(())
+    }
+}
+
+impl Drop for Nvmet {
+    fn drop(&mut self) {
+        // Only after a failure: `stop` has waited for it otherwise.
+        let _ = self.guest.kill();
+        let _ = self.guest.wait();
+    }
+}
+
+fn free_port() -> anyhow::Result<u16> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("find a free port")?;
+    Ok(listener.local_addr()?.port())
+}

@@ -1,0 +1,144 @@
+//! The engine's view of the metadata service. Asks until a leader answers; a lost answer is asked for again with the
+//! same content, and the service recognises it.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use futures_util::FutureExt as _;
+use futures_util::future::LocalBoxFuture;
+use weft_metadata::client::{ClientError, MetadataClient};
+use weft_metadata::propose::BandRequest;
+use weft_metadata::state::command::{Purpose, Refusal, Reply};
+use weft_metadata::state::Command;
+use weft_proto::band::{Band, ChunkSize, RootUpdate};
+use weft_proto::id::{BandId, Epoch, StripeNumber, VolumeId};
+use weft_volume::seams::{BandPurpose, Directory, DirectoryError, Env};
+
+/// Between two attempts while there is no leader.
+const RETRY: Duration = Duration::from_millis(50);
+
+/// See the module.
+pub(crate) struct RaftDirectory {
+    client: MetadataClient,
+    env: Rc<dyn Env>,
+}
+
+impl RaftDirectory {
+    /// A directory over `client`.
+    pub(crate) fn new(client: MetadataClient, env: Rc<dyn Env>) -> Self {
+        Self { client, env }
+    }
+
+    fn propose(&self, command: Command) -> impl Future<Output = Result<Reply, DirectoryError>> + use<> {
+        let client = self.client.clone();
+        async move {
+            loop {
+                match client.propose(command.clone()).await {
+                    Ok(reply) => return Ok(reply),
+                    Err(ClientError::Refused(refusal)) => return Err(directory_error(refusal)),
+                    Err(error) => {
+                        tracing::debug!(%error, "the metadata service does not answer, asking again");
+                        tokio::time::sleep(RETRY).await;
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Directory for RaftDirectory {
+    fn grant_bands(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        chunk_size: ChunkSize,
+        count: u32,
+        purpose: BandPurpose,
+    ) -> LocalBoxFuture<'static, Result<Vec<Band>, DirectoryError>> {
+        let client = self.client.clone();
+        let purpose = match purpose {
+            BandPurpose::User => Purpose::User,
+            BandPurpose::Internal => Purpose::Internal,
+        };
+        let request = BandRequest { volume, epoch, request: self.env.random_u64(), purpose, chunk_size, count };
+        async move {
+            loop {
+                match client.grant_bands(request).await {
+                    Ok(bands) => return Ok(bands),
+                    Err(ClientError::Refused(refusal)) => return Err(directory_error(refusal)),
+                    Err(error) => {
+                        tracing::debug!(%error, "no bands yet, asking again");
+                        tokio::time::sleep(RETRY).await;
+                    }
+                }
+            }
+        }
+        .boxed_local()
+    }
+
+    fn publish_root(&self, update: RootUpdate) -> LocalBoxFuture<'static, Result<u64, DirectoryError>> {
+        let reply = self.propose(Command::PublishRoot { update, quarantine: Vec::new() });
+        async move { root_version(reply.await?) }.boxed_local()
+    }
+
+    fn finish_takeover(
+        &self,
+        update: RootUpdate,
+        recovered: Option<Epoch>,
+        ended_at: StripeNumber,
+    ) -> LocalBoxFuture<'static, Result<u64, DirectoryError>> {
+        let reply = self.propose(Command::FinishTakeover { update, recovered, ended_at });
+        async move { root_version(reply.await?) }.boxed_local()
+    }
+
+    fn bands(&self, volume: VolumeId) -> LocalBoxFuture<'static, Result<Vec<Band>, DirectoryError>> {
+        let client = self.client.clone();
+        async move {
+            loop {
+                match client.bands(volume).await {
+                    Ok(bands) => return bands.ok_or(DirectoryError::NoSuchVolume),
+                    Err(ClientError::Refused(refusal)) => return Err(directory_error(refusal)),
+                    Err(_) => tokio::time::sleep(RETRY).await,
+                }
+            }
+        }
+        .boxed_local()
+    }
+
+    fn return_bands(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        bands: Vec<BandId>,
+    ) -> LocalBoxFuture<'static, Result<(), DirectoryError>> {
+        let reply = self.propose(Command::ReturnBands { volume, epoch, bands });
+        async move { reply.await.map(drop) }.boxed_local()
+    }
+}
+
+fn root_version(reply: Reply) -> Result<u64, DirectoryError> {
+    match reply {
+        Reply::Root { version } => Ok(version),
+        other => {
+            tracing::error!(?other, "a root was answered with something else");
+            Err(DirectoryError::Unavailable)
+        }
+    }
+}
+
+/// What a refusal means to an engine. One place; a refusal that only operators can get is unexpected here.
+pub(crate) fn directory_error(refusal: Refusal) -> DirectoryError {
+    match refusal {
+        Refusal::Stale { epoch, current } => DirectoryError::Stale { epoch, current },
+        Refusal::RootConflict { expected, current } => DirectoryError::RootConflict { expected, current },
+        Refusal::NoSpace { .. } => DirectoryError::NoSpace,
+        Refusal::TooFewDomains { available, needed, .. } => {
+            DirectoryError::TooFewDomains { available, needed }
+        }
+        Refusal::NoSuchVolume(_) => DirectoryError::NoSuchVolume,
+        other => {
+            tracing::warn!(%other, "the metadata service refused an engine's command");
+            DirectoryError::Unavailable
+        }
+    }
+}

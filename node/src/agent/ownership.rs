@@ -1,0 +1,330 @@
+//! Volumes this incarnation owns: taking over, serving, handing over, deleting. One task per epoch.
+//!
+//! ```text
+//!  Recovering{us} ─ grant ─ fence the dead on ≥ n−m drives of each band ─ record ─┬─ lease + drift ─┬─ serve
+//!                                                                                 └─ Engine::open ──┘
+//!  Serving{us}, move_to ─ quiesce ─ Handover        Deleting{us} ─ abort ─ FinishDelete
+//! ```
+//!
+//! Design section 5. The map says what should be; this makes it so and tells Raft.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use tokio::sync::watch;
+use tokio::time::Instant;
+use weft_metadata::client::{ClientError, MetadataClient};
+use weft_metadata::state::map::{Cluster, ClusterMap, Owner, Phase, Volume};
+use weft_metadata::state::{Command, Refusal, Reply};
+use weft_proto::band::EpochGrant;
+use weft_proto::id::{DriveId, IncarnationId, NodeId, VolumeId};
+use weft_volume::engine::Engine;
+use weft_volume::format::header::HeaderKey;
+use weft_volume::seams::{Env, ReservationKey, Seams};
+use weft_volume::settings::{Identity, Settings};
+
+use super::directory::RaftDirectory;
+use super::fabric::Fabric;
+use super::present::Presenter;
+use crate::config::EngineConfig;
+
+/// Between two attempts of a step that waits for others.
+const RETRY: Duration = Duration::from_millis(50);
+
+/// A successor serves one lease and its drift after its fence is complete.
+const LEASE_AND_DRIFT: Duration = Duration::from_millis(1010);
+
+/// The volumes of one incarnation.
+pub(crate) struct Ownership {
+    cluster: Cluster,
+    node: NodeId,
+    client: MetadataClient,
+    env: Rc<dyn Env>,
+    fabric: Rc<Fabric>,
+    presenter: Rc<Presenter>,
+    map: watch::Receiver<Arc<ClusterMap>>,
+    settings: Settings,
+    /// Epochs that have a task.
+    tasks: RefCell<BTreeMap<VolumeId, Owner>>,
+    engines: RefCell<BTreeMap<VolumeId, Engine>>,
+}
+
+impl Ownership {
+    /// Owns nothing yet.
+    #[expect(clippy::too_many_arguments, reason = "the member hands over its parts, once")]
+    pub(crate) fn new(
+        cluster: &Cluster,
+        node: NodeId,
+        client: MetadataClient,
+        env: Rc<dyn Env>,
+        fabric: Rc<Fabric>,
+        presenter: Rc<Presenter>,
+        map: watch::Receiver<Arc<ClusterMap>>,
+        engine: EngineConfig,
+    ) -> Rc<Self> {
+        let mut settings = Settings {
+            stall: Duration::from_millis(engine.stall_ms),
+            read_stall: Duration::from_millis(engine.stall_ms),
+            log_budget_bytes: u64::from(engine.log_budget_mib) << 20,
+            ..Settings::default()
+        };
+        settings.map.cache_bytes = usize::try_from(engine.cache_mib).unwrap_or(usize::MAX >> 20) << 20;
+        Rc::new(Self {
+            cluster: cluster.clone(),
+            node,
+            client,
+            env,
+            fabric,
+            presenter,
+            map,
+            settings,
+            tasks: RefCell::default(),
+            engines: RefCell::default(),
+        })
+    }
+
+    /// Starts a task for every epoch that the map gives to this incarnation and that has none.
+    pub(crate) fn follow(self: &Rc<Self>, map: &ClusterMap) {
+        let own = self.fabric.identity().incarnation;
+        for (id, volume) in &map.volumes {
+            let Phase::Recovering { owner, .. } = volume.phase else { continue };
+            if owner.incarnation == own && self.tasks.borrow().get(id) != Some(&owner) {
+                self.tasks.borrow_mut().insert(*id, owner);
+                tokio::task::spawn_local(self.clone().own(*id, owner));
+            }
+        }
+    }
+
+    /// What `weft node show` prints of the volumes.
+    pub(crate) fn inspect(&self) -> serde_json::Value {
+        let engines = self.engines.borrow();
+        let volumes = engines.iter().map(|(volume, engine)| {
+            (volume.to_string(), serde_json::Value::String(format!("{:?}", engine.stats())))
+        });
+        serde_json::Value::Object(volumes.collect())
+    }
+
+    /// One epoch, from its grant to its end.
+    async fn own(self: Rc<Self>, volume: VolumeId, owner: Owner) {
+        let began = Instant::now();
+        let Some(engine) = self.take_over(volume, owner).await else { return };
+        tracing::info!(%volume, epoch = %owner.epoch, took_ms = began.elapsed().as_millis() as u64, "serving");
+        self.engines.borrow_mut().insert(volume, engine.clone());
+        self.presenter.engine_serves(volume, Rc::new(engine.clone()));
+        self.serve(volume, owner, &engine).await;
+        self.presenter.engine_stopped(volume);
+        self.engines.borrow_mut().remove(&volume);
+    }
+
+    /// Fences, recovers, and waits out the former owner's lease. `None` when the epoch is no longer ours.
+    async fn take_over(&self, volume: VolumeId, owner: Owner) -> Option<Engine> {
+        loop {
+            if !self.is_current(volume, owner) {
+                return None;
+            }
+            let grant = match self.client.epoch_grant(volume).await {
+                Ok(Some(grant)) if grant.epoch == owner.epoch => grant,
+                answer => {
+                    tracing::debug!(%volume, error = ?answer.err(), "no grant yet");
+                    tokio::time::sleep(RETRY).await;
+                    continue;
+                }
+            };
+            if grant.recover.is_some() && !self.fence(&grant).await {
+                tokio::time::sleep(RETRY).await;
+                continue;
+            }
+            let fenced_at = Instant::now();
+            let name = self.volume(volume)?.name;
+            let opened = Engine::open(
+                self.seams(),
+                self.settings.clone(),
+                Identity {
+                    cluster: self.cluster.id,
+                    key: HeaderKey(self.cluster.authentication_key),
+                    name,
+                },
+                grant.clone(),
+            )
+            .await;
+            match opened {
+                Ok(engine) => {
+                    if grant.recover.is_some() {
+                        tokio::time::sleep_until(fenced_at + LEASE_AND_DRIFT).await;
+                    }
+                    return Some(engine);
+                }
+                Err(error) => {
+                    tracing::warn!(%volume, epoch = %owner.epoch, "not open yet: {error}");
+                    tokio::time::sleep(RETRY).await;
+                }
+            }
+        }
+    }
+
+    /// Serves until the epoch ends: handed over, deleted, or fenced.
+    async fn serve(&self, volume: VolumeId, owner: Owner, engine: &Engine) {
+        let mut map = self.map.clone();
+        loop {
+            let found = map.borrow_and_update().volumes.get(&volume).cloned();
+            match found {
+                Some(found) if found.phase.owner() == Some(owner) => {
+                    engine.grow(found.size_bytes);
+                    match (found.phase, found.move_to) {
+                        (Phase::Deleting { .. }, _) => return self.delete(volume, owner, engine).await,
+                        (Phase::Serving { .. }, Some(to)) if to != self.node => {
+                            if self.hand_over(volume, owner, engine, to).await {
+                                return;
+                            }
+                        }
+                        _ => {}
+                    }
+                }
+                // The map may lag behind what this epoch has done itself.
+                Some(found) if found.epoch < owner.epoch => {}
+                _ => {
+                    engine.abort();
+                    return;
+                }
+            }
+            tokio::select! {
+                changed = map.changed() => if changed.is_err() {
+                    engine.abort();
+                    return;
+                },
+                () = engine.fenced() => {
+                    tracing::warn!(%volume, epoch = %owner.epoch, "the epoch is over");
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Planned move: quiesce, and give the next epoch to `to`. Whether the epoch has ended.
+    async fn hand_over(&self, volume: VolumeId, owner: Owner, engine: &Engine, to: NodeId) -> bool {
+        let map = self.map.borrow().clone();
+        if !map.nodes.get(&to).is_some_and(crate::view::node_is_up) {
+            tracing::warn!(%volume, %to, "not moved: the node is down");
+            self.withdraw_move(volume).await;
+            return false;
+        }
+        let began = Instant::now();
+        let quiesced = match engine.quiesce().await {
+            Ok(quiesced) => quiesced,
+            Err(error) => {
+                tracing::warn!(%volume, %error, "not quiesced: the volume will be taken over");
+                engine.abort();
+                return true;
+            }
+        };
+        self.presenter.engine_stopped(volume);
+        let handover = |to| Command::Handover {
+            volume,
+            epoch: owner.epoch,
+            last_stripe: quiesced.last,
+            update: None,
+            unsettled: Vec::new(),
+            to,
+        };
+        let mut reply = self.insist(handover(to)).await;
+        if let Err(refusal) = &reply {
+            // The engine has ended, so somebody has to open the volume again: this node does.
+            tracing::warn!(%volume, %to, %refusal, "the move was refused");
+            self.withdraw_move(volume).await;
+            reply = self.insist(handover(self.node)).await;
+        }
+        tracing::info!(%volume, %to, took_ms = began.elapsed().as_millis() as u64, ?reply, "handed over");
+        true
+    }
+
+    async fn delete(&self, volume: VolumeId, owner: Owner, engine: &Engine) {
+        engine.abort();
+        self.presenter.engine_stopped(volume);
+        if let Err(refusal) = self.insist(Command::FinishDelete { volume, epoch: owner.epoch }).await {
+            tracing::warn!(%volume, %refusal, "the deletion was not finished");
+        }
+    }
+
+    async fn withdraw_move(&self, volume: VolumeId) {
+        if let Err(refusal) = self.insist(Command::RequestMove { volume, to: None }).await {
+            tracing::warn!(%volume, %refusal, "the move was not withdrawn");
+        }
+    }
+
+    /// Proposes until there is an answer.
+    async fn insist(&self, command: Command) -> Result<Reply, Refusal> {
+        loop {
+            match self.client.propose(command.clone()).await {
+                Ok(reply) => return Ok(reply),
+                Err(ClientError::Refused(refusal)) => return Err(refusal),
+                Err(error) => {
+                    tracing::debug!(%error, "asking again");
+                    tokio::time::sleep(RETRY).await;
+                }
+            }
+        }
+    }
+
+    /// Fences every dead incarnation on the drives of the grant's bands and has that recorded. Whether it was enough:
+    /// n − m drives of each band.
+    async fn fence(&self, grant: &EpochGrant) -> bool {
+        let map = self.map.borrow().clone();
+        let drives: BTreeSet<DriveId> =
+            grant.bands.iter().flat_map(|band| &band.columns).map(|column| column.drive).collect();
+        let due: Vec<(DriveId, IncarnationId, ReservationKey)> = drives
+            .iter()
+            .flat_map(|drive| {
+                map.fences_due(*drive).map(|dead| (*drive, dead.id, ReservationKey(dead.key)))
+            })
+            .collect();
+        let outcomes = join_all(due.iter().map(|(drive, _, key)| self.fabric.fence(*drive, *key))).await;
+        let mut fenced: BTreeMap<IncarnationId, BTreeSet<DriveId>> = BTreeMap::new();
+        let mut missing: BTreeSet<DriveId> = BTreeSet::new();
+        for ((drive, incarnation, _), outcome) in due.into_iter().zip(outcomes) {
+            match outcome {
+                Ok(()) => {
+                    fenced.entry(incarnation).or_default().insert(drive);
+                }
+                Err(error) => {
+                    tracing::debug!(%drive, %incarnation, %error, "not fenced");
+                    missing.insert(drive);
+                }
+            }
+        }
+        if !fenced.is_empty() {
+            let commands = fenced
+                .into_iter()
+                .map(|(incarnation, drives)| Command::RecordFenced { incarnation, drives })
+                .collect();
+            if let Err(refusal) = self.insist(Command::Batch(commands)).await {
+                tracing::warn!(%refusal, "fences not recorded");
+                return false;
+            }
+        }
+        grant.bands.iter().all(|band| {
+            let unfenced = band.columns.iter().filter(|column| missing.contains(&column.drive)).count();
+            unfenced <= usize::from(band.geometry.m)
+        })
+    }
+
+    fn volume(&self, volume: VolumeId) -> Option<Volume> {
+        self.map.borrow().volumes.get(&volume).cloned()
+    }
+
+    fn is_current(&self, volume: VolumeId, owner: Owner) -> bool {
+        self.volume(volume).is_some_and(|found| found.phase.owner() == Some(owner))
+    }
+
+    fn seams(&self) -> Seams {
+        Seams {
+            env: self.env.clone(),
+            drives: self.fabric.clone(),
+            lease: self.fabric.clone(),
+            directory: Rc::new(RaftDirectory::new(self.client.clone(), self.env.clone())),
+        }
+    }
+}

@@ -1,0 +1,262 @@
+//! The device of a volume as one host association sees it on this node: the local engine if this node owns the
+//! volume, else the owner, over NVMe/TCP.
+//!
+//! A forwarder opens one association to the owner for each host association, with that host's identity. It keeps
+//! nothing: a command goes on at once, or is refused with "not ready on this path" after [`ROUTE_WAIT`], and
+//! the host's multipath tries again. Forwarding goes to a subsystem that only owners serve, so it cannot loop.
+
+use std::cell::{Cell, RefCell};
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::FutureExt as _;
+use futures_util::future::LocalBoxFuture;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+use weft_block::{BlockDevice, BlockError, Device, DeviceInfo, Durability, Io};
+use weft_initiator::{ConnectOptions, Controller, HostIdentity};
+use weft_proto::nqn::Nqn;
+use weft_proto::units::{Lba, LbaRange};
+
+/// How long a command may wait for a route: long enough for a planned move, far below any host's patience.
+const ROUTE_WAIT: Duration = Duration::from_millis(150);
+
+/// Keep alive of forwarding associations: a forwarder's right lapses before the host's own keep-alive does.
+const FORWARD_KATO: Duration = Duration::from_secs(1);
+
+/// Where a volume is served, as far as this node knows.
+#[derive(Clone)]
+pub(crate) enum Served {
+    /// Nowhere, at the moment.
+    Nowhere,
+    /// By an engine of this node.
+    Here(Device),
+    /// By the owner at this NVMe/TCP address.
+    By(SocketAddr),
+}
+
+/// One volume on this node: where it is served, and how large it is.
+pub(crate) struct Slot {
+    served: RefCell<Served>,
+    info: Cell<DeviceInfo>,
+    owner_subnqn: Nqn,
+    changed: Notify,
+}
+
+impl Slot {
+    /// Served nowhere yet. `owner_subnqn` is the subsystem that only the owner serves.
+    pub(crate) fn new(owner_subnqn: Nqn, info: DeviceInfo) -> Rc<Self> {
+        Rc::new(Self { served: RefCell::new(Served::Nowhere), info: Cell::new(info), owner_subnqn, changed: Notify::new() })
+    }
+
+    /// The volume is served somewhere else from now on; commands that wait go there.
+    pub(crate) fn set_served(&self, served: Served) {
+        *self.served.borrow_mut() = served;
+        self.changed.notify_waiters();
+    }
+
+    /// The volume has another size.
+    pub(crate) fn set_info(&self, info: DeviceInfo) {
+        self.info.set(info);
+    }
+
+    fn served(&self) -> Served {
+        self.served.borrow().clone()
+    }
+
+    /// The volume as `host` sees it through this node.
+    pub(crate) fn device(self: &Rc<Self>, host: HostIdentity) -> Device {
+        Rc::new(RoutedDevice(Rc::new(Route { slot: self.clone(), host, forward: RefCell::default(), connecting: tokio::sync::Mutex::new(()) })))
+    }
+
+    /// The volume on the owner's own subsystem: served by an engine here, or not at all.
+    pub(crate) fn owner_device(self: &Rc<Self>) -> Device {
+        Rc::new(OwnedDevice(self.clone()))
+    }
+}
+
+struct Forward {
+    address: SocketAddr,
+    controller: Rc<Controller>,
+    device: Device,
+}
+
+/// The way of one host association.
+struct Route {
+    slot: Rc<Slot>,
+    host: HostIdentity,
+    forward: RefCell<Option<Forward>>,
+    connecting: tokio::sync::Mutex<()>,
+}
+
+impl Route {
+    /// The device to use now, if it can be said without waiting.
+    fn device_now(&self) -> Option<Device> {
+        match self.slot.served() {
+            Served::Nowhere => None,
+            Served::Here(device) => Some(device),
+            Served::By(address) => self.forward_to(address),
+        }
+    }
+
+    fn forward_to(&self, address: SocketAddr) -> Option<Device> {
+        let forward = self.forward.borrow();
+        let forward = forward.as_ref()?;
+        let usable = forward.address == address && forward.controller.closed_reason().is_none();
+        usable.then(|| forward.device.clone())
+    }
+
+    /// Connects to the owner in the host's name, once at a time.
+    async fn connect(&self, address: SocketAddr) -> Option<Device> {
+        let _one_at_a_time = self.connecting.lock().await;
+        if let Some(device) = self.forward_to(address) {
+            return Some(device);
+        }
+        let former = self.forward.borrow_mut().take();
+        drop(former);
+        let mut options = ConnectOptions::new(address, self.slot.owner_subnqn.clone(), self.host.clone());
+        options.kato = FORWARD_KATO;
+        options.connect_timeout = Duration::from_secs(1);
+        let controller = Controller::connect(options)
+            .await
+            .inspect_err(|error| tracing::debug!(%address, %error, "the owner cannot be reached yet"))
+            .ok()?;
+        let device: Device = controller.namespace(1).await.ok()?;
+        *self.forward.borrow_mut() = Some(Forward { address, controller, device: device.clone() });
+        Some(device)
+    }
+
+    /// Waits until there is a device, or the command has waited long enough.
+    async fn device_by(&self, deadline: Instant) -> Result<Device, BlockError> {
+        loop {
+            let changed = self.slot.changed.notified();
+            if let Some(device) = self.device_now() {
+                return Ok(device);
+            }
+            if Instant::now() >= deadline {
+                return Err(BlockError::NotReady);
+            }
+            if let Served::By(address) = self.slot.served() {
+                match tokio::time::timeout_at(deadline, self.connect(address)).await {
+                    Ok(Some(device)) => return Ok(device),
+                    Ok(None) => tokio::time::sleep(Duration::from_millis(5)).await,
+                    Err(_) => {}
+                }
+            } else {
+                let _ = tokio::time::timeout_at(deadline, changed).await;
+            }
+        }
+    }
+
+    /// Issues a command, again if the device says that nothing was done and another one may serve it.
+    async fn issue<T>(
+        self: Rc<Self>,
+        first: Option<Io<T>>,
+        command: impl Fn(&Device) -> Io<T>,
+    ) -> Result<T, BlockError> {
+        let deadline = Instant::now() + ROUTE_WAIT;
+        let mut pending = first;
+        loop {
+            let io = match pending.take() {
+                Some(io) => io,
+                None => command(&self.device_by(deadline).await?),
+            };
+            match io.await {
+                Err(BlockError::NotReady) if Instant::now() < deadline => {
+                    let changed = self.slot.changed.notified();
+                    let _ = tokio::time::timeout(Duration::from_millis(2), changed).await;
+                }
+                answer => return answer,
+            }
+        }
+    }
+
+    fn start<T: 'static>(self: &Rc<Self>, command: impl Fn(&Device) -> Io<T> + 'static) -> Io<T> {
+        match self.device_now() {
+            // The usual way: the command starts now, as the block contract asks.
+            Some(device) => {
+                let first = command(&device);
+                self.clone().issue(Some(first), command).boxed_local()
+            }
+            None => {
+                let (sender, receiver) = tokio::sync::oneshot::channel();
+                let waiting = self.clone().issue(None, command);
+                tokio::task::spawn_local(async move {
+                    let _ = sender.send(waiting.await);
+                });
+                async move { receiver.await.unwrap_or(Err(BlockError::Unknown)) }.boxed_local()
+            }
+        }
+    }
+}
+
+struct RoutedDevice(Rc<Route>);
+
+impl BlockDevice for RoutedDevice {
+    fn info(&self) -> DeviceInfo {
+        self.0.slot.info.get()
+    }
+
+    fn read(&self, range: LbaRange) -> Io<Bytes> {
+        self.0.start(move |device| device.read(range))
+    }
+
+    fn write(&self, start: Lba, data: Vec<Bytes>, durability: Durability) -> Io<()> {
+        self.0.start(move |device| device.write(start, data.clone(), durability))
+    }
+
+    fn write_zeroes(&self, range: LbaRange, deallocate: bool, durability: Durability) -> Io<()> {
+        self.0.start(move |device| device.write_zeroes(range, deallocate, durability))
+    }
+
+    fn deallocate(&self, ranges: Vec<LbaRange>) -> Io<()> {
+        self.0.start(move |device| device.deallocate(ranges.clone()))
+    }
+
+    fn flush(&self) -> Io<()> {
+        self.0.start(|device| device.flush())
+    }
+}
+
+struct OwnedDevice(Rc<Slot>);
+
+impl OwnedDevice {
+    fn issue<T: 'static>(&self, command: impl FnOnce(&Device) -> Io<T>) -> Io<T> {
+        match self.0.served() {
+            Served::Here(device) => command(&device),
+            Served::Nowhere | Served::By(_) => not_ready(),
+        }
+    }
+}
+
+fn not_ready<T: 'static>() -> LocalBoxFuture<'static, Result<T, BlockError>> {
+    async { Err(BlockError::NotReady) }.boxed_local()
+}
+
+impl BlockDevice for OwnedDevice {
+    fn info(&self) -> DeviceInfo {
+        self.0.info.get()
+    }
+
+    fn read(&self, range: LbaRange) -> Io<Bytes> {
+        self.issue(|device| device.read(range))
+    }
+
+    fn write(&self, start: Lba, data: Vec<Bytes>, durability: Durability) -> Io<()> {
+        self.issue(|device| device.write(start, data, durability))
+    }
+
+    fn write_zeroes(&self, range: LbaRange, deallocate: bool, durability: Durability) -> Io<()> {
+        self.issue(|device| device.write_zeroes(range, deallocate, durability))
+    }
+
+    fn deallocate(&self, ranges: Vec<LbaRange>) -> Io<()> {
+        self.issue(|device| device.deallocate(ranges))
+    }
+
+    fn flush(&self) -> Io<()> {
+        self.issue(|device| device.flush())
+    }
+}
