@@ -6,6 +6,9 @@
 //!
 //! [`MetadataClient::watch`] and [`MetadataClient::session`] keep running in the background for as long as what they
 //! return lives, through every change of leader.
+//!
+//! Connections and background work belong to the runtime on which the client was made (an agent's control runtime);
+//! requests may come from any other, a data core's included.
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -13,7 +16,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
+use tokio::runtime::Handle;
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tonic::transport::{Channel, Endpoint};
 use weft_proto::band::{Band, EpochGrant, RootUpdate};
@@ -33,6 +38,12 @@ pub(crate) const MESSAGE_BYTES_MAX: usize = 64 << 20;
 const DEADLINE: Duration = Duration::from_secs(10);
 /// Until one member counts as not answering, and the next is asked.
 const ATTEMPT: Duration = Duration::from_secs(2);
+/// Until a leader counts as gone for a session, and until a session counts as not begun. Both together stay below the
+/// second that a new leader gives sessions to come: else a leader that hangs would take live agents with it.
+const SESSION_SILENCE: Duration = Duration::from_millis(600);
+const SESSION_ATTEMPT: Duration = Duration::from_millis(300);
+const _: () =
+    assert!(SESSION_SILENCE.as_millis() + SESSION_ATTEMPT.as_millis() < crate::leader::SILENCE.as_millis());
 /// Between attempts while nobody leads.
 const PAUSE: Duration = Duration::from_millis(50);
 /// Silence after which a connection is tested, and after which it is given up. A leader that vanished without a word
@@ -63,6 +74,8 @@ pub enum ClientError {
 #[derive(Clone, Debug)]
 pub struct MetadataClient {
     peers: Arc<Mutex<Peers>>,
+    /// Where connections and background work live; `None` for that of whoever asks.
+    home: Option<Handle>,
     deadline: Duration,
 }
 
@@ -84,8 +97,8 @@ enum Attempt<T> {
 }
 
 impl MetadataClient {
-    /// A client that begins with these control addresses (`host:port`), in this order. Connects when first used; needs
-    /// a tokio runtime with I/O and time then.
+    /// A client that begins with these control addresses (`host:port`), in this order. Made on a tokio runtime, it
+    /// lives there; made outside of one, it lives wherever it is first used. Connects when first used.
     #[must_use]
     pub fn new(addresses: impl IntoIterator<Item = impl Into<String>>) -> Self {
         Self {
@@ -93,6 +106,7 @@ impl MetadataClient {
                 addresses: addresses.into_iter().map(Into::into).collect(),
                 ..Peers::default()
             })),
+            home: Handle::try_current().ok(),
             deadline: DEADLINE,
         }
     }
@@ -220,13 +234,11 @@ impl MetadataClient {
     }
 
     /// The map as it changes; version 0 until the first has come. Ends when the receiver and its clones are dropped.
-    ///
-    /// Needs a tokio runtime, on which it runs.
     #[must_use]
     pub fn watch(&self) -> watch::Receiver<Arc<ClusterMap>> {
         let (sender, receiver) = watch::channel(Arc::new(ClusterMap::default()));
         let client = self.clone();
-        tokio::spawn(async move {
+        self.spawn(async move {
             while !sender.is_closed() {
                 tokio::select! {
                     () = sender.closed() => return,
@@ -241,12 +253,12 @@ impl MetadataClient {
     /// Keeps a session of `incarnation` with the leader, by heartbeats. The receiver turns `false` when the incarnation
     /// has been declared dead: the process must then exit. Ends when the receiver and its clones are dropped.
     ///
-    /// Needs a tokio runtime, on which it runs: one that nothing blocks for longer than a heartbeat.
+    /// It runs where the client lives: on a runtime that nothing blocks for longer than a heartbeat.
     #[must_use]
     pub fn session(&self, incarnation: IncarnationId) -> watch::Receiver<bool> {
         let (sender, receiver) = watch::channel(true);
         let client = self.clone();
-        tokio::spawn(async move {
+        self.spawn(async move {
             while !sender.is_closed() && *sender.borrow() {
                 tokio::select! {
                     () = sender.closed() => return,
@@ -357,6 +369,13 @@ impl MetadataClient {
         }
     }
 
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) -> JoinHandle<()> {
+        match &self.home {
+            Some(home) => home.spawn(task),
+            None => tokio::spawn(task),
+        }
+    }
+
     fn pick(&self) -> Option<(String, Stub<Channel>)> {
         let mut peers = self.lock();
         let address = match &peers.leader {
@@ -371,6 +390,7 @@ impl MetadataClient {
         let channel = match peers.channels.get(&address) {
             Some(channel) => channel.clone(),
             None => {
+                let _at_home = self.home.as_ref().map(Handle::enter);
                 let channel = connect(&address)?;
                 peers.channels.insert(address.clone(), channel.clone());
                 channel
@@ -469,7 +489,7 @@ impl MetadataClient {
         // The first heartbeat goes with the request: the leader answers only when it has one.
         let _ = beats.try_send(heartbeat);
         let outbound = tokio_stream::wrappers::ReceiverStream::new(received);
-        let mut stream = match tokio::time::timeout(ATTEMPT, stub.session(outbound)).await {
+        let mut stream = match tokio::time::timeout(SESSION_ATTEMPT, stub.session(outbound)).await {
             Ok(Ok(stream)) => stream.into_inner(),
             Ok(Err(_)) | Err(_) => return self.failed(&address),
         };
@@ -481,7 +501,7 @@ impl MetadataClient {
                 _ = ticks.tick() => {
                     // A leader that answers none of several heartbeats is not there any more.
                     let full = beats.try_send(heartbeat).is_err();
-                    if full || answered.elapsed() > KEEP_ALIVE.1 {
+                    if full || answered.elapsed() > SESSION_SILENCE {
                         return self.failed(&address);
                     }
                 }
