@@ -67,6 +67,8 @@ struct Connection {
     shutdown: LocalBoxFuture<'static, ()>,
     shutting_down: bool,
     read_closed: bool,
+    /// When a connection that is closing is given up.
+    closing: Option<Instant>,
 }
 
 struct Queue {
@@ -94,6 +96,7 @@ pub(crate) async fn run(stream: TcpStream, peer: SocketAddr, registry: Rc<Regist
         shutdown: Box::pin(async move { drop(shutdown.wait_for(|&shutdown| shutdown).await) }),
         shutting_down: false,
         read_closed: false,
+        closing: None,
     };
     match poll_fn(|cx| connection.poll(cx)).await {
         Ok(()) => tracing::debug!(%peer, "connection ended"),
@@ -113,8 +116,17 @@ impl Connection {
             progress |= self.poll_running(cx);
             progress |= self.poll_write(cx)?;
             let idle = self.qpair.transmits().is_empty();
-            if self.qpair.is_closing() && idle {
-                return Poll::Ready(Ok(()));
+            if self.qpair.is_closing() {
+                // A host that takes no bytes may not keep the end of its connection, and its next Connect, waiting.
+                let now = Instant::now();
+                if self.closing.is_none() {
+                    self.closing = Some(now + LINGER);
+                    // Once more around, so that the timer knows.
+                    progress = true;
+                }
+                if idle || self.closing.is_some_and(|deadline| now >= deadline) {
+                    return Poll::Ready(Ok(()));
+                }
             }
             if self.shutting_down && self.running.is_empty() && idle && !self.has_io_queues() {
                 return Poll::Ready(Ok(()));
@@ -147,13 +159,15 @@ impl Connection {
             Some(Queue { controller, qid: 0 }) => controller.keep_alive_deadline(),
             _ => None,
         };
-        let Some(deadline) = [self.qpair.poll_timeout(), keep_alive]
-            .into_iter()
-            .flatten()
-            .min()
-        else {
-            return false;
+        // What ends a connection does not matter any more to one that ends.
+        let deadline = match self.closing {
+            Some(_) => self.closing,
+            None => [self.qpair.poll_timeout(), keep_alive]
+                .into_iter()
+                .flatten()
+                .min(),
         };
+        let Some(deadline) = deadline else { return false };
         // A deadline that moves away, as the keep-alive's does with every PDU, is looked at when the timer fires.
         if deadline < self.timer.deadline().into_std() {
             self.timer.as_mut().reset(deadline.into());
@@ -165,6 +179,9 @@ impl Connection {
         if now < deadline {
             self.timer.as_mut().reset(deadline.into());
             return self.timer.as_mut().poll(cx).is_ready();
+        }
+        if self.closing.is_some() {
+            return true;
         }
         self.qpair.handle_timeout(now);
         if keep_alive.is_some_and(|deadline| deadline <= now) {
@@ -284,7 +301,7 @@ impl Connection {
             Some(Queue { controller, qid }) if FabricsCommand::is_fabrics(&request.sqe) => {
                 let status = match FabricsCommand::parse(&request.sqe) {
                     Ok(FabricsCommand::Disconnect) => {
-                        controller.remove_queue(*qid);
+                        controller.end_queue(*qid);
                         Status::SUCCESS
                     }
                     Ok(_) => Status::INVALID_QUEUE_TYPE.dnr(),
@@ -382,18 +399,10 @@ impl Connection {
             read_closed,
             ..
         } = self;
-        let outstanding = queue.as_ref().and_then(|queue| {
-            let association = queue.controller.association();
-            let subsystem = queue.controller.subsystem()?;
-            Some(subsystem.outstanding(&association.hostnqn, association.hostid))
+        let outstanding = queue.and_then(|Queue { controller, qid }| {
+            controller.leave(qid, running.len());
+            controller.outstanding().cloned()
         });
-        // Counted before the controller goes: from then on the host's next Connect can be answered.
-        if let Some(outstanding) = &outstanding {
-            outstanding.add(running.len());
-        }
-        if let Some(Queue { controller, qid }) = queue {
-            controller.remove_queue(qid);
-        }
         let drain = async {
             while let Some(done) = running.next().await {
                 if let Some(outstanding) = &outstanding {
@@ -403,7 +412,7 @@ impl Connection {
                 if let Done::Connect(result) = done {
                     metrics::command_dropped();
                     if let Ok(connected) = *result {
-                        connected.controller.remove_queue(connected.connect.qid);
+                        connected.controller.leave(connected.connect.qid, 0);
                     }
                 }
             }

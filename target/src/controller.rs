@@ -26,6 +26,7 @@ use weft_proto::nvme::status::Status;
 
 use crate::metrics;
 use crate::namespace::{Admitted, Association, OpenNamespace};
+use crate::outstanding::Outstanding;
 use crate::qpair::{Completion, Request};
 use crate::registry::{Registry, Subsystem};
 
@@ -71,8 +72,10 @@ pub(crate) struct Controller {
     features: RefCell<feature::Features>,
     events: RefCell<event::Events>,
     namespaces: RefCell<BTreeMap<u32, Rc<OpenNamespace>>>,
-    /// Connections by QID, to wake them when there is something to do or the controller is closed.
+    /// Connections by QID, to wake them when there is something to do. One that is not here is to close.
     queues: RefCell<BTreeMap<u16, Option<Waker>>>,
+    /// What the host's dropped connections have in devices; `None` for a discovery controller.
+    outstanding: Option<Rc<Outstanding>>,
     closed: Cell<Option<&'static str>>,
     _open: metrics::Open,
 }
@@ -85,8 +88,12 @@ impl Controller {
         subsystem: Option<Rc<Subsystem>>,
         now: Instant,
     ) -> Rc<Self> {
+        let outstanding = subsystem
+            .as_ref()
+            .map(|subsystem| subsystem.outstanding(&association.hostnqn, association.hostid));
         Rc::new(Self {
             registry,
+            outstanding,
             kato: Cell::new(association.kato),
             association,
             subsystem,
@@ -140,13 +147,39 @@ impl Controller {
             self.registry.remove_controller(self.association.cntlid);
             // Devices are closed now and not when the last connection has drained.
             self.namespaces.borrow_mut().clear();
-            self.wake_all();
+            self.end_queues(0);
         }
     }
 
     /// Whether a queue's connection is to be closed.
     pub(crate) fn is_closed_for(&self, qid: u16) -> bool {
-        self.closed.get().is_some() || !self.queues.borrow().contains_key(&qid)
+        !self.queues.borrow().contains_key(&qid)
+    }
+
+    /// What the host's dropped connections have in devices.
+    pub(crate) fn outstanding(&self) -> Option<&Rc<Outstanding>> {
+        self.outstanding.as_ref()
+    }
+
+    /// Ends queues from this side, from `first` on. Each counts as outstanding until its connection has said what it
+    /// has in a device ([`Self::leave`]): its task has not run yet, and a Connect may come first.
+    fn end_queues(&self, first: u16) {
+        let ended = self.queues.borrow_mut().split_off(&first);
+        if let Some(outstanding) = &self.outstanding {
+            outstanding.add(ended.len());
+        }
+        for waker in ended.into_values().flatten() {
+            waker.wake();
+        }
+    }
+
+    /// Ends one I/O queue from this side (Disconnect).
+    pub(crate) fn end_queue(&self, qid: u16) {
+        if self.queues.borrow_mut().remove(&qid).is_some()
+            && let Some(outstanding) = &self.outstanding
+        {
+            outstanding.add(1);
+        }
     }
 
     /// Adds an I/O queue; `false` if it is connected already.
@@ -159,10 +192,18 @@ impl Controller {
         true
     }
 
-    /// A queue's connection has ended. Without its admin queue a controller is nothing.
-    pub(crate) fn remove_queue(&self, qid: u16) {
-        self.queues.borrow_mut().remove(&qid);
-        if qid == 0 {
+    /// A queue's connection has ended, with `running` commands in a device. Without its admin queue a controller is
+    /// nothing.
+    pub(crate) fn leave(&self, qid: u16, running: usize) {
+        if let Some(outstanding) = &self.outstanding {
+            outstanding.add(running);
+        }
+        if self.queues.borrow_mut().remove(&qid).is_none() {
+            // It was ended from this side, and has been counted since.
+            if let Some(outstanding) = &self.outstanding {
+                outstanding.finish_one();
+            }
+        } else if qid == 0 {
             self.close("admin queue closed");
         } else {
             self.wake_admin();
@@ -179,12 +220,6 @@ impl Controller {
             && !slot.as_ref().is_some_and(|known| known.will_wake(waker))
         {
             *slot = Some(waker.clone());
-        }
-    }
-
-    fn wake_all(&self) {
-        for waker in self.queues.borrow().values().flatten() {
-            waker.wake_by_ref();
         }
     }
 
@@ -373,7 +408,7 @@ impl Controller {
         }
         if cc.shutdown() == ShutdownNotification::Requested && before.shutdown() == ShutdownNotification::None
         {
-            self.close_io_queues();
+            self.end_queues(1);
             self.csts.set(ControllerStatus(
                 self.csts.get().0 | ControllerStatus::SHUTDOWN_COMPLETE,
             ));
@@ -382,17 +417,10 @@ impl Controller {
 
     /// Controller reset: the association stays, its I/O queues and what was set do not.
     fn reset(&self) {
-        self.close_io_queues();
+        self.end_queues(1);
         self.csts.set(ControllerStatus::default());
         self.features.take();
         self.events.take();
-    }
-
-    fn close_io_queues(&self) {
-        let closed = self.queues.borrow_mut().split_off(&1);
-        for waker in closed.into_values().flatten() {
-            waker.wake();
-        }
     }
 }
 
@@ -447,5 +475,31 @@ mod tests {
         let controller = controller(None, start);
         controller.handle_timeout(start + Duration::from_secs(1 << 20));
         assert!(!controller.is_closed_for(0));
+    }
+
+    #[test]
+    fn queues_that_a_close_ends_are_outstanding_until_their_connections_have_left() {
+        let registry = Registry::new(RegistryConfig::default());
+        let subnqn: weft_proto::nqn::Nqn = "nqn.subsystem".parse().unwrap();
+        registry
+            .add_subsystem(crate::SubsystemConfig {
+                nqn: subnqn.clone(),
+                serial: "1".into(),
+                model: "1".into(),
+                hosts: crate::AllowedHosts::Any,
+                namespaces_max: 1,
+            })
+            .unwrap();
+        let subsystem = registry.subsystem(&subnqn);
+        let association = controller(None, Instant::now()).association().clone();
+        let controller = Controller::new(registry, association, subsystem, Instant::now());
+        let dropped = || controller.outstanding().unwrap().dropped();
+        assert!(controller.add_queue(1) && controller.add_queue(2));
+        controller.leave(2, 0);
+        assert_eq!(dropped(), 0, "it ended by itself, with nothing in a device");
+        controller.leave(0, 0);
+        assert_eq!(dropped(), 1, "queue 1 has not said anything yet");
+        controller.leave(1, 3);
+        assert_eq!(dropped(), 3, "its commands");
     }
 }

@@ -409,6 +409,9 @@ fn a_controller_says_what_linux_asks_of_it() {
             (1, 1, 1),
             "group 1, optimized, namespace 1"
         );
+        // The tail of the longest page that Identify announces: zeroes.
+        let tail = transport(sqe(0x02, 8, 0, &[0x0c | 15 << 16, 0, 32768]), 64);
+        assert_eq!(admin.execute(tail, &[]).await.ok().data, [0; 64]);
         for lid in [1_u32, 2, 3, 4, 5] {
             admin
                 .execute(transport(sqe(0x02, 9, 0xffff_ffff, &[lid | 127 << 16]), 512), &[])
@@ -696,5 +699,24 @@ fn a_shutdown_answers_what_is_in_execution_and_closes() {
         assert_eq!(host.io.receive().await, None);
         assert_eq!(host.admin.receive().await, None);
         target.serving.await.unwrap().unwrap();
+    });
+}
+
+#[test]
+fn a_host_that_takes_no_answers_and_is_given_up_does_not_keep_its_next_connect_waiting() {
+    run(async {
+        let (target, _) = memory_target().await;
+        let identity = Identity {
+            kato_ms: 200,
+            ..Identity::default()
+        };
+        let mut host = identity.connect(target.address).await;
+        // Far more answers than the socket's buffers hold, and nobody reads them.
+        for cid in 0..32 {
+            host.io.command(read_sqe(cid, 0, 256), &[]).await;
+        }
+        until(|| target.registry.associations().is_empty()).await;
+        let mut next = identity.connect(target.address).await;
+        next.io.execute(read_sqe(1, 0, 1), &[]).await.ok();
     });
 }

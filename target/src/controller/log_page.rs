@@ -5,7 +5,8 @@ use weft_proto::nvme::command::{GetLogPage, LogPageId};
 use weft_proto::nvme::event::AsyncEvent;
 use weft_proto::nvme::identify::namespace_list;
 use weft_proto::nvme::log::{
-    AnaLog, EFFECT_CONTENT_CHANGE, EFFECT_SUPPORTED, ErrorEntry, SmartLog, commands_supported, firmware_slot,
+    AnaGroupDescriptor, AnaHeader, AnaLog, EFFECT_CONTENT_CHANGE, EFFECT_SUPPORTED, ErrorEntry, SmartLog,
+    commands_supported, firmware_slot,
 };
 use weft_proto::nvme::opcode::{AdminOpcode, NvmOpcode};
 use weft_proto::nvme::status::Status;
@@ -76,9 +77,16 @@ impl Controller {
                 namespace_list(self.events.borrow_mut().changed_namespaces(retain).into_iter())
             }
             LogPageId::COMMANDS_SUPPORTED => effects(),
-            LogPageId::ANA => subsystem
-                .ana_log(request.lsp & AnaLog::GROUPS_ONLY != 0)
-                .to_bytes(),
+            LogPageId::ANA => {
+                let log = subsystem.ana_log(request.lsp & AnaLog::GROUPS_ONLY != 0);
+                let mut page = log.to_bytes();
+                // Some hosts read the longest page there could be, in pieces: there is no offset past its end.
+                let groups = self.registry.config().ana_group_max as usize;
+                let nsids = subsystem.config.namespaces_max as usize;
+                let descriptors = groups * size_of::<AnaGroupDescriptor>() + nsids * size_of::<u32>();
+                page.resize(size_of::<AnaHeader>() + descriptors, 0);
+                page
+            }
             LogPageId::RESERVATION_NOTIFICATION => {
                 let (page, _) = self.events.borrow_mut().reservation_notification(retain);
                 page.as_bytes().to_vec()
