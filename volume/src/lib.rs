@@ -13,5 +13,6 @@ pub mod metrics;
 pub mod seams;
 pub mod settings;
 mod stripes;
+pub mod sub_block;
 mod sync;
 pub mod testing;

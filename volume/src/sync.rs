@@ -8,6 +8,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 
+use futures_util::FutureExt;
 use futures_util::future::{Either, LocalBoxFuture, select};
 
 use crate::seams::{Env, Timestamp};
@@ -106,6 +107,22 @@ impl<T> Future for ReplyWait<T> {
             }
         }
     }
+}
+
+/// Starts `work` now and lets it run to its end whatever becomes of the answer's future, as the block contract asks.
+/// Work that needs no waiting is done when this returns.
+pub(crate) fn detached<T: 'static>(env: &dyn Env, work: impl Future<Output = T> + 'static) -> ReplyWait<T> {
+    let reply = Reply::new();
+    let mut work: LocalBoxFuture<'static, T> = Box::pin(work);
+    // The waker of this first poll wakes nobody; the task's own poll replaces it.
+    match work.as_mut().now_or_never() {
+        Some(output) => reply.give(output),
+        None => {
+            let answer = Rc::clone(&reply);
+            env.spawn(Box::pin(async move { answer.give(work.await) }));
+        }
+    }
+    reply.wait()
 }
 
 /// The output of `future`, or `None` when `deadline` comes first. The future is dropped then.

@@ -248,6 +248,7 @@ impl Core {
         // The lease may rest on this band only while it is unsealed.
         self.lease_until.set(0);
         self.changed.notify();
+        self.worth_compacting.notify();
     }
 
     /// The pool is full: a write at the front fails; a zero record goes on from the reserve.

@@ -68,11 +68,6 @@ impl Default for Checkpoints {
 }
 
 impl Checkpoints {
-    /// Zero records below this may be forgotten.
-    pub(crate) fn floor(&self) -> Sequence {
-        self.floor.get()
-    }
-
     /// Counts towards the log budget.
     pub(crate) fn written(&self, bytes: u64, core: &Core) {
         let before = self.bytes.get();
@@ -89,6 +84,8 @@ impl Checkpoints {
 pub(crate) enum Purpose {
     /// The log is long, or somebody asked.
     Ordinary,
+    /// Space is short: merge the whole map, so that band counts are exact.
+    Exact,
     /// The last one of this epoch.
     Final,
     /// The first one: with it the epoch begins to count.
@@ -139,6 +136,7 @@ impl Core {
         }
         let result = self.run_checkpoint(purpose).await;
         self.checkpoints.running.set(false);
+        self.worth_compacting.notify();
         self.changed.notify();
         self.pump.notify();
         result
@@ -159,14 +157,16 @@ impl Core {
         self.write_frozen().await?;
         let capture = self.capture(purpose);
         self.write_frozen().await?;
-        if purpose == Purpose::Ordinary {
-            while map
-                .merge_step(MERGE_STEP_BLOCKS, self.checkpoints.floor.get())
-                .await?
-                != MergeProgress::Idle
-            {
-                self.alive()?;
+        // Merges one call at a time: nothing else in the engine merges. A hand-over and a takeover do not wait for any.
+        let floor = self.checkpoints.floor.get();
+        match purpose {
+            Purpose::Ordinary => {
+                while map.merge_step(MERGE_STEP_BLOCKS, floor).await? != MergeProgress::Idle {
+                    self.alive()?;
+                }
             }
+            Purpose::Exact => map.merge_all(floor).await?,
+            Purpose::Final | Purpose::Takeover { .. } => {}
         }
         // No await from the snapshot to the choice of bands to free.
         let snapshot = map.snapshot();
@@ -376,7 +376,9 @@ impl Core {
         loop {
             self.alive()?;
             let answer = match purpose {
-                Purpose::Ordinary | Purpose::Final => directory.publish_root(update.clone()).await,
+                Purpose::Ordinary | Purpose::Exact | Purpose::Final => {
+                    directory.publish_root(update.clone()).await
+                }
                 Purpose::Takeover { recovered, ended_at } => {
                     directory
                         .finish_takeover(update.clone(), recovered, ended_at)

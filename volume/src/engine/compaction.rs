@@ -17,6 +17,7 @@ use futures_util::future::join_all;
 use weft_proto::id::Sequence;
 use weft_proto::units::Lba;
 
+use super::checkpoint::Purpose;
 use super::scan::Walk;
 use super::space::gain;
 use super::work::{BlockWork, Copy, CopyGroup, Target, Work};
@@ -53,7 +54,8 @@ struct Live {
 impl Core {
     pub(crate) async fn compaction_loop(self: &Rc<Self>) {
         loop {
-            let changed = self.changed.changed();
+            // Not at every change: looking at all bands is too much for every stripe.
+            let changed = self.worth_compacting.changed();
             if self.life.get() != Life::Serving {
                 return;
             }
@@ -91,23 +93,22 @@ impl Core {
     /// Turns garbage into free bands until something was freed or nothing is left to gain.
     async fn find_space(self: &Rc<Self>) -> Result<(), VolumeError> {
         // What is dead already costs nothing but a root.
-        let mut freed = self.checkpoint(super::checkpoint::Purpose::Ordinary).await?;
+        let mut freed = self.checkpoint(Purpose::Ordinary).await?;
         if freed == 0 {
             // Exact counts, or overwritten blocks would hide behind runs that were not merged.
-            self.map().merge_all(self.checkpoints.floor()).await?;
-            freed = self.checkpoint(super::checkpoint::Purpose::Ordinary).await?;
+            freed = self.checkpoint(Purpose::Exact).await?;
         }
         let mut gained = 0.0;
         while freed == 0 {
             let Some(share) = self.compact_one(GAIN_MIN).await? else {
                 if gained > 0.0 {
-                    freed = self.checkpoint(super::checkpoint::Purpose::Ordinary).await?;
+                    freed = self.checkpoint(Purpose::Ordinary).await?;
                 }
                 break;
             };
             gained += share;
             if gained >= 1.0 {
-                freed = self.checkpoint(super::checkpoint::Purpose::Ordinary).await?;
+                freed = self.checkpoint(Purpose::Ordinary).await?;
                 gained = 0.0;
             }
         }
@@ -132,7 +133,7 @@ impl Core {
             }
             Evacuation::Pending => {
                 // A checkpoint ends the run that is being written.
-                self.checkpoint(super::checkpoint::Purpose::Ordinary).await?;
+                self.checkpoint(Purpose::Ordinary).await?;
                 Ok(Some(0.0))
             }
         }

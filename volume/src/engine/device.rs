@@ -16,6 +16,7 @@ use super::work::{BlockWork, Op, Target, Work, ZeroWork};
 use super::{Core, Engine};
 use crate::format::checksum::block_crc;
 use crate::seams::{BandPurpose, Timestamp};
+use crate::sync::detached;
 
 /// Longest read or write. A stripe header lists 128 blocks; longer commands are several stripes.
 const TRANSFER_BYTES_MAX: u32 = 1 << 20;
@@ -46,27 +47,23 @@ impl BlockDevice for Engine {
             return ready(Err(BlockError::NotReady));
         }
         let arrived = core.seams.env.now();
-        // Started when made: the I/O goes on in a task of its own, whatever becomes of the caller's future.
-        let reply = crate::sync::Reply::new();
-        let answer = Rc::clone(&reply);
-        let task_core = Rc::clone(&core);
-        core.spawn(async move {
-            let read = task_core.read_range(range).await;
-            let result = match read {
-                Ok(bytes) => task_core.leased().await.map(|()| bytes),
+        let env = Rc::clone(&core.seams.env);
+        let read = async move {
+            let result = match core.read_range(range).await {
+                Ok(bytes) => core.leased().await.map(|()| bytes),
                 Err(error) => Err(error),
             };
             if result.is_ok() {
-                let counters = &task_core.counters;
+                let counters = &core.counters;
                 counters.user_read_bytes.add(range.count * BLOCK_BYTES as u64);
-                counters.read_seconds.record(task_core.seconds_since(arrived));
+                counters.read_seconds.record(core.seconds_since(arrived));
             }
-            answer.give(result.map_err(|error| {
-                tracing::debug!(volume = %task_core.volume, %error, "read not served");
+            result.map_err(|error| {
+                tracing::debug!(volume = %core.volume, %error, "read not served");
                 error.to_block(range.start)
-            }));
-        });
-        reply.wait().boxed_local()
+            })
+        };
+        detached(&*env, read).boxed_local()
     }
 
     fn write(&self, start: Lba, data: Vec<Bytes>, _durability: Durability) -> Io<()> {

@@ -84,6 +84,8 @@ pub(crate) struct Core {
     pub(crate) life: Cell<Life>,
     /// Something that a task may wait for changed: bands, health, life, flights, space.
     pub(crate) changed: Rc<Notify>,
+    /// There may be something to compact: a band was sealed, space is short.
+    pub(crate) worth_compacting: Rc<Notify>,
     /// There may be something to append.
     pub(crate) pump: Rc<Notify>,
     map: OnceCell<Rc<PageMap>>,
@@ -124,8 +126,10 @@ impl Engine {
     /// recovers `grant.recover` otherwise. Whoever wrote the recovered epoch must be fenced, on at least n − m
     /// of each listed band's drives, before this is called. Serves as soon as it returns.
     ///
-    /// May be repeated after an error, with the same grant if its epoch is still current, or after a crash under
-    /// a new one: nothing of the new epoch counts before its first root is committed.
+    /// Nothing of the new epoch counts before its first root is committed, so a crash in here, or an error, is cured
+    /// by opening again **under a new epoch**: stripe numbers and sequences of one epoch are given once. Only after
+    /// [`VolumeError::TooManyMissing`], which is found out before anything is written, may the same grant be
+    /// tried again.
     pub async fn open(
         seams: Seams,
         settings: Settings,
@@ -178,6 +182,7 @@ impl Engine {
             Life::Opening | Life::Quiescing | Life::Closed => return Err(VolumeError::Closed),
         }
         core.changed.notify();
+        core.worth_compacting.notify();
         core.pump.notify();
         core.finish().await?;
         let (root_version, root) = core.root.get();
@@ -232,6 +237,7 @@ impl Core {
             ended: RefCell::new(grant.ended.clone()),
             life: Cell::new(Life::Opening),
             changed: Rc::default(),
+            worth_compacting: Rc::default(),
             pump: Rc::default(),
             map: OnceCell::new(),
             bands: RefCell::default(),
@@ -326,6 +332,7 @@ impl Core {
         self.host.fail_all();
         self.internal.fail_all();
         self.changed.notify();
+        self.worth_compacting.notify();
         self.pump.notify();
     }
 

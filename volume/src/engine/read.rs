@@ -285,6 +285,19 @@ impl Core {
         }
         let device = self.seams.drives.device(chunk.drive)?;
         let _pin = Rc::clone(&band.pin);
+        // A chunk may have moved to a drive with shorter transfers than what the stripe was written with.
+        let rows_max = (device.info().transfer_bytes_max / BLOCK_BYTES as u32).max(1);
+        if count > rows_max {
+            let mut bytes = BytesMut::with_capacity(count as usize * BLOCK_BYTES);
+            for first in (0..count).step_by(rows_max as usize) {
+                let part = self.read_rows(band, column, row + first, rows_max.min(count - first));
+                match Box::pin(part).await? {
+                    Ok(part) => bytes.extend_from_slice(&part),
+                    Err(error) => return Some(Err(error)),
+                }
+            }
+            return Some(Ok(bytes.freeze()));
+        }
         let block_bytes = u64::from(device.info().block_bytes);
         let range = LbaRange {
             start: Lba(chunk.row_byte_offset(row) / block_bytes),

@@ -18,7 +18,6 @@ use std::rc::Rc;
 use futures_util::future::join_all;
 use weft_proto::band::{EpochGrant, RootPointer};
 use weft_proto::id::{Epoch, StripeNumber};
-use weft_proto::units::Lba;
 
 use super::Core;
 use super::checkpoint::Purpose;
@@ -58,7 +57,6 @@ impl Core {
         }
         let core = Rc::clone(self);
         self.spawn(core.append_loop());
-        self.ask_for_bands(&self.internal);
         let mut ended_at = StripeNumber(0);
         if let Some(epoch) = grant.recover {
             ended_at = self.recover(epoch, grant.root, root.as_ref()).await?;
@@ -176,6 +174,8 @@ impl Core {
         let ended_at = published.max(claimed.unwrap_or(StripeNumber(0)));
         let above = stripes.split_off(&StripeNumber(ended_at.0 + 1));
         tracing::info!(volume = %self.volume, %epoch, %ended_at, replayed = stripes.len(), above = above.len(), "recovery scan done");
+        // From here on the new epoch writes.
+        self.ask_for_bands(&self.internal);
         self.counters.applied.add(stripes.len() as u64);
         self.replay(epoch, &stripes).await?;
         self.reappend(above).await?;
@@ -259,26 +259,31 @@ impl Core {
 
     /// Writes stripes above H again, under this epoch.
     async fn reappend(self: &Rc<Self>, stripes: BTreeMap<StripeNumber, Found>) -> Result<(), VolumeError> {
-        let mut ops = Vec::new();
+        // Read everything first: what fails here fails before this epoch has written anything.
+        let mut whole = Vec::new();
         for (number, found) in stripes {
             if !found.is_decodable() {
                 self.counters.dropped.add(1);
                 tracing::debug!(volume = %self.volume, stripe = %number, valid = found.valid.count(), "never acknowledged: dropped");
                 continue;
             }
-            self.counters.reappended.add(1);
-            let mut work = Vec::new();
+            let mut blocks = Vec::new();
             for (index, record) in found.header.blocks.iter().enumerate() {
-                let Some(entry) = found.entry(index).filter(|_| record.lba < HOST_LBA_END) else {
-                    continue;
-                };
-                let data = self.read_unmapped(record.lba, &entry).await?;
-                work.push((record, data));
+                if let Some(entry) = found.entry(index)
+                    && record.lba < HOST_LBA_END
+                {
+                    blocks.push((*record, self.read_unmapped(record.lba, &entry).await?));
+                }
             }
-            let op = Op::new(work.len() + found.header.zeroes.len());
-            for (record, data) in work {
+            whole.push((blocks, found.header.zeroes));
+        }
+        self.counters.reappended.add(whole.len() as u64);
+        let mut ops = Vec::new();
+        for (blocks, zeroes) in whole {
+            let op = Op::new(blocks.len() + zeroes.len());
+            for (record, data) in blocks {
                 let block = BlockWork {
-                    lba: Lba(record.lba.0),
+                    lba: record.lba,
                     sequence: record.sequence,
                     crc: record.crc,
                     data,
@@ -287,17 +292,15 @@ impl Core {
                 };
                 self.enqueue(BandPurpose::Internal, Work::Block(block));
             }
-            for record in &found.header.zeroes {
+            for record in zeroes {
+                let pending = &self.checkpoints.zeroes_pending;
+                pending.borrow_mut().insert(record.sequence);
                 let zeroes = ZeroWork {
                     range: record.range,
                     sequence: record.sequence,
                     op: Rc::clone(&op),
                     was_in: Vec::new(),
                 };
-                self.checkpoints
-                    .zeroes_pending
-                    .borrow_mut()
-                    .insert(record.sequence);
                 self.enqueue(BandPurpose::Internal, Work::Zeroes(zeroes));
             }
             ops.push(op);

@@ -51,6 +51,7 @@ impl Core {
                         stream.ready.borrow_mut().push_back(band);
                     }
                     stream.no_space.set(false);
+                    self.space.hope();
                     break;
                 }
                 Err(error) if self.directory_error(&error).is_some() => return,
@@ -66,7 +67,11 @@ impl Core {
                 Err(error) => {
                     if error == DirectoryError::NoSpace {
                         stream.no_space.set(true);
-                        self.space.request();
+                        // Searched already, and nothing was trimmed, granted or freed since.
+                        if !self.space.is_exhausted() {
+                            self.space.request();
+                            self.worth_compacting.notify();
+                        }
                     }
                     // The waiters look at what was learnt, then this is asked again: space comes back.
                     self.changed.notify();

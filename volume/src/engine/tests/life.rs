@@ -246,3 +246,20 @@ fn a_fenced_engine_stops_and_says_so() {
         Err(BlockError::NotReady)
     );
 }
+
+#[test]
+fn a_volume_is_a_block_device_like_any_other() {
+    let fixture = fixture();
+    let engine = fixture.engine.clone();
+    // The cases take a device that may hold anything at first. Blocks without data would be read in no time, and
+    // virtual time would stand still for a case that polls.
+    fixture.run(async move {
+        weft_block::testing::conformance(async || {
+            let data = (1..=256).map(block).collect();
+            let written = engine.write(Lba(0), data, Durability::Cached).await;
+            assert_eq!(written, Ok(()));
+            Rc::new(engine.clone()) as weft_block::Device
+        })
+        .await;
+    });
+}
