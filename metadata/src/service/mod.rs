@@ -72,9 +72,10 @@ impl Config {
 pub struct Timing {
     /// Between a leader's heartbeats.
     pub heartbeat: Duration,
-    /// A follower stands for election after a silence from this …
+    /// A follower stands for election after a silence of `election_max` (the leader's lease) and a time drawn
+    /// from this …
     pub election_min: Duration,
-    /// … to this, drawn each time.
+    /// … to this.
     pub election_max: Duration,
     /// Entries between snapshots.
     pub snapshot_entries: u64,
@@ -84,8 +85,10 @@ impl Default for Timing {
     fn default() -> Self {
         Self {
             heartbeat: Duration::from_millis(100),
-            election_min: Duration::from_millis(300),
-            election_max: Duration::from_millis(600),
+            // Together a silence of 550 to 700 ms: five heartbeats and more may be lost, and an unplanned failover still
+            // leaves a second of its two for fence and scan.
+            election_min: Duration::from_millis(200),
+            election_max: Duration::from_millis(350),
             snapshot_entries: 2000,
         }
     }
