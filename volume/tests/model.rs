@@ -7,6 +7,7 @@ mod common;
 use std::time::Duration;
 
 use common::{Fabric, Host, Spec, VOLUME, random_operation, seeds};
+use weft_block::BlockError;
 use weft_proto::id::DriveId;
 use weft_volume::testing::drive::Health;
 use weft_volume::testing::rng::Rng;
@@ -178,5 +179,132 @@ fn a_stopped_owner_that_wakes_after_its_takeover_changes_and_answers_nothing() {
         finish(&fabric, &work);
         fabric.world.run_for(Duration::from_secs(3)).expect("no stop");
         fabric.verify(&second, "after the former owner woke up");
+    }
+}
+
+/// It has nothing to write, so no drive tells it that it was fenced: only the lease does.
+#[test]
+fn a_stopped_owner_that_only_reads_serves_nothing_stale() {
+    for seed in seeds(0..8) {
+        let fabric = Fabric::new(seed, Spec::new(2, 1, 4));
+        let mut rng = Rng::new(seed).fork(99);
+        let first = fabric.open();
+        let host = first.host.clone();
+        fabric
+            .run(&first, async move { host.write(0, 64).await })
+            .expect("space");
+        // Idle: no stripe is in flight when it is stopped.
+        fabric.sleep_all();
+        let second = fabric.open();
+        fabric
+            .world
+            .run_for(Duration::from_millis(1010))
+            .expect("no stop");
+        let work = workload(&fabric, &second, &mut rng, 3, 10);
+        finish(&fabric, &work);
+        let host = first.host.clone();
+        let _reading = fabric.world.start(first.incarnation(), async move {
+            for start in (0..64).step_by(8) {
+                if host.read(start, 8).await.is_err() {
+                    return;
+                }
+            }
+        });
+        fabric.world.resume(first.incarnation());
+        fabric.world.run_for(Duration::from_secs(5)).expect("no stop");
+        fabric.verify(&second, "after the former owner woke up");
+    }
+}
+
+/// What one drive holds is damaged, in every way a medium can be, under stripes of every age.
+#[test]
+fn damage_on_one_drive_is_read_around_and_survives_a_takeover() {
+    for seed in seeds(0..8) {
+        let (k, m) = if seed % 2 == 0 { (2, 1) } else { (4, 2) };
+        let fabric = Fabric::new(seed, Spec::new(k, m, u32::from(k + m) + 1));
+        let mut rng = Rng::new(seed).fork(99);
+        let mut owner = fabric.open();
+        for round in 0..4 {
+            let work = workload(&fabric, &owner, &mut rng, 3, 12);
+            finish(&fabric, &work);
+            let drive = fabric
+                .world
+                .drive(DriveId(rng.between(1, u64::from(fabric.spec.drives)) as u32));
+            let blocks = u64::from(drive.spec().size_mib) * 256;
+            for block in (256..blocks).filter(|block| drive.holds(*block)) {
+                match rng.below(12) {
+                    0 => drive.flip_bit(block, rng.index(8 * 4096)),
+                    1 => drive.lose(block, 1),
+                    2 => drive.set_read_error(block),
+                    _ => {}
+                }
+            }
+            if round % 2 == 1 {
+                fabric.crash(InFlight::Mixed);
+                owner = fabric.open();
+            }
+            fabric.verify(&owner, "with a damaged drive");
+            // Read twice: what was found damaged has been repaired elsewhere, or is read around again.
+            fabric.verify(&owner, "with a damaged drive, again");
+            rewrite_all(&fabric, &owner);
+        }
+    }
+}
+
+/// Gives every block new bytes, so that the next damage is not the second one to a stripe; map blocks move with a
+/// checkpoint.
+fn rewrite_all(fabric: &Fabric, owner: &common::Owner) {
+    let host = owner.host.clone();
+    let blocks = fabric.spec.blocks;
+    fabric.run(owner, async move {
+        for start in (0..blocks).step_by(32) {
+            host.write(start, 32).await.expect("space");
+        }
+        host.engine.checkpoint().await.expect("metadata is there");
+    });
+}
+
+/// A small pool at four fifths, overwritten again and again, with owners killed and space given back on the way.
+#[test]
+fn a_nearly_full_pool_survives_kills() {
+    for seed in seeds(0..2) {
+        let mut spec = Spec::new(2, 1, 4);
+        spec.blocks = 5120;
+        spec.metadata.reserve_mib = 3;
+        let fabric = Fabric::new(seed, spec);
+        let mut rng = Rng::new(seed).fork(99);
+        let mut owner = fabric.open();
+        for round in 0..6 {
+            let work: Vec<Work> = (0..4)
+                .map(|worker| {
+                    let host = owner.host.clone();
+                    let mut rng = rng.fork(worker + 10 * round);
+                    fabric.world.start(owner.incarnation(), async move {
+                        for _ in 0..40 {
+                            let start = rng.below(4000);
+                            match host.write(start, 32).await {
+                                Ok(()) | Err(BlockError::CapacityExceeded) => {}
+                                Err(BlockError::NotReady) => return,
+                                Err(error) => panic!("{error}"),
+                            }
+                        }
+                    })
+                })
+                .collect();
+            if round % 2 == 0 {
+                fabric.world.run_for(some_time(&mut rng) * 4).expect("no stop");
+                fabric.crash(InFlight::Mixed);
+                owner = fabric.open();
+            } else {
+                finish(&fabric, &work);
+            }
+            fabric.verify(&owner, "in a nearly full pool");
+        }
+        let host = owner.host.clone();
+        fabric.run(&owner, async move {
+            host.trim(0, 5120).await.expect("a trim needs no space");
+            host.write(0, 64).await.expect("a trim gives space back");
+        });
+        fabric.verify(&owner, "after a trim");
     }
 }

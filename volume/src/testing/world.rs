@@ -296,6 +296,13 @@ impl World {
         self.core.borrow_mut().crash_after = Some(effect);
     }
 
+    /// Lets the world go on after [`World::crash_after`] stopped it.
+    pub fn go_on(&self) {
+        let mut core = self.core.borrow_mut();
+        core.stopped = false;
+        core.crash_after = None;
+    }
+
     /// Counts one.
     pub(super) fn effect(&self, what: impl FnOnce() -> String) {
         let mut core = self.core.borrow_mut();

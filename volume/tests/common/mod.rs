@@ -8,7 +8,7 @@ use std::future::Future;
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 
-use futures_util::future::{LocalBoxFuture, join_all};
+use futures_util::future::join_all;
 use weft_block::{BlockDevice, BlockError, Durability};
 use weft_proto::band::{ChunkSize, Geometry};
 use weft_proto::id::{ClusterId, DriveId, IncarnationId, VolumeId};
@@ -148,6 +148,15 @@ impl Fabric {
         self.oracle.borrow_mut().all_unknown();
     }
 
+    /// Stops every agent that lives, as SIGSTOP does. What it was asked may still happen.
+    pub fn sleep_all(&self) {
+        self.world.go_on();
+        for incarnation in self.world.living() {
+            self.world.pause(incarnation);
+        }
+        self.oracle.borrow_mut().all_unknown();
+    }
+
     /// Runs `future` on the owner where nothing stops it.
     pub fn run<T: 'static>(&self, owner: &Owner, future: impl Future<Output = T> + 'static) -> T {
         self.world
@@ -268,10 +277,33 @@ impl Host {
         }
     }
 
-    /// Runs operations side by side.
-    pub async fn together(&self, operations: Vec<LocalBoxFuture<'_, Result<(), BlockError>>>) {
-        for result in join_all(operations).await {
-            result.expect("a volume with drives and space takes writes");
+    /// A write that has to succeed while this owner is one.
+    pub async fn put(&self, start: u64, count: u64) {
+        let result = self.write(start, count).await;
+        self.must(result).await;
+    }
+
+    /// A TRIM that has to succeed while this owner is one.
+    pub async fn discard(&self, start: u64, count: u64) {
+        let result = self.trim(start, count).await;
+        self.must(result).await;
+    }
+
+    /// A checkpoint that has to succeed while this owner is one.
+    pub async fn checkpoint(&self) {
+        match self.engine.checkpoint().await {
+            Ok(()) => {}
+            Err(VolumeError::Fenced | VolumeError::Closed) => std::future::pending().await,
+            Err(error) => panic!("checkpoint: {error}"),
+        }
+    }
+
+    /// A script of an owner that was stopped and has woken up fenced goes no further.
+    async fn must(&self, result: Result<(), BlockError>) {
+        match result {
+            Ok(()) => {}
+            Err(BlockError::NotReady) => std::future::pending().await,
+            Err(error) => panic!("a volume with drives and space does not refuse: {error}"),
         }
     }
 }
