@@ -3,7 +3,7 @@
 //! An association ends with the first of its connections, with a keep alive that goes unanswered, or when its owner
 //! lets go of it. Nothing here keeps it alive but its owner.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::rc::{Rc, Weak};
@@ -26,6 +26,8 @@ pub(crate) struct Association {
     connections: RefCell<Vec<Rc<Connection>>>,
     closed: watch::Sender<Option<CloseReason>>,
     listeners: RefCell<Vec<Weak<Listener>>>,
+    /// This side has asked the controller to shut down: however it ends now, it was disconnected.
+    ending: Cell<bool>,
 }
 
 impl Association {
@@ -34,6 +36,7 @@ impl Association {
             connections: RefCell::default(),
             closed: watch::Sender::new(None),
             listeners: RefCell::default(),
+            ending: Cell::new(false),
         })
     }
 
@@ -55,6 +58,11 @@ impl Association {
 
     /// Ends every connection. Only the first reason counts.
     pub(crate) fn close(&self, reason: CloseReason) {
+        let reason = if self.ending.get() {
+            CloseReason::Disconnected
+        } else {
+            reason
+        };
         let first = self.closed.send_if_modified(|closed| {
             let first = closed.is_none();
             closed.get_or_insert(reason);
@@ -72,6 +80,11 @@ impl Association {
                 listener.end();
             }
         }
+    }
+
+    /// An orderly end has begun.
+    pub(crate) fn set_ending(&self) {
+        self.ending.set(true);
     }
 
     pub(crate) fn closed(&self) -> Option<CloseReason> {

@@ -248,6 +248,7 @@ impl Controller {
     /// Shuts the controller down in order (CC.SHN) and ends the association. Commands in flight are finished by the
     /// controller or lost. Never longer than the connect timeout.
     pub async fn disconnect(&self) {
+        self.association.set_ending();
         let shutdown = async {
             let sqe = FabricsCommand::PropertySet {
                 property: Property::CC,

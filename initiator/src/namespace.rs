@@ -18,7 +18,7 @@ use bytes::{Bytes, BytesMut};
 use futures_util::future::{LocalBoxFuture, join_all, ready};
 use weft_block::{BlockDevice, BlockError, DeviceInfo, Durability, Io};
 use weft_proto::nvme::command::{DsmRange, submit};
-use weft_proto::nvme::identify::IdentifyNamespace;
+use weft_proto::nvme::identify::{IdentifyNamespace, rescap};
 use weft_proto::nvme::sqe::Sqe;
 use weft_proto::nvme::status::Status;
 use weft_proto::units::{BlockCount, Lba, LbaRange};
@@ -41,6 +41,7 @@ pub struct Namespace {
     nsid: u32,
     uuid: Option<[u8; 16]>,
     anagrpid: u32,
+    rescap: u8,
     info: Cell<DeviceInfo>,
 }
 
@@ -58,6 +59,7 @@ impl Namespace {
             nsid,
             uuid,
             anagrpid: identity.anagrpid.get(),
+            rescap: identity.rescap,
             info: Cell::new(info),
         }))
     }
@@ -78,6 +80,12 @@ impl Namespace {
     #[must_use]
     pub fn anagrpid(&self) -> u32 {
         self.anagrpid
+    }
+
+    /// Whether its registrations can persist through power loss (RESCAP).
+    #[must_use]
+    pub fn reservations_persist(&self) -> bool {
+        self.rescap & rescap::PTPL != 0
     }
 
     /// Its controller.
@@ -233,6 +241,7 @@ impl Namespace {
                 nsid: self.nsid,
                 uuid: self.uuid,
                 anagrpid: self.anagrpid,
+                rescap: self.rescap,
                 info: self.info.clone(),
             }),
         }

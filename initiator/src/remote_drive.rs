@@ -91,10 +91,16 @@ impl RemoteDrive {
     /// # Errors
     /// [`ReservationError`]; Unknown after `deadline`.
     pub async fn reservation_register(&self, key: u64, deadline: Duration) -> Result<(), ReservationError> {
+        let namespace = self.namespace().ok_or(ReservationError::NotConnected)?;
+        let persist = if namespace.reservations_persist() {
+            PersistChange::Set
+        } else {
+            PersistChange::Keep
+        };
         self.within(deadline, async |controller| {
             let action = RegisterAction::Register;
             controller
-                .reservation_register(self.nsid, action, 0, key, true, PersistChange::Set)
+                .reservation_register(self.nsid, action, 0, key, true, persist)
                 .await
         })
         .await

@@ -206,8 +206,14 @@ async fn pump(
     mut silent: watch::Receiver<bool>,
 ) {
     let mut buffer = vec![0; 64 * 1024];
-    while let Ok(len @ 1..) = from.read(&mut buffer).await {
-        if silent.wait_for(|silent| !silent).await.is_err() || to.write_all(&buffer[..len]).await.is_err() {
+    loop {
+        let received = from.read(&mut buffer).await;
+        // The end of a stream is as silent as its bytes.
+        if silent.wait_for(|silent| !silent).await.is_err() {
+            return;
+        }
+        let Ok(len @ 1..) = received else { return };
+        if to.write_all(&buffer[..len]).await.is_err() {
             return;
         }
     }
@@ -757,7 +763,7 @@ fn a_path_that_dies_costs_its_host_no_error() {
 #[test]
 fn commands_follow_the_access_state() {
     run(async {
-        let (first_device, first_faults) = Faulty::wrap(MemoryDrive::device(1 << 20));
+        let (first_device, first_faults) = Faulty::wrap(MemoryDrive::device(64 << 20));
         let device: Device = first_device;
         let nodes = two_nodes(&device, [AnaState::OPTIMIZED, AnaState::NON_OPTIMIZED]).await;
         let multi = multipath(&nodes, Duration::from_secs(1)).await;
