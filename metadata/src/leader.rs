@@ -23,6 +23,8 @@ use crate::state::map::{ClusterMap, IncarnationState, NodeState, Phase, Volume};
 pub const SILENCE: Duration = Duration::from_millis(1000);
 /// Between the heartbeats of a session.
 pub const HEARTBEAT: Duration = Duration::from_millis(200);
+/// Between probes of an incarnation that is missing: a process that ends may close its sessions before its listener.
+const PROBE_AGAIN: Duration = Duration::from_millis(100);
 /// Until a decision that has not been seen to take effect is made again.
 const PATIENCE: Duration = Duration::from_millis(500);
 
@@ -72,8 +74,8 @@ pub struct LeaderCore {
 struct Heard {
     /// Of the last heartbeat, `None` before the first.
     at: Option<Duration>,
-    /// A probe is under way or has been answered since the last heartbeat.
-    probed: bool,
+    /// When it was last probed since its last heartbeat.
+    probed_at: Option<Duration>,
     /// To be probed: its session broke.
     broken: bool,
     refused: bool,
@@ -107,14 +109,14 @@ impl LeaderCore {
     pub fn broken(&mut self, incarnation: IncarnationId) {
         let heard = self.heard.entry(incarnation).or_default();
         heard.broken = true;
-        heard.probed = false;
+        heard.probed_at = None;
     }
 
     /// A probe was answered: the control port refused, or not.
     pub fn probed(&mut self, incarnation: IncarnationId, refused: bool) {
         let heard = self.heard.entry(incarnation).or_default();
         // A heartbeat that came after the probe was sent has the last word.
-        heard.refused = refused && heard.probed;
+        heard.refused = refused && heard.probed_at.is_some();
     }
 
     /// What to do now.
@@ -138,8 +140,11 @@ impl LeaderCore {
                 .get(&incarnation.node)
                 .map(|node| node.control_address.clone());
             let missing = heard.at.is_none() || heard.broken;
-            if let (true, false, Some(address)) = (missing, heard.probed, address) {
-                heard.probed = true;
+            let due = heard
+                .probed_at
+                .is_none_or(|at| now.saturating_sub(at) >= PROBE_AGAIN);
+            if let (true, true, Some(address)) = (missing, due, address) {
+                heard.probed_at = Some(now);
                 decisions.probes.push((incarnation.id, address));
             }
             let cause = if heard.refused {

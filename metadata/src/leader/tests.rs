@@ -128,6 +128,23 @@ fn a_session_that_comes_back_outlives_its_probe() {
 }
 
 #[test]
+fn a_port_that_still_listens_is_asked_again() {
+    let map = map(2);
+    let mut core = settled(&map, ms(0));
+    core.broken(IncarnationId(2));
+    assert_eq!(core.decide(ms(10), &map).probes.len(), 1);
+    // The process is on its way out: its listener is closed a moment after its session.
+    core.probed(IncarnationId(2), false);
+    assert_eq!(core.decide(ms(20), &map).probes, []);
+    assert_eq!(core.decide(ms(110), &map).probes.len(), 1);
+    core.probed(IncarnationId(2), true);
+    assert_eq!(
+        core.decide(ms(120), &map).deaths,
+        [(IncarnationId(2), Cause::Refused)]
+    );
+}
+
+#[test]
 fn silence_is_death_after_a_second() {
     let map = map(2);
     let mut core = settled(&map, ms(0));
