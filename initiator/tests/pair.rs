@@ -1,5 +1,7 @@
 //! The real host and the real target in one process, over loopback sockets.
 
+#![expect(clippy::unwrap_used, reason = "a test's helpers may fail the test")]
+
 use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
 use std::rc::Rc;
