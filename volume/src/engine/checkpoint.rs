@@ -161,9 +161,11 @@ impl Core {
         let floor = self.checkpoints.floor.get();
         match purpose {
             Purpose::Ordinary => {
-                while map.merge_step(MERGE_STEP_BLOCKS, floor).await? != MergeProgress::Idle {
-                    self.alive()?;
+                while self.life.get() == Life::Serving
+                    && map.merge_step(MERGE_STEP_BLOCKS, floor).await? != MergeProgress::Idle
+                {
                 }
+                self.alive()?;
             }
             Purpose::Exact => map.merge_all(floor).await?,
             Purpose::Final | Purpose::Takeover { .. } => {}
@@ -405,13 +407,33 @@ impl Core {
         loop {
             let changed = self.changed.changed();
             self.alive()?;
-            if self.host.is_idle() && self.internal.is_idle() && self.copies.borrow().is_empty() {
+            let compacting = self.space.busy.get() || !self.copies.borrow().is_empty();
+            if self.host.is_idle() && self.internal.is_idle() && !compacting {
                 break;
             }
             self.changed_or_retry(changed).await;
         }
         self.return_unused().await;
-        self.checkpoint(Purpose::Final).await.map(|_| ())
+        self.checkpoint(Purpose::Final).await?;
+        // The next owner may free any band: not under a write of ours that is still on its way.
+        let deadline = self.seams.env.now().after(self.settings.lease);
+        loop {
+            let changed = self.changed.changed();
+            self.alive()?;
+            let unanswered = self
+                .bands
+                .borrow()
+                .values()
+                .find(|band| band.outstanding.get() > 0)
+                .map(|band| band.id);
+            let Some(band) = unanswered else {
+                return Ok(());
+            };
+            if self.seams.env.now() >= deadline {
+                return Err(VolumeError::Unanswered { band });
+            }
+            self.changed_or_retry(changed).await;
+        }
     }
 }
 

@@ -59,14 +59,18 @@ impl Core {
             if self.life.get() != Life::Serving {
                 return;
             }
+            self.space.busy.set(true);
             let result = if self.space.is_wanted() {
                 self.find_space().await
             } else if self.is_wasteful() {
                 self.compact_one(GAIN_MIN_IDLE).await.map(|_| ())
             } else {
+                self.space.busy.set(false);
                 changed.await;
                 continue;
             };
+            self.space.busy.set(false);
+            self.changed.notify();
             if let Err(error) = result {
                 if self.is_over() {
                     return;

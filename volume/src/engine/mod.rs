@@ -42,7 +42,7 @@ use crate::band::{BandState, Phase};
 use crate::error::VolumeError;
 use crate::map::PageMap;
 use crate::metrics::Counters;
-use crate::seams::{BandPurpose, DirectoryError, Seams};
+use crate::seams::{BandPurpose, DirectoryError, Seams, Timestamp};
 use crate::settings::{Identity, Settings};
 use crate::stripes::StripeNumbers;
 use crate::sync::Notify;
@@ -100,6 +100,8 @@ pub(crate) struct Core {
     /// Copies under way, by LBA; see [`work::Copy`].
     pub(crate) copies: RefCell<BTreeMap<u64, Vec<Rc<Copy>>>>,
     pub(crate) lease_until: Cell<u64>,
+    /// When the directory was last asked where chunks are.
+    pub(crate) refreshed: Cell<Timestamp>,
     pub(crate) root: Cell<(u64, Option<RootPointer>)>,
     pub(crate) checkpoints: Checkpoints,
     pub(crate) space: Space,
@@ -171,7 +173,8 @@ impl Engine {
     }
 
     /// For a planned move and for a clean stop: finishes what is in flight, refuses what comes ([`NotReady`]),
-    /// publishes a final root and answers what to hand over. The engine serves nothing afterwards.
+    /// publishes a final root and answers what to hand over. The engine serves nothing afterwards, also after an error:
+    /// then the next owner takes over as from a dead one.
     ///
     /// [`NotReady`]: weft_block::BlockError::NotReady
     pub async fn quiesce(&self) -> Result<Quiesced, VolumeError> {
@@ -184,7 +187,13 @@ impl Engine {
         core.changed.notify();
         core.worth_compacting.notify();
         core.pump.notify();
-        core.finish().await?;
+        if let Err(error) = core.finish().await {
+            // It took its last write: only a takeover can bring the volume back.
+            if !core.is_over() {
+                core.stop(Life::Closed);
+            }
+            return Err(error);
+        }
         let (root_version, root) = core.root.get();
         let last = core.numbers.borrow().last();
         core.stop(Life::Closed);
@@ -207,6 +216,12 @@ impl Engine {
     /// Publishes a checkpoint that covers everything visible now.
     pub async fn checkpoint(&self) -> Result<(), VolumeError> {
         self.0.checkpoint_now().await
+    }
+
+    /// Asks the directory where the bands' chunks are now: a rebuild has moved some. Reads that have to reconstruct ask by
+    /// themselves from time to time.
+    pub async fn refresh_bands(&self) {
+        self.0.refresh_bands().await;
     }
 
     /// The volume has grown to `size_bytes`.
@@ -249,6 +264,7 @@ impl Core {
             health: Health::default(),
             copies: RefCell::default(),
             lease_until: Cell::new(0),
+            refreshed: Cell::new(Timestamp(0)),
             root: Cell::new((grant.root_version, grant.root)),
             checkpoints: Checkpoints::default(),
             space: Space::default(),

@@ -165,6 +165,7 @@ impl Core {
             let Some(band) = self.band(entry.band) else {
                 return Err(VolumeError::UnknownBand { band: entry.band });
             };
+            self.refresh_soon();
             match self.reconstruct(&band, lba, &entry).await {
                 Ok(bytes) => {
                     self.counters.reconstructed.add(1);
@@ -321,8 +322,19 @@ impl Core {
         }
     }
 
+    /// Asks the directory in the background where chunks are, unless it was asked a moment ago.
+    fn refresh_soon(self: &Rc<Self>) {
+        let due = self.refreshed.get().after(self.settings.suspect * 5);
+        if self.life.get() == Life::Serving && self.seams.env.now() >= due {
+            self.refreshed.set(self.seams.env.now());
+            let core = Rc::clone(self);
+            self.spawn(async move { core.refresh_bands().await });
+        }
+    }
+
     /// Asks the directory where the bands' chunks are now.
     pub(crate) async fn refresh_bands(&self) {
+        self.refreshed.set(self.seams.env.now());
         match self.seams.directory.bands(self.volume).await {
             Ok(bands) => {
                 for band in bands {

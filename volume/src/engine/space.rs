@@ -12,6 +12,8 @@ use crate::band::BandState;
 pub(crate) struct Space {
     wanted: Cell<bool>,
     exhausted: Cell<bool>,
+    /// Compaction is at work.
+    pub(crate) busy: Cell<bool>,
 }
 
 impl Space {

@@ -108,8 +108,31 @@ fn parse(block: &[u8]) -> Result<(StripeHeader, ShardPart), HeaderError> {
     StripeHeader::parse(block, &KEY, CLUSTER, &band(), 7, 0)
 }
 
+/// The used bytes of the page's example.
+fn page_example() -> Vec<u8> {
+    let page = include_str!("../../../../docs/format/stripe.md");
+    let hex = page
+        .split("```hex\n")
+        .nth(1)
+        .and_then(|rest| rest.split("```").next())
+        .expect("the page has an example");
+    hex.split_whitespace()
+        .map(|byte| u8::from_str_radix(byte, 16).expect("two hex digits"))
+        .collect()
+}
+
 #[test]
 fn the_pages_example_is_what_is_written_and_read() {
+    let lines: Vec<String> = example()[..252]
+        .chunks(16)
+        .map(|line| line.iter().map(|byte| format!("{byte:02x} ")).collect())
+        .collect();
+    assert_eq!(
+        page_example(),
+        example()[..252],
+        "the page should say\n{}",
+        lines.join("\n")
+    );
     assert_eq!(header().template(&KEY).shard(PART), example());
     assert_eq!(parse(&example()), Ok((header(), PART)));
 }
