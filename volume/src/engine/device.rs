@@ -49,10 +49,9 @@ impl BlockDevice for Engine {
         let arrived = core.seams.env.now();
         let env = Rc::clone(&core.seams.env);
         let read = async move {
-            let result = match core.read_range(range).await {
-                Ok(bytes) => core.leased().await.map(|()| bytes),
-                Err(error) => Err(error),
-            };
+            let result = core.read_range(range).await;
+            // An error is an answer too: without a lease, a successor may have reused what could not be read here.
+            let result = core.leased().await.and(result);
             if result.is_ok() {
                 let counters = &core.counters;
                 counters.user_read_bytes.add(range.count * BLOCK_BYTES as u64);

@@ -117,6 +117,7 @@ impl Core {
     /// The drive's bytes are not what the map says.
     async fn mismatch(self: &Rc<Self>, lba: Lba, entry: MapEntry) -> Result<Bytes, VolumeError> {
         self.refresh_bands().await;
+        self.still_owner().await?;
         if let Some(band) = self.band(entry.band)
             && let Column::Read(bytes) = self.read_column(&band, entry.column, entry.row, 1).await
             && block_crc(self.volume, lba, entry.sequence, &bytes) == entry.crc
@@ -130,6 +131,15 @@ impl Core {
         let bytes = self.recover_block(lba, entry).await?;
         self.repair(lba, entry, bytes.clone());
         Ok(bytes)
+    }
+
+    /// Before bad bytes are believed: they may be a successor's, in a chunk that is not ours any more.
+    async fn still_owner(self: &Rc<Self>) -> Result<(), VolumeError> {
+        match self.life.get() {
+            // No lease yet, and none needed: nothing is answered before the takeover is committed.
+            Life::Opening => Ok(()),
+            Life::Serving | Life::Quiescing | Life::Closed | Life::Fenced => self.leased().await,
+        }
     }
 
     /// Whether the map still means this copy of `lba`. Map blocks are asked for by their place.
@@ -172,7 +182,10 @@ impl Core {
                     return Ok(bytes);
                 }
                 // Every column answered and they do not add up: waiting would not help.
-                Err(error @ VolumeError::BlockLost { .. }) => return Err(error),
+                Err(error @ VolumeError::BlockLost { .. }) => {
+                    self.still_owner().await?;
+                    return Err(error);
+                }
                 Err(error) if self.life.get() == Life::Opening => return Err(error),
                 Err(_) => {}
             }
