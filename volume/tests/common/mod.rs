@@ -16,7 +16,7 @@ use weft_proto::units::{Lba, LbaRange};
 use weft_volume::engine::Engine;
 use weft_volume::error::VolumeError;
 use weft_volume::format::header::HeaderKey;
-use weft_volume::map::MapSettings;
+use weft_volume::map::{MapError, MapSettings};
 use weft_volume::seams::Env;
 use weft_volume::settings::{Identity, Settings};
 use weft_volume::testing::World;
@@ -293,7 +293,11 @@ impl Host {
     pub async fn checkpoint(&self) {
         match self.engine.checkpoint().await {
             Ok(()) => {}
-            Err(VolumeError::Fenced | VolumeError::Closed) => std::future::pending().await,
+            Err(
+                VolumeError::Fenced
+                | VolumeError::Closed
+                | VolumeError::Map(MapError::Store(BlockError::NotReady)),
+            ) => std::future::pending().await,
             Err(error) => panic!("checkpoint: {error}"),
         }
     }
