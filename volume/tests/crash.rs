@@ -267,6 +267,67 @@ fn writes_that_overtake_each_other() {
     });
 }
 
+/// The same with the hole where it hurts: across the end of the first window that recovery reads.
+#[test]
+fn an_acknowledged_write_behind_a_hole_is_found() {
+    let mut spec = small();
+    spec.metadata.window_rows = 40;
+    let fabric = Fabric::new(1, spec);
+    let owner = fabric.open();
+    let host = owner.host.clone();
+    fabric.run(&owner, async move { host.put(0, 32).await });
+    let all_slower = |factor| {
+        fabric
+            .world
+            .all_drives()
+            .iter()
+            .for_each(|drive| drive.set_slowness(factor))
+    };
+    // 31 rows of all three columns, on their way for longer than this test lasts, but no stall yet.
+    all_slower(500);
+    let host = owner.host.clone();
+    drop(
+        fabric
+            .world
+            .start(owner.incarnation(), async move { host.put(64, 60).await }),
+    );
+    fabric.world.run_for(Duration::from_millis(1)).expect("no stop");
+    all_slower(1);
+    let host = owner.host.clone();
+    fabric.run(&owner, async move { host.put(200, 1).await });
+    fabric.crash(InFlight::Lost);
+    let owner = fabric.open();
+    fabric.verify(&owner, "behind a hole");
+}
+
+/// A write that a stalled drive still holds may land at any time: until it has ended, its chunk is nobody else's.
+#[test]
+fn a_band_is_not_freed_under_a_write_in_flight() {
+    let fabric = Fabric::new(1, small());
+    let owner = fabric.open();
+    let host = owner.host.clone();
+    fabric.run(&owner, async move { host.put(0, 8).await });
+    let stalled = fabric.world.drive(DriveId(2));
+    stalled.set_health(Health::Stalled);
+    let overwrite = || {
+        let host = owner.host.clone();
+        fabric.run(&owner, async move {
+            for _ in 0..8 {
+                join_all((0..4).map(|step| host.put(step * 64, 64))).await;
+                host.checkpoint().await;
+            }
+        });
+        fabric.check("bands freed meanwhile");
+    };
+    overwrite();
+    stalled.set_health(Health::Serving);
+    fabric.world.run_for(Duration::from_secs(2)).expect("no stop");
+    overwrite();
+    let stats = owner.host.engine.stats();
+    assert!(stats.stripes_abandoned > 0 && stats.bands_freed > 0, "{stats:?}");
+    fabric.verify(&owner, "after the drive came back");
+}
+
 #[test]
 fn trims_and_zeroes() {
     sweep("trims and zeroes", &small(), |host| {

@@ -44,15 +44,17 @@ pub struct Spec {
 impl Spec {
     /// k+m on `drives` drives of 16 MiB, a volume of 1 MiB, and an engine that checkpoints and compacts often.
     pub fn new(k: u8, m: u8, drives: u32) -> Self {
-        let mut settings = Settings::default();
-        settings.chunk_size_max = ChunkSize::Mib1;
-        settings.log_budget_bytes = 2 << 20;
-        settings.map = MapSettings {
-            // A cache of a few blocks, so that maps are read from drives.
-            cache_bytes: 64 << 10,
-            runs_max: 4,
-            merge_fan_in: 2,
-            ..MapSettings::default()
+        let settings = Settings {
+            chunk_size_max: ChunkSize::Mib1,
+            log_budget_bytes: 2 << 20,
+            map: MapSettings {
+                // A cache of a few blocks, so that maps are read from drives.
+                cache_bytes: 64 << 10,
+                runs_max: 4,
+                merge_fan_in: 2,
+                ..MapSettings::default()
+            },
+            ..Settings::default()
         };
         Self {
             geometry: Geometry { k, m },
