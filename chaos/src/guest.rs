@@ -22,11 +22,17 @@ fn scripts() -> PathBuf {
 /// # Errors
 /// What could not be installed or made.
 pub fn prepare() -> anyhow::Result<String> {
-    let output = Command::new(scripts().join("prepare")).stderr(Stdio::inherit()).output().context("prepare")?;
+    let output = Command::new(scripts().join("prepare"))
+        .stderr(Stdio::inherit())
+        .output()
+        .context("prepare")?;
     ensure!(output.status.success(), "chaos/guest/prepare: {}", output.status);
     let folder = PathBuf::from(String::from_utf8(output.stdout)?.trim());
     let version = folder.join("kernel");
-    Ok(std::fs::read_to_string(&version).with_context(|| version.display().to_string())?.trim().to_owned())
+    Ok(std::fs::read_to_string(&version)
+        .with_context(|| version.display().to_string())?
+        .trim()
+        .to_owned())
 }
 
 /// Runs a script in a guest to its end, its output on ours.
@@ -68,11 +74,14 @@ impl Nvmet {
         let reservations = if reservations { "1" } else { "0" };
         let mut command = command(
             "nvmet.sh",
-            &[("SUBNQN", subnqn), ("SIZE_MIB", &size_mib.to_string()), ("RESERVATIONS", reservations)],
+            &[
+                ("SUBNQN", subnqn),
+                ("SIZE_MIB", &size_mib.to_string()),
+                ("RESERVATIONS", reservations),
+            ],
         );
-        let forward = format!(
-            "user,id=n0,hostfwd=tcp:127.0.0.1:{port}-:4420,hostfwd=tcp:127.0.0.1:{stop_port}-:4421"
-        );
+        let forward =
+            format!("user,id=n0,hostfwd=tcp:127.0.0.1:{port}-:4420,hostfwd=tcp:127.0.0.1:{stop_port}-:4421");
         command.args(["--", "-netdev", &forward]).stdout(Stdio::piped());
         let mut guest = command.spawn().context("run a guest")?;
         let output = guest.stdout.take().context("the guest's output")?;
@@ -84,7 +93,12 @@ impl Nvmet {
                 let _ = lines.send(line);
             }
         });
-        let nvmet = Self { guest, stop_port, port, subnqn };
+        let nvmet = Self {
+            guest,
+            stop_port,
+            port,
+            subnqn,
+        };
         loop {
             match received.recv_timeout(PATIENCE) {
                 Ok(line) if line.contains("nvmet ready") => return Ok(nvmet),

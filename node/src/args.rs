@@ -12,7 +12,13 @@ use weft_proto::nqn::Nqn;
 #[command(name = "weft", version, about, propagate_version = true, max_term_width = 110)]
 pub(crate) struct Cli {
     /// Control addresses of one or more agents, HOST:PORT; the leader is found from any of them.
-    #[arg(long, global = true, value_delimiter = ',', default_value = "127.0.0.1:7420", env = "WEFT_CLUSTER")]
+    #[arg(
+        long,
+        global = true,
+        value_delimiter = ',',
+        default_value = "127.0.0.1:7420",
+        env = "WEFT_CLUSTER"
+    )]
     pub(crate) cluster: Vec<String>,
 
     /// Print JSON for programs instead of tables for people.

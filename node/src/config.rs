@@ -65,7 +65,11 @@ pub struct EngineConfig {
 
 impl Default for EngineConfig {
     fn default() -> Self {
-        Self { cache_mib: 64, log_budget_mib: 64, stall_ms: 300 }
+        Self {
+            cache_mib: 64,
+            log_budget_mib: 64,
+            stall_ms: 300,
+        }
     }
 }
 
@@ -157,12 +161,21 @@ impl Config {
             );
         }
         for (index, drive) in self.drives.iter().enumerate() {
-            if self.drives[..index].iter().any(|earlier| earlier.path == drive.path) {
+            if self.drives[..index]
+                .iter()
+                .any(|earlier| earlier.path == drive.path)
+            {
                 bail!("drive {} is listed twice", drive.path.display());
             }
         }
-        ensure!(self.engine.cache_mib >= 1, "engine.cache_mib is 0, at least 1 is needed");
-        ensure!(self.engine.log_budget_mib >= 1, "engine.log_budget_mib is 0, at least 1 is needed");
+        ensure!(
+            self.engine.cache_mib >= 1,
+            "engine.cache_mib is 0, at least 1 is needed"
+        );
+        ensure!(
+            self.engine.log_budget_mib >= 1,
+            "engine.log_budget_mib is 0, at least 1 is needed"
+        );
         ensure!(
             (20..=10_000).contains(&self.engine.stall_ms),
             "engine.stall_ms is {}, expected 20 to 10000",
@@ -179,7 +192,10 @@ impl Config {
 pub fn check_name(what: &str, name: &str) -> anyhow::Result<()> {
     let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
     ensure!(
-        !name.is_empty() && name.len() <= NAME_BYTES_MAX && name.chars().all(allowed) && !name.starts_with('-'),
+        !name.is_empty()
+            && name.len() <= NAME_BYTES_MAX
+            && name.chars().all(allowed)
+            && !name.starts_with('-'),
         "{what} `{name}`: use 1 to {NAME_BYTES_MAX} lower-case letters, digits and hyphens, not beginning with a hyphen"
     );
     Ok(())
@@ -191,13 +207,20 @@ fn refuse_unknown_keys(table_name: &str, table: &toml::Table) -> anyhow::Result<
     };
     for (key, value) in table {
         if !known.contains(&key.as_str()) {
-            let shown = if table_name.is_empty() { key.clone() } else { format!("{table_name}.{key}") };
+            let shown = if table_name.is_empty() {
+                key.clone()
+            } else {
+                format!("{table_name}.{key}")
+            };
             let nearest = known
                 .iter()
                 .map(|name| (strsim::damerau_levenshtein(name, key), *name))
                 .min()
                 .filter(|(distance, name)| *distance <= name.len() / 2)
-                .map_or_else(|| format!("known keys: {}", known.join(", ")), |(_, name)| format!("did you mean `{name}`?"));
+                .map_or_else(
+                    || format!("known keys: {}", known.join(", ")),
+                    |(_, name)| format!("did you mean `{name}`?"),
+                );
             bail!("unknown key `{shown}`; {nearest}");
         }
         let tables: Vec<&toml::Table> = match value {
@@ -221,9 +244,12 @@ mod tests {
     #[test]
     fn the_smallest_configuration_listens_on_loopback_only() {
         let config = Config::parse(SMALLEST).unwrap();
-        for address in
-            [config.control_listen, config.nvme_listen, config.discovery_listen, config.metrics_listen]
-        {
+        for address in [
+            config.control_listen,
+            config.nvme_listen,
+            config.discovery_listen,
+            config.metrics_listen,
+        ] {
             assert!(address.ip().is_loopback());
         }
     }
@@ -231,11 +257,21 @@ mod tests {
     #[test]
     fn an_unknown_key_is_refused_with_the_nearest_name() {
         let error = Config::parse(&format!("{SMALLEST}nvme_listne = \"127.0.0.1:1\"\n")).unwrap_err();
-        assert_eq!(error.to_string(), "unknown key `nvme_listne`; did you mean `nvme_listen`?");
+        assert_eq!(
+            error.to_string(),
+            "unknown key `nvme_listne`; did you mean `nvme_listen`?"
+        );
         let error = Config::parse(&format!("{SMALLEST}[[drive]]\npaht = \"/x\"\n")).unwrap_err();
-        assert_eq!(error.to_string(), "unknown key `drive.paht`; did you mean `path`?");
+        assert_eq!(
+            error.to_string(),
+            "unknown key `drive.paht`; did you mean `path`?"
+        );
         let error = Config::parse(&format!("{SMALLEST}zzz = 1\n")).unwrap_err();
-        assert!(error.to_string().starts_with("unknown key `zzz`; known keys: name, rack"));
+        assert!(
+            error
+                .to_string()
+                .starts_with("unknown key `zzz`; known keys: name, rack")
+        );
     }
 
     #[test]
@@ -256,11 +292,16 @@ mod tests {
 
     #[test]
     fn bad_values_name_the_key_the_value_and_what_is_allowed() {
-        let error = Config::parse("name = \"N 1\"\ndata_dir = \"/x\"\n").unwrap_err().to_string();
+        let error = Config::parse("name = \"N 1\"\ndata_dir = \"/x\"\n")
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("`N 1`") && error.contains("lower-case"), "{error}");
         let error = Config::parse(&format!("{SMALLEST}[[drive]]\npath = \"/d\"\nclass = \"ssd\"\n"))
             .unwrap_err()
             .to_string();
-        assert!(error.contains("/d") && error.contains("`ssd`") && error.contains("scm, tlc, qlc"), "{error}");
+        assert!(
+            error.contains("/d") && error.contains("`ssd`") && error.contains("scm, tlc, qlc"),
+            "{error}"
+        );
     }
 }

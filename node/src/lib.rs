@@ -27,12 +27,23 @@ use args::{Cli, Command};
 #[must_use]
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    let default_level = if matches!(cli.command, Command::Agent { .. }) { "info" } else { "warn" };
+    let default_level = if matches!(cli.command, Command::Agent { .. }) {
+        "info"
+    } else {
+        "warn"
+    };
     let filter = tracing_subscriber::EnvFilter::try_from_env("WEFT_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default_level));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .init();
     let code = match cli.command {
-        Command::Agent { config, exit_with_stdin } => agent::main(&config, exit_with_stdin),
+        Command::Agent {
+            config,
+            exit_with_stdin,
+        } => agent::main(&config, exit_with_stdin),
         Command::Demo(args) => on_this_thread(demo::run(args, cli.json)),
         _ => on_this_thread(cli::run(cli)),
     };

@@ -56,12 +56,21 @@ impl Agents {
     /// All candidates are taken.
     pub fn new(folder: &Path, options: Options) -> anyhow::Result<Self> {
         for attempt in 0..64_u32 {
-            let mix = std::process::id().wrapping_mul(2_654_435_761).wrapping_add(attempt * 7919);
+            let mix = std::process::id()
+                .wrapping_mul(2_654_435_761)
+                .wrapping_add(attempt * 7919);
             let subnet = [127, 64 + (mix % 128) as u8, ((mix >> 8) % 250) as u8];
             let probe = Ipv4Addr::new(subnet[0], subnet[1], subnet[2], 1);
-            let free = [7420, 4420, 8009, 9420].iter().all(|port| TcpListener::bind((probe, *port)).is_ok());
+            let free = [7420, 4420, 8009, 9420]
+                .iter()
+                .all(|port| TcpListener::bind((probe, *port)).is_ok());
             if free {
-                return Ok(Self { folder: folder.to_owned(), subnet, options, list: Vec::new() });
+                return Ok(Self {
+                    folder: folder.to_owned(),
+                    subnet,
+                    options,
+                    list: Vec::new(),
+                });
             }
         }
         bail!("no free loopback subnet found for the agents")
@@ -88,8 +97,12 @@ impl Agents {
         for drive in 1..=self.options.drives {
             let path = folder.join(format!("drive{drive}.img"));
             let file = fs::File::create(&path).with_context(|| format!("create {}", path.display()))?;
-            file.set_len(self.options.drive_bytes).with_context(|| format!("size {}", path.display()))?;
-            drives.push(DriveConfig { path, class: "tlc".to_owned() });
+            file.set_len(self.options.drive_bytes)
+                .with_context(|| format!("size {}", path.display()))?;
+            drives.push(DriveConfig {
+                path,
+                class: "tlc".to_owned(),
+            });
         }
         let config = Config {
             name,
@@ -103,9 +116,17 @@ impl Agents {
             engine: self.options.engine.clone(),
         };
         let config_path = folder.join("agent.toml");
-        fs::write(&config_path, toml::to_string(&config).context("write configuration")?)
-            .with_context(|| format!("write {}", config_path.display()))?;
-        self.list.push(Agent { config, config_path, log_path: folder.join("agent.log"), child: None });
+        fs::write(
+            &config_path,
+            toml::to_string(&config).context("write configuration")?,
+        )
+        .with_context(|| format!("write {}", config_path.display()))?;
+        self.list.push(Agent {
+            config,
+            config_path,
+            log_path: folder.join("agent.log"),
+            child: None,
+        });
         self.start(index)?;
         Ok(index)
     }
@@ -133,7 +154,11 @@ impl Agents {
             // The agents end with the demo, even if it is killed: they watch their standard input.
             command.arg("--exit-with-stdin").stdin(Stdio::piped());
         }
-        agent.child = Some(command.spawn().with_context(|| format!("start agent {}", agent.config.name))?);
+        agent.child = Some(
+            command
+                .spawn()
+                .with_context(|| format!("start agent {}", agent.config.name))?,
+        );
         Ok(())
     }
 
@@ -143,9 +168,16 @@ impl Agents {
     /// It does not run.
     pub fn kill(&mut self, index: usize) -> anyhow::Result<()> {
         let agent = &mut self.list[index];
-        let mut child = agent.child.take().with_context(|| format!("agent {} does not run", agent.config.name))?;
-        child.kill().with_context(|| format!("kill agent {}", agent.config.name))?;
-        child.wait().with_context(|| format!("wait for agent {}", agent.config.name))?;
+        let mut child = agent
+            .child
+            .take()
+            .with_context(|| format!("agent {} does not run", agent.config.name))?;
+        child
+            .kill()
+            .with_context(|| format!("kill agent {}", agent.config.name))?;
+        child
+            .wait()
+            .with_context(|| format!("wait for agent {}", agent.config.name))?;
         Ok(())
     }
 
@@ -198,11 +230,15 @@ impl Agents {
         // An agent that was just started may not listen yet.
         self.wait_until("the first agent answers", |agents| {
             let voters = voters.to_string();
-            agents.weft(&["init", "--agent", first, "--name", "test", "--voters", &voters]).is_ok_and(|output| output.status.success())
+            agents
+                .weft(&["init", "--agent", first, "--name", "test", "--voters", &voters])
+                .is_ok_and(|output| output.status.success())
         })?;
         for address in &addresses[1..] {
             self.wait_until("an agent joins", |agents| {
-                agents.weft(&["join", "--agent", address]).is_ok_and(|output| output.status.success())
+                agents
+                    .weft(&["join", "--agent", address])
+                    .is_ok_and(|output| output.status.success())
             })?;
         }
         self.wait_for_drives(self.list.len() * self.options.drives as usize)
@@ -214,7 +250,9 @@ impl Agents {
     /// It takes too long.
     pub fn wait_for_drives(&self, count: usize) -> anyhow::Result<()> {
         self.wait_until("all drives are online", |agents| {
-            agents.weft_json(&["status"]).is_ok_and(|status| status["drives_online"] == count)
+            agents
+                .weft_json(&["status"])
+                .is_ok_and(|status| status["drives_online"] == count)
         })
     }
 
@@ -225,7 +263,10 @@ impl Agents {
     pub fn wait_until(&self, what: &str, condition: impl Fn(&Self) -> bool) -> anyhow::Result<()> {
         let deadline = Instant::now() + Duration::from_secs(120);
         while !condition(self) {
-            ensure!(Instant::now() < deadline, "waited two minutes until {what}, in vain");
+            ensure!(
+                Instant::now() < deadline,
+                "waited two minutes until {what}, in vain"
+            );
             std::thread::sleep(Duration::from_millis(50));
         }
         Ok(())
@@ -237,21 +278,29 @@ impl Agents {
     /// The agent does not run.
     pub fn signal(&self, index: usize, name: &str) -> anyhow::Result<()> {
         let agent = &self.list[index];
-        let child = agent.child.as_ref().with_context(|| format!("agent {} does not run", agent.config.name))?;
+        let child = agent
+            .child
+            .as_ref()
+            .with_context(|| format!("agent {} does not run", agent.config.name))?;
         let signal = match name {
             "STOP" => rustix::process::Signal::STOP,
             "CONT" => rustix::process::Signal::CONT,
             other => bail!("signal {other}: STOP and CONT are known"),
         };
         let pid = rustix::process::Pid::from_child(child);
-        rustix::process::kill_process(pid, signal).with_context(|| format!("signal agent {}", agent.config.name))
+        rustix::process::kill_process(pid, signal)
+            .with_context(|| format!("signal agent {}", agent.config.name))
     }
 
     /// Names an agent that ended by itself, with the last lines of its log.
     pub fn first_dead(&mut self) -> Option<String> {
         self.list.iter_mut().find_map(|agent| {
             let status = agent.child.as_mut()?.try_wait().ok()??;
-            Some(format!("agent {} ended with {status}; its log ends:\n{}", agent.config.name, agent.log_tail(12)))
+            Some(format!(
+                "agent {} ended with {status}; its log ends:\n{}",
+                agent.config.name,
+                agent.log_tail(12)
+            ))
         })
     }
 
@@ -262,7 +311,10 @@ impl Agents {
 
     /// Control addresses of all agents.
     pub fn control_addresses(&self) -> Vec<String> {
-        self.list.iter().map(|agent| agent.config.control_listen.to_string()).collect()
+        self.list
+            .iter()
+            .map(|agent| agent.config.control_listen.to_string())
+            .collect()
     }
 }
 
@@ -290,7 +342,9 @@ fn free_ports(address: Ipv4Addr) -> anyhow::Result<[SocketAddr; 4]> {
     let listeners = [0; 4].map(|port| TcpListener::bind((address, port)));
     let mut addresses = [SocketAddr::from((address, 0)); 4];
     for (listener, found) in listeners.into_iter().zip(&mut addresses) {
-        *found = listener.and_then(|listener| listener.local_addr()).context("find a free port")?;
+        *found = listener
+            .and_then(|listener| listener.local_addr())
+            .context("find a free port")?;
     }
     Ok(addresses)
 }

@@ -29,7 +29,7 @@ pub fn list() -> Vec<Metric> {
         ($($table:path),*) => {$(
             metrics.extend($table.iter().map(|metric| Metric {
                 name: metric.name,
-                kind: format!("{:?}", metric.kind).to_lowercase(),
+                kind: format!("{:?}", metric.kind).trim_matches('"').to_lowercase(),
                 unit: metric.unit,
                 labels: metric.labels,
                 meaning: metric.help,

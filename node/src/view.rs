@@ -7,7 +7,9 @@ use weft_proto::nqn::Nqn;
 
 /// Drives that have not been removed.
 pub(crate) fn drives(map: &ClusterMap) -> impl Iterator<Item = &Drive> {
-    map.drives.values().filter(|drive| drive.state != DriveState::Removed)
+    map.drives
+        .values()
+        .filter(|drive| drive.state != DriveState::Removed)
 }
 
 /// Whether the node's agent lives.
@@ -36,5 +38,6 @@ pub(crate) fn owner_subnqn(volume_subnqn: &Nqn) -> Nqn {
 }
 
 fn nqn(text: &str) -> Nqn {
-    text.parse().expect("a cluster id and a checked name make an NQN of less than 223 bytes")
+    text.parse()
+        .expect("a cluster id and a checked name make an NQN of less than 223 bytes")
 }

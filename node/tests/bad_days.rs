@@ -1,12 +1,16 @@
 //! Bad days: drives that vanish, rot or fill up, agents that are stopped or killed, one or all. After each, every
 //! acknowledged byte is there.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
 
 use std::fs;
 use std::os::unix::fs::FileExt as _;
 
-use common::{CHUNK_BLOCKS, chunk_start, cluster, connect, expect_chunk, on_host, volume, wait_until_served, write_chunk};
+use common::{
+    CHUNK_BLOCKS, chunk_start, cluster, connect, expect_chunk, on_host, volume, wait_until_served,
+    write_chunk,
+};
 use weft_block::BlockError;
 use weft_node::local_cluster::Agents;
 use weft_proto::units::LbaRange;
@@ -69,7 +73,7 @@ fn all_agents_killed_at_once_lose_nothing() {
 #[test]
 fn an_owner_that_was_stopped_past_its_takeover_changes_nothing_when_it_resumes() {
     let folder = tempfile::tempdir().unwrap();
-    let mut agents = cluster(folder.path(), 7, 256);
+    let agents = cluster(folder.path(), 7, 256);
     let subnqn = volume(&agents, "v", "64MiB");
     let stopped = owner(&agents, "v");
     on_host(async {
@@ -119,7 +123,9 @@ fn a_drive_file_that_vanishes_under_the_agent_costs_no_io_error() {
         }
         agents
             .wait_until("the drive is reported as failed", |agents| {
-                agents.weft_ok(&["drive", "list"]).is_ok_and(|text| text.contains("failed"))
+                agents
+                    .weft_ok(&["drive", "list"])
+                    .is_ok_and(|text| text.contains("failed"))
             })
             .unwrap();
         for chunk in 0..16 {
@@ -150,9 +156,14 @@ fn a_flipped_bit_is_corrected_repaired_and_counted() {
         for chunk in 0..16 {
             expect_chunk(&device, chunk, 1).await;
         }
-        assert!(metric(&agents, "weft_volume_checksum_mismatches_total") > 0.0, "no mismatch was counted");
+        assert!(
+            metric(&agents, "weft_volume_checksum_mismatches_total") > 0.0,
+            "no mismatch was counted"
+        );
         agents
-            .wait_until("the blocks are repaired", |agents| metric(agents, "weft_volume_repaired_blocks_total") > 0.0)
+            .wait_until("the blocks are repaired", |agents| {
+                metric(agents, "weft_volume_repaired_blocks_total") > 0.0
+            })
             .unwrap();
     });
 }
@@ -173,14 +184,23 @@ fn a_full_pool_refuses_what_needs_space_and_takes_it_again_after_trim() {
             assert!(written < 16_384, "the pool never became full");
         };
         assert_eq!(full, BlockError::CapacityExceeded);
-        assert!(written * CHUNK_BLOCKS * 4096 > 100 << 20, "full after {written} chunks only");
+        assert!(
+            written * CHUNK_BLOCKS * 4096 > 100 << 20,
+            "full after {written} chunks only"
+        );
         for chunk in (0..written).step_by(7) {
             expect_chunk(&device, chunk, 1).await;
         }
         let half = written / 2;
-        let range = LbaRange { start: chunk_start(0), count: half * CHUNK_BLOCKS };
+        let range = LbaRange {
+            start: chunk_start(0),
+            count: half * CHUNK_BLOCKS,
+        };
         for start in (0..range.count).step_by(65_536) {
-            let part = LbaRange { start: weft_proto::units::Lba(start), count: (range.count - start).min(65_536) };
+            let part = LbaRange {
+                start: weft_proto::units::Lba(start),
+                count: (range.count - start).min(65_536),
+            };
             device.deallocate(vec![part]).await.unwrap();
         }
         // Space returns by compaction; until then writes that need it are still refused.
@@ -190,7 +210,10 @@ fn a_full_pool_refuses_what_needs_space_and_takes_it_again_after_trim() {
             match write_chunk(&device, chunk, 2).await {
                 Ok(()) => chunk += 1,
                 Err(BlockError::CapacityExceeded) => {
-                    assert!(std::time::Instant::now() < deadline, "space did not return after TRIM");
+                    assert!(
+                        std::time::Instant::now() < deadline,
+                        "space did not return after TRIM"
+                    );
                     tokio::time::sleep(std::time::Duration::from_millis(50)).await;
                 }
                 Err(error) => panic!("{error}"),
@@ -219,8 +242,14 @@ fn a_small_pool_survives_five_times_its_capacity_and_kills_at_80_percent_full() 
         let total = 5 * usable / (CHUNK_BLOCKS * 4096);
         let mut state = 7_u64;
         for step in 0..total.max(chunks) {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            let chunk = if step < chunks { step } else { (state >> 33) % chunks };
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            let chunk = if step < chunks {
+                step
+            } else {
+                (state >> 33) % chunks
+            };
             let round = &mut rounds[usize::try_from(chunk).unwrap()];
             *round += 1;
             write_chunk(&device, chunk, *round).await.unwrap();

@@ -1,4 +1,5 @@
 //! Bad input: a clear error that names the thing, the value and the way out; nothing written, nobody else harmed.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
 
@@ -9,7 +10,11 @@ use std::process::{Command, Output, Stdio};
 use common::{agents, cluster};
 
 fn weft(arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_weft")).args(arguments).stdin(Stdio::null()).output().unwrap()
+    Command::new(env!("CARGO_BIN_EXE_weft"))
+        .args(arguments)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
 }
 
 fn stderr(output: &Output) -> String {
@@ -24,17 +29,29 @@ fn agent(config: &Path) -> Output {
 fn an_unknown_configuration_key_is_refused_with_the_nearest_name() {
     let folder = tempfile::tempdir().unwrap();
     let config = folder.path().join("agent.toml");
-    fs::write(&config, "name = \"n1\"\ndata_dir = \"/nowhere\"\nmetrics_lisen = \"127.0.0.1:1\"\n").unwrap();
+    fs::write(
+        &config,
+        "name = \"n1\"\ndata_dir = \"/nowhere\"\nmetrics_lisen = \"127.0.0.1:1\"\n",
+    )
+    .unwrap();
     let output = agent(&config);
     assert_eq!(output.status.code(), Some(1));
-    assert!(stderr(&output).contains("unknown key `metrics_lisen`; did you mean `metrics_listen`?"), "{}", stderr(&output));
+    assert!(
+        stderr(&output).contains("unknown key `metrics_lisen`; did you mean `metrics_listen`?"),
+        "{}",
+        stderr(&output)
+    );
 }
 
 #[test]
 fn a_configuration_that_is_missing_is_named() {
     let output = agent(Path::new("/nowhere/agent.toml"));
     assert_eq!(output.status.code(), Some(1));
-    assert!(stderr(&output).contains("/nowhere/agent.toml"), "{}", stderr(&output));
+    assert!(
+        stderr(&output).contains("/nowhere/agent.toml"),
+        "{}",
+        stderr(&output)
+    );
 }
 
 #[test]
@@ -42,7 +59,10 @@ fn an_agent_that_does_not_answer_is_exit_code_5_and_usage_is_2() {
     let output = weft(&["init", "--agent", "127.0.0.1:9", "--name", "x"]);
     assert_eq!(output.status.code(), Some(5), "{}", stderr(&output));
     assert!(stderr(&output).contains("127.0.0.1:9"), "{}", stderr(&output));
-    assert_eq!(weft(&["volume", "create", "v", "--size", "10KiB"]).status.code(), Some(2));
+    assert_eq!(
+        weft(&["volume", "create", "v", "--size", "10KiB"]).status.code(),
+        Some(2)
+    );
     assert_eq!(weft(&["volum"]).status.code(), Some(2));
 }
 
@@ -53,12 +73,19 @@ fn a_drive_that_is_too_small_is_refused_by_name() {
     let address = agents.control_addresses()[0].clone();
     agents
         .wait_until("the agent answers", |agents| {
-            agents.weft(&["init", "--agent", &address, "--name", "x"]).is_ok_and(|output| output.status.code() == Some(4))
+            agents
+                .weft(&["init", "--agent", &address, "--name", "x"])
+                .is_ok_and(|output| output.status.code() == Some(4))
         })
         .unwrap();
-    let output = agents.weft(&["init", "--agent", &address, "--name", "x"]).unwrap();
+    let output = agents
+        .weft(&["init", "--agent", &address, "--name", "x"])
+        .unwrap();
     let sentence = stderr(&output);
-    assert!(sentence.contains("drive1.img") && sentence.contains("needs at least"), "{sentence}");
+    assert!(
+        sentence.contains("drive1.img") && sentence.contains("needs at least"),
+        "{sentence}"
+    );
 }
 
 #[test]
@@ -78,15 +105,22 @@ fn a_drive_of_another_cluster_is_refused_without_force_and_not_written() {
     let init = ["init", "--agent", address.as_str(), "--name", "other"];
     thief
         .wait_until("the agent answers", |agents| {
-            agents.weft(&init).is_ok_and(|output| output.status.code() == Some(4))
+            agents
+                .weft(&init)
+                .is_ok_and(|output| output.status.code() == Some(4))
         })
         .unwrap();
     let sentence = stderr(&thief.weft(&init).unwrap());
-    assert!(sentence.contains("belongs to cluster") && sentence.contains("--force"), "{sentence}");
+    assert!(
+        sentence.contains("belongs to cluster") && sentence.contains("--force"),
+        "{sentence}"
+    );
     let after = fs::read(&thief.list[0].config.drives[0].path).unwrap();
     assert!(before == after, "a refused drive was written to");
 
-    thief.weft_ok(&["init", "--agent", &address, "--name", "other", "--force"]).unwrap();
+    thief
+        .weft_ok(&["init", "--agent", &address, "--name", "other", "--force"])
+        .unwrap();
     thief.wait_for_drives(1).unwrap();
 }
 
@@ -95,7 +129,9 @@ fn a_second_agent_on_the_same_drives_is_locked_out() {
     let folder = tempfile::tempdir().unwrap();
     let agents = agents(folder.path(), 1, 128);
     agents
-        .wait_until("the agent has its drives", |agents| agents.list[0].config.data_dir.join("lock").exists())
+        .wait_until("the agent has its drives", |agents| {
+            agents.list[0].config.data_dir.join("lock").exists()
+        })
         .unwrap();
     let config = &agents.list[0].config;
     let text = format!(
@@ -109,7 +145,10 @@ fn a_second_agent_on_the_same_drives_is_locked_out() {
     let output = agent(&second);
     assert_eq!(output.status.code(), Some(1));
     let sentence = stderr(&output);
-    assert!(sentence.contains("drive1.img") && sentence.contains("in use"), "{sentence}");
+    assert!(
+        sentence.contains("drive1.img") && sentence.contains("in use"),
+        "{sentence}"
+    );
 }
 
 #[test]
@@ -122,7 +161,10 @@ fn what_the_cluster_cannot_hold_is_refused_and_it_says_what_would_fit() {
     };
     let (code, sentence) = refuse(&["volume", "create", "v", "--size", "64MiB", "--ec", "4+2"]);
     assert_eq!(code, Some(4), "{sentence}");
-    assert!(sentence.contains("3 failure domains available, 6 needed; 1+2 would fit"), "{sentence}");
+    assert!(
+        sentence.contains("3 failure domains available, 6 needed; 1+2 would fit"),
+        "{sentence}"
+    );
     let (code, sentence) = refuse(&["volume", "create", "v", "--size", "1024TiB", "--ec", "1+2"]);
     assert_eq!(code, Some(4), "{sentence}");
     assert!(sentence.contains("largest volume"), "{sentence}");
@@ -132,7 +174,9 @@ fn what_the_cluster_cannot_hold_is_refused_and_it_says_what_would_fit() {
     let (code, sentence) = refuse(&["volume", "create", "Bad_Name", "--size", "64MiB"]);
     assert_eq!(code, Some(1), "{sentence}");
     assert!(sentence.contains("Bad_Name"), "{sentence}");
-    agents.weft_ok(&["volume", "create", "v", "--size", "64MiB", "--ec", "1+2"]).unwrap();
+    agents
+        .weft_ok(&["volume", "create", "v", "--size", "64MiB", "--ec", "1+2"])
+        .unwrap();
     let (code, sentence) = refuse(&["volume", "resize", "v", "--size", "32MiB"]);
     assert_eq!(code, Some(4), "{sentence}");
     assert!(sentence.contains("do not shrink"), "{sentence}");

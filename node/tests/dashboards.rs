@@ -2,6 +2,7 @@
 //!
 //! `dashboards/source/*.toml` are written by hand; `dashboards/grafana/*.json` and `dashboards/alerts/weft.yml` are
 //! generated from them: by this test, when WEFT_WRITE_DASHBOARDS is set.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};

@@ -3,10 +3,7 @@
 //! The metadata service carries opaque envelopes (docs/format/raft.md), which `weft-metadata` alone reads.
 
 /// The metadata service and the Raft group behind it.
-#[expect(
-    missing_docs,
-    reason = "generated; the comments are in proto/metadata.proto"
-)]
+#[expect(missing_docs, reason = "generated; the comments are in proto/metadata.proto")]
 #[allow(
     clippy::all,
     unused_qualifications,

@@ -24,7 +24,10 @@ use weft_proto::units::{Lba, LbaRange};
 const GUEST_HOSTNQN: &str = "nqn.2014-08.org.nvmexpress:uuid:6b1f2c3d-0000-4000-8000-000000000001";
 
 fn main() -> anyhow::Result<()> {
-    let program = std::env::args_os().nth(1).map(PathBuf::from).context("usage: guest PATH-OF-WEFT")?;
+    let program = std::env::args_os()
+        .nth(1)
+        .map(PathBuf::from)
+        .context("usage: guest PATH-OF-WEFT")?;
     let kernel = guest::prepare()?;
     println!("guest kernel: Linux {kernel}");
     linux_is_a_host(&program).context("the Linux kernel as a host")?;
@@ -59,7 +62,9 @@ fn linux_is_a_host(program: &Path) -> anyhow::Result<()> {
     let agents = cluster(program, folder.path(), 6)?;
     agents.weft_ok(&["volume", "create", "disk", "--size", "256MiB", "--ec", "4+2"])?;
     let attached = agents.weft_json(&["volume", "attach", "disk", "--host", GUEST_HOSTNQN])?;
-    let subnqn = attached["subnqn"].as_str().context("attach prints the subsystem")?;
+    let subnqn = attached["subnqn"]
+        .as_str()
+        .context("attach prints the subsystem")?;
     wait_until_served(&agents, "disk")?;
     let config = &agents.list[0].config;
     guest::run(
@@ -79,11 +84,23 @@ fn nvmet_is_a_drive(program: &Path) -> anyhow::Result<()> {
 
     let without = Nvmet::boot(768, false)?;
     let address = format!("127.0.0.1:{}", without.port);
-    let add = ["drive", "add", "--nvme-tcp", &address, "--subnqn", without.subnqn, "--nsid", nsid, "--force"];
+    let add = [
+        "drive",
+        "add",
+        "--nvme-tcp",
+        &address,
+        "--subnqn",
+        without.subnqn,
+        "--nsid",
+        nsid,
+        "--force",
+    ];
     let refused = agents.weft(&add)?;
     let sentence = String::from_utf8_lossy(&refused.stderr).into_owned();
     ensure!(
-        refused.status.code() == Some(4) && sentence.contains("does not support reservations") && sentence.contains(&address),
+        refused.status.code() == Some(4)
+            && sentence.contains("does not support reservations")
+            && sentence.contains(&address),
         "a target without reservations has to be refused by name: {} {sentence}",
         refused.status
     );
@@ -92,23 +109,46 @@ fn nvmet_is_a_drive(program: &Path) -> anyhow::Result<()> {
 
     let nvmet = Nvmet::boot(768, true)?;
     let address = format!("127.0.0.1:{}", nvmet.port);
-    agents.weft_ok(&["drive", "add", "--nvme-tcp", &address, "--subnqn", nvmet.subnqn, "--nsid", nsid])?;
+    agents.weft_ok(&[
+        "drive",
+        "add",
+        "--nvme-tcp",
+        &address,
+        "--subnqn",
+        nvmet.subnqn,
+        "--nsid",
+        nsid,
+    ])?;
     agents.wait_for_drives(6)?;
     agents.weft_ok(&["volume", "create", "disk", "--size", "256MiB", "--ec", "4+2"])?;
     let host: Nqn = GUEST_HOSTNQN.parse()?;
     let attached = agents.weft_json(&["volume", "attach", "disk", "--host", host.as_str()])?;
-    let subnqn: Nqn = attached["subnqn"].as_str().context("attach prints the subsystem")?.parse()?;
+    let subnqn: Nqn = attached["subnqn"]
+        .as_str()
+        .context("attach prints the subsystem")?
+        .parse()?;
     wait_until_served(&agents, "disk")?;
 
-    let addresses = agents.list.iter().map(|agent| agent.config.nvme_listen).collect::<Vec<_>>();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let addresses = agents
+        .list
+        .iter()
+        .map(|agent| agent.config.nvme_listen)
+        .collect::<Vec<_>>();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
     let local = tokio::task::LocalSet::new();
-    let host = HostIdentity { hostnqn: host, hostid: HostId([0x5a; 16]) };
+    let host = HostIdentity {
+        hostnqn: host,
+        hostid: HostId([0x5a; 16]),
+    };
     let connect = ConnectOptions::new(addresses[0], subnqn, host);
     local.block_on(&runtime, async {
         let device: Device = Rc::new(Multipath::connect(MultipathOptions::new(connect, addresses, 1)).await?);
         for chunk in 0..CHUNKS {
-            device.write(chunk_start(chunk), vec![chunk_bytes(chunk)], Durability::Cached).await?;
+            device
+                .write(chunk_start(chunk), vec![chunk_bytes(chunk)], Durability::Cached)
+                .await?;
         }
         compare(&device).await?;
         let drives = agents.weft_json(&["drive", "list"])?;
@@ -121,7 +161,10 @@ fn nvmet_is_a_drive(program: &Path) -> anyhow::Result<()> {
         anyhow::Ok(())
     })?;
     let status = agents.weft_json(&["status"])?;
-    ensure!(status["pools"][0]["domains"] == 6, "the third-party box is no failure domain of its own: {status}");
+    ensure!(
+        status["pools"][0]["domains"] == 6,
+        "the third-party box is no failure domain of its own: {status}"
+    );
     nvmet.stop()
 }
 
@@ -139,7 +182,12 @@ fn chunk_bytes(chunk: u64) -> Bytes {
 
 async fn compare(device: &Device) -> anyhow::Result<()> {
     for chunk in 0..CHUNKS {
-        let data = device.read(LbaRange { start: chunk_start(chunk), count: CHUNK_BLOCKS }).await?;
+        let data = device
+            .read(LbaRange {
+                start: chunk_start(chunk),
+                count: CHUNK_BLOCKS,
+            })
+            .await?;
         ensure!(data == chunk_bytes(chunk), "chunk {chunk} differs");
     }
     Ok(())
@@ -147,6 +195,8 @@ async fn compare(device: &Device) -> anyhow::Result<()> {
 
 fn wait_until_served(agents: &Agents, volume: &str) -> anyhow::Result<()> {
     agents.wait_until("the volume is served", |agents| {
-        agents.weft_ok(&["volume", "show", volume]).is_ok_and(|text| text.contains("serving"))
+        agents
+            .weft_ok(&["volume", "show", volume])
+            .is_ok_and(|text| text.contains("serving"))
     })
 }

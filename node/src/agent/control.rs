@@ -5,7 +5,8 @@ use tokio::sync::{mpsc, oneshot};
 use tonic::{Request, Response, Status};
 use weft_proto::grpc::admin::admin_server::Admin;
 use weft_proto::grpc::admin::{
-    AddDriveReply, AddDriveRequest, InitReply, InitRequest, InspectReply, InspectRequest, JoinReply, JoinRequest,
+    AddDriveReply, AddDriveRequest, InitReply, InitRequest, InspectReply, InspectRequest, JoinReply,
+    JoinRequest,
 };
 
 /// A request with the place for its answer.
@@ -61,15 +62,18 @@ impl AdminService {
 #[tonic::async_trait]
 impl Admin for AdminService {
     async fn init(&self, request: Request<InitRequest>) -> Result<Response<InitReply>, Status> {
-        self.order(|answer| Order::Init(request.into_inner(), answer)).await
+        self.order(|answer| Order::Init(request.into_inner(), answer))
+            .await
     }
 
     async fn join(&self, request: Request<JoinRequest>) -> Result<Response<JoinReply>, Status> {
-        self.order(|answer| Order::Join(request.into_inner(), answer)).await
+        self.order(|answer| Order::Join(request.into_inner(), answer))
+            .await
     }
 
     async fn add_drive(&self, request: Request<AddDriveRequest>) -> Result<Response<AddDriveReply>, Status> {
-        self.order(|answer| Order::AddDrive(request.into_inner(), answer)).await
+        self.order(|answer| Order::AddDrive(request.into_inner(), answer))
+            .await
     }
 
     async fn inspect(&self, _: Request<InspectRequest>) -> Result<Response<InspectReply>, Status> {

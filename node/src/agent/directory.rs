@@ -8,8 +8,8 @@ use futures_util::FutureExt as _;
 use futures_util::future::LocalBoxFuture;
 use weft_metadata::client::{ClientError, MetadataClient};
 use weft_metadata::propose::BandRequest;
-use weft_metadata::state::command::{Purpose, Refusal, Reply};
 use weft_metadata::state::Command;
+use weft_metadata::state::command::{Purpose, Refusal, Reply};
 use weft_proto::band::{Band, ChunkSize, RootUpdate};
 use weft_proto::id::{BandId, Epoch, StripeNumber, VolumeId};
 use weft_volume::seams::{BandPurpose, Directory, DirectoryError, Env};
@@ -60,7 +60,14 @@ impl Directory for RaftDirectory {
             BandPurpose::User => Purpose::User,
             BandPurpose::Internal => Purpose::Internal,
         };
-        let request = BandRequest { volume, epoch, request: self.env.random_u64(), purpose, chunk_size, count };
+        let request = BandRequest {
+            volume,
+            epoch,
+            request: self.env.random_u64(),
+            purpose,
+            chunk_size,
+            count,
+        };
         async move {
             loop {
                 match client.grant_bands(request).await {
@@ -77,7 +84,10 @@ impl Directory for RaftDirectory {
     }
 
     fn publish_root(&self, update: RootUpdate) -> LocalBoxFuture<'static, Result<u64, DirectoryError>> {
-        let reply = self.propose(Command::PublishRoot { update, quarantine: Vec::new() });
+        let reply = self.propose(Command::PublishRoot {
+            update,
+            quarantine: Vec::new(),
+        });
         async move { root_version(reply.await?) }.boxed_local()
     }
 
@@ -87,7 +97,11 @@ impl Directory for RaftDirectory {
         recovered: Option<Epoch>,
         ended_at: StripeNumber,
     ) -> LocalBoxFuture<'static, Result<u64, DirectoryError>> {
-        let reply = self.propose(Command::FinishTakeover { update, recovered, ended_at });
+        let reply = self.propose(Command::FinishTakeover {
+            update,
+            recovered,
+            ended_at,
+        });
         async move { root_version(reply.await?) }.boxed_local()
     }
 
@@ -132,9 +146,9 @@ pub(crate) fn directory_error(refusal: Refusal) -> DirectoryError {
         Refusal::Stale { epoch, current } => DirectoryError::Stale { epoch, current },
         Refusal::RootConflict { expected, current } => DirectoryError::RootConflict { expected, current },
         Refusal::NoSpace { .. } => DirectoryError::NoSpace,
-        Refusal::TooFewDomains { available, needed, .. } => {
-            DirectoryError::TooFewDomains { available, needed }
-        }
+        Refusal::TooFewDomains {
+            available, needed, ..
+        } => DirectoryError::TooFewDomains { available, needed },
         Refusal::NoSuchVolume(_) => DirectoryError::NoSuchVolume,
         other => {
             tracing::warn!(%other, "the metadata service refused an engine's command");

@@ -19,7 +19,10 @@ pub(crate) struct TokioEnv {
 impl TokioEnv {
     /// Timestamps count from now.
     pub(crate) fn new() -> Self {
-        Self { origin: Instant::now(), random: RefCell::new(SmallRng::from_os_rng()) }
+        Self {
+            origin: Instant::now(),
+            random: RefCell::new(SmallRng::from_os_rng()),
+        }
     }
 }
 

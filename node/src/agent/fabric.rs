@@ -17,9 +17,7 @@ use tokio::sync::Notify;
 use tokio::time::timeout;
 use weft_block::Device;
 use weft_proto::id::{DriveId, HostId, IncarnationId};
-use weft_volume::seams::{
-    Drives, Env, FenceError, Fencing, Lease, ReservationKey, Timestamp,
-};
+use weft_volume::seams::{Drives, Env, FenceError, Fencing, Lease, ReservationKey, Timestamp};
 
 /// How often an incarnation looks for its registration on each drive (design section 5).
 const LEASE_CHECK: Duration = Duration::from_millis(300);
@@ -135,6 +133,13 @@ impl Fabric {
         self.record.notify_one();
     }
 
+    /// Ends this incarnation, as if it had been fenced.
+    pub(crate) fn give_up(&self) {
+        self.is_fenced.set(true);
+        self.fenced.notify_waiters();
+        self.fenced.notify_one();
+    }
+
     /// Completes when this incarnation has been fenced by somebody.
     pub(crate) async fn wait_until_fenced(&self) {
         while !self.is_fenced.get() {
@@ -147,7 +152,10 @@ impl Fabric {
         let now = self.env.now();
         let entries = self.entries.borrow();
         let drives = entries.iter().map(|(drive, entry)| {
-            let age = entry.confirmed_at.get().map(|at| now.0.saturating_sub(at.0) / 1_000_000);
+            let age = entry
+                .confirmed_at
+                .get()
+                .map(|at| now.0.saturating_sub(at.0) / 1_000_000);
             (
                 drive.to_string(),
                 serde_json::json!({
@@ -171,7 +179,9 @@ impl Fabric {
 
     /// One look at a drive: registers the first time, and reads the report from then on.
     async fn check(&self, drive: DriveId) {
-        let Some((reach, standing)) = self.reach(drive) else { return };
+        let Some((reach, standing)) = self.reach(drive) else {
+            return;
+        };
         if standing == Standing::Unregistered {
             match within(FENCE_TIMEOUT, reach.register(self.identity.key)).await {
                 Ok(()) => {
@@ -202,9 +212,7 @@ impl Fabric {
                     }
                 } else {
                     tracing::error!(%drive, incarnation = %self.identity.incarnation, "this incarnation has been fenced");
-                    self.is_fenced.set(true);
-                    self.fenced.notify_waiters();
-                    self.fenced.notify_one();
+                    self.give_up();
                 }
             }
             Err(error) => tracing::debug!(%drive, %error, "no reservation report"),
@@ -212,7 +220,10 @@ impl Fabric {
     }
 
     fn reach(&self, drive: DriveId) -> Option<(Rc<dyn Reach>, Standing)> {
-        self.entries.borrow().get(&drive).map(|entry| (entry.reach.clone(), entry.standing.get()))
+        self.entries
+            .borrow()
+            .get(&drive)
+            .map(|entry| (entry.reach.clone(), entry.standing.get()))
     }
 
     fn set_standing(&self, drive: DriveId, standing: Standing) {
@@ -223,28 +234,33 @@ impl Fabric {
 
     /// Fences `victim` on `drive`. Done when nothing of it is left in execution there.
     pub(crate) async fn fence(&self, drive: DriveId, victim: ReservationKey) -> Result<(), FenceError> {
-        let Some((reach, standing)) = self.reach(drive) else { return Err(FenceError::Unreachable) };
+        let Some((reach, standing)) = self.reach(drive) else {
+            return Err(FenceError::Unreachable);
+        };
         if standing != Standing::Registered {
             return Err(FenceError::NotRegistered);
         }
         let own = self.identity.key;
-        within(FENCE_TIMEOUT, async move {
-            match reach.preempt_and_abort(own, victim).await {
-                Ok(()) => Ok(()),
-                // "Key not found" is fenced, but only where the reservation is in force.
-                Err(FenceError::Refused { .. }) => {
-                    let report = reach.report().await?;
-                    let absent = report.registrants.iter().all(|(_, key)| *key != victim);
-                    match (report.in_force, absent) {
-                        (false, _) => Err(FenceError::NotInForce),
-                        (true, true) => Ok(()),
-                        (true, false) => Err(FenceError::NotRegistered),
+        within(
+            FENCE_TIMEOUT,
+            async move {
+                match reach.preempt_and_abort(own, victim).await {
+                    Ok(()) => Ok(()),
+                    // "Key not found" is fenced, but only where the reservation is in force.
+                    Err(FenceError::Refused { .. }) => {
+                        let report = reach.report().await?;
+                        let absent = report.registrants.iter().all(|(_, key)| *key != victim);
+                        match (report.in_force, absent) {
+                            (false, _) => Err(FenceError::NotInForce),
+                            (true, true) => Ok(()),
+                            (true, false) => Err(FenceError::NotRegistered),
+                        }
                     }
+                    Err(error) => Err(error),
                 }
-                Err(error) => Err(error),
             }
-        }
-        .boxed_local())
+            .boxed_local(),
+        )
         .await
     }
 }
@@ -253,13 +269,19 @@ async fn within<T>(
     limit: Duration,
     answer: LocalBoxFuture<'static, Result<T, FenceError>>,
 ) -> Result<T, FenceError> {
-    timeout(limit, answer).await.unwrap_or(Err(FenceError::Unreachable))
+    timeout(limit, answer)
+        .await
+        .unwrap_or(Err(FenceError::Unreachable))
 }
 
 impl Drives for Fabric {
     fn device(&self, drive: DriveId) -> Option<Device> {
         let (reach, standing) = self.reach(drive)?;
-        if standing == Standing::Registered { reach.device() } else { None }
+        if standing == Standing::Registered {
+            reach.device()
+        } else {
+            None
+        }
     }
 }
 

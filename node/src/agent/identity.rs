@@ -35,7 +35,10 @@ impl DataDir {
         let lock = fs::File::create(&lock_path).with_context(|| format!("open {}", lock_path.display()))?;
         lock.try_lock()
             .map_err(|_| anyhow::anyhow!("data_dir {} is in use by another agent", path.display()))?;
-        Ok(Self { path: path.to_owned(), _lock: lock })
+        Ok(Self {
+            path: path.to_owned(),
+            _lock: lock,
+        })
     }
 
     /// A path within.
@@ -50,9 +53,9 @@ impl DataDir {
     pub(crate) fn identity(&self) -> anyhow::Result<Option<Identity>> {
         let path = self.join("identity.json");
         match fs::read(&path) {
-            Ok(bytes) => {
-                Ok(Some(serde_json::from_slice(&bytes).with_context(|| format!("read {}", path.display()))?))
-            }
+            Ok(bytes) => Ok(Some(
+                serde_json::from_slice(&bytes).with_context(|| format!("read {}", path.display()))?,
+            )),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error).with_context(|| format!("read {}", path.display())),
         }
@@ -94,8 +97,11 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let data_dir = DataDir::open(folder.path()).unwrap();
         assert_eq!(data_dir.identity().unwrap(), None);
-        let identity =
-            Identity { cluster: ClusterId([7; 16]), node: NodeId(3), members: vec!["127.0.0.1:7420".into()] };
+        let identity = Identity {
+            cluster: ClusterId([7; 16]),
+            node: NodeId(3),
+            members: vec!["127.0.0.1:7420".into()],
+        };
         data_dir.write_identity(&identity).unwrap();
         assert_eq!(data_dir.identity().unwrap(), Some(identity));
     }

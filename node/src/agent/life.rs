@@ -14,13 +14,14 @@ use tokio::io::AsyncReadExt as _;
 use tokio::sync::{mpsc, watch};
 use weft_metadata::client::{ClientError, MetadataClient};
 use weft_metadata::service::MetadataService;
+use weft_metadata::state::Command;
 use weft_metadata::state::command::{NewDrive, NewNode, NewPool, Refusal, Reply};
 use weft_metadata::state::map::{Cluster, ClusterMap, DomainLevel, DriveClass, DriveHome, Settings};
-use weft_metadata::state::Command;
 use weft_proto::band::Geometry;
 use weft_proto::grpc::admin::admin_server::AdminServer;
 use weft_proto::grpc::admin::{
-    AddDriveReply, AddDriveRequest, InitReply, InitRequest, InspectReply, JoinReply, JoinRequest, add_drive_request,
+    AddDriveReply, AddDriveRequest, InitReply, InitRequest, InspectReply, JoinReply, JoinRequest,
+    add_drive_request,
 };
 use weft_proto::id::{ClusterId, DriveId, DriveUuid, HostId, IncarnationId, NodeId};
 
@@ -95,8 +96,9 @@ struct Life {
 /// What the control side of a member holds.
 struct Membership {
     identity: Identity,
-    service: MetadataService,
     client: MetadataClient,
+    /// Ends with the agent.
+    _service: MetadataService,
 }
 
 impl Life {
@@ -107,8 +109,8 @@ impl Life {
         exit_with_stdin: bool,
     ) -> anyhow::Result<Ending> {
         let listen = |key: &str, address| -> anyhow::Result<TcpListener> {
-            let listener =
-                TcpListener::bind(address).with_context(|| format!("{key} = \"{address}\": cannot listen"))?;
+            let listener = TcpListener::bind(address)
+                .with_context(|| format!("{key} = \"{address}\": cannot listen"))?;
             listener.set_nonblocking(true)?;
             Ok(listener)
         };
@@ -217,7 +219,10 @@ impl Life {
 
     /// Starts the gRPC server, or replaces it: a member serves metadata beside administration.
     fn serve_control(&mut self, service: Option<&MetadataService>) -> anyhow::Result<()> {
-        let listener = self.control_listener.try_clone().context("share control_listen")?;
+        let listener = self
+            .control_listener
+            .try_clone()
+            .context("share control_listen")?;
         let listener = tokio::net::TcpListener::from_std(listener).context("control_listen")?;
         let mut router = tonic::transport::Server::builder()
             .tcp_nodelay(true)
@@ -231,7 +236,9 @@ impl Life {
         self.server = Some(stop);
         tokio::spawn(async move {
             let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
-            let ended = router.serve_with_incoming_shutdown(incoming, stopped.map(drop)).await;
+            let ended = router
+                .serve_with_incoming_shutdown(incoming, stopped.map(drop))
+                .await;
             if let Err(error) = ended {
                 tracing::error!(%error, "the control service has failed");
             }
@@ -251,7 +258,11 @@ impl Life {
         self.check_drives(&cluster, request.force).await?;
         // The first node of a cluster is always the first number.
         let node = NodeId(1);
-        let identity = Identity { cluster: cluster.id, node, members: vec![self.control_address()] };
+        let identity = Identity {
+            cluster: cluster.id,
+            node,
+            members: vec![self.control_address()],
+        };
         let service = self.start_metadata(&identity).await?;
         let init = Command::Init {
             id: cluster.id,
@@ -261,18 +272,33 @@ impl Life {
             fencing_key: cluster.fencing_key,
             settings: cluster.settings.clone(),
         };
-        service.bootstrap(init, self.new_node()).await.context("begin the metadata service")?;
+        service
+            .bootstrap(init, self.new_node())
+            .await
+            .context("begin the metadata service")?;
         self.serve_control(Some(&service))?;
         let client = self.client(&identity);
         let geometry = Geometry::new(4, 2).expect("a supported geometry");
         let classes = BTreeSet::from([DriveClass::Scm, DriveClass::Tlc, DriveClass::Qlc]);
-        let pool =
-            NewPool { name: DEFAULT_POOL.to_owned(), geometry, domain: DomainLevel::Node, classes };
+        let pool = NewPool {
+            name: DEFAULT_POOL.to_owned(),
+            geometry,
+            domain: DomainLevel::Node,
+            classes,
+        };
         propose(&client, Command::CreatePool(pool)).await?;
         self.label_drives(&client, &cluster, node, request.force).await?;
         self.data_dir.write_identity(&identity)?;
-        self.start_member(Membership { identity, service, client }).await?;
-        Ok(InitReply { cluster_id: cluster.id.to_string(), node_id: node.0 })
+        self.start_member(Membership {
+            identity,
+            client,
+            _service: service,
+        })
+        .await?;
+        Ok(InitReply {
+            cluster_id: cluster.id.to_string(),
+            node_id: node.0,
+        })
     }
 
     async fn join(&mut self, request: JoinRequest) -> anyhow::Result<JoinReply> {
@@ -285,18 +311,32 @@ impl Life {
             .map()
             .await
             .with_context(|| format!("ask {}", request.members.join(", ")))?;
-        let cluster = map.cluster.clone().context("that cluster has not been initialised")?;
+        let cluster = map
+            .cluster
+            .clone()
+            .context("that cluster has not been initialised")?;
         self.check_drives(&cluster, request.force).await?;
         let Reply::Node(node) = propose(&client, Command::AddNode(self.new_node())).await? else {
             bail!("the cluster answered the new node with something else than its number");
         };
         self.label_drives(&client, &cluster, node, request.force).await?;
-        let mut members: Vec<String> = map.nodes.values().map(|node| node.control_address.clone()).collect();
+        let mut members: Vec<String> = map
+            .nodes
+            .values()
+            .map(|node| node.control_address.clone())
+            .collect();
         members.push(self.control_address());
-        let identity = Identity { cluster: cluster.id, node, members };
+        let identity = Identity {
+            cluster: cluster.id,
+            node,
+            members,
+        };
         self.data_dir.write_identity(&identity)?;
         self.become_member(identity).await?;
-        Ok(JoinReply { cluster_id: cluster.id.to_string(), node_id: node.0 })
+        Ok(JoinReply {
+            cluster_id: cluster.id.to_string(),
+            node_id: node.0,
+        })
     }
 
     fn expect_no_member(&self) -> anyhow::Result<()> {
@@ -316,13 +356,21 @@ impl Life {
         let service = self.start_metadata(&identity).await?;
         self.serve_control(Some(&service))?;
         let client = self.client(&identity);
-        self.start_member(Membership { identity, service, client }).await
+        self.start_member(Membership {
+            identity,
+            client,
+            _service: service,
+        })
+        .await
     }
 
     async fn start_metadata(&self, identity: &Identity) -> anyhow::Result<MetadataService> {
-        MetadataService::start(weft_metadata::Config::new(self.data_dir.join("metadata"), identity.node))
-            .await
-            .context("start the metadata service")
+        MetadataService::start(weft_metadata::Config::new(
+            self.data_dir.join("metadata"),
+            identity.node,
+        ))
+        .await
+        .context("start the metadata service")
     }
 
     fn client(&self, identity: &Identity) -> MetadataClient {
@@ -338,7 +386,10 @@ impl Life {
             new_node: self.new_node(),
             reservations_dir: self.data_dir.join("reservations"),
             nvme: self.nvme_listener.try_clone().context("share nvme_listen")?,
-            discovery: self.discovery_listener.try_clone().context("share discovery_listen")?,
+            discovery: self
+                .discovery_listener
+                .try_clone()
+                .context("share discovery_listen")?,
             engine: self.config.engine.clone(),
             data: self.data.clone(),
         };
@@ -359,8 +410,14 @@ impl Life {
         let cluster = cluster.clone();
         self.data
             .call(move |plane| {
-                async move { plane.drives.borrow().iter().try_for_each(|drive| drive.check(&cluster, force)) }
-                    .boxed_local()
+                async move {
+                    plane
+                        .drives
+                        .borrow()
+                        .iter()
+                        .try_for_each(|drive| drive.check(&cluster, force))
+                }
+                .boxed_local()
             })
             .await?
     }
@@ -373,7 +430,10 @@ impl Life {
         node: NodeId,
         force: bool,
     ) -> anyhow::Result<()> {
-        let count = self.data.call(|plane| async move { plane.drives.borrow().len() }.boxed_local()).await?;
+        let count = self
+            .data
+            .call(|plane| async move { plane.drives.borrow().len() }.boxed_local())
+            .await?;
         for index in 0..count {
             self.label_drive(client, cluster, node, index, force).await?;
         }
@@ -424,14 +484,24 @@ impl Life {
     }
 
     async fn add_drive(&self, request: AddDriveRequest) -> anyhow::Result<AddDriveReply> {
-        let membership = self.membership.as_ref().context("this agent belongs to no cluster yet")?;
+        let membership = self
+            .membership
+            .as_ref()
+            .context("this agent belongs to no cluster yet")?;
         let client = &membership.client;
         let map = client.map().await.context("read the cluster map")?;
-        let cluster = map.cluster.clone().context("the cluster has not been initialised")?;
+        let cluster = map
+            .cluster
+            .clone()
+            .context("the cluster has not been initialised")?;
         let (drive, name, bytes) = match request.source.context("no drive was named")? {
             add_drive_request::Source::Path(path) => {
-                let config = DriveConfig { path: path.into(), class: request.class };
-                self.add_local_drive(client, &cluster, membership.identity.node, config, request.force).await?
+                let config = DriveConfig {
+                    path: path.into(),
+                    class: request.class,
+                };
+                self.add_local_drive(client, &cluster, membership.identity.node, config, request.force)
+                    .await?
             }
             add_drive_request::Source::ThirdParty(source) => {
                 let host = weft_initiator::HostIdentity {
@@ -444,14 +514,19 @@ impl Life {
                 let new = self
                     .data
                     .call(move |_| {
-                        async move { third_party::prove(source, &class, &prove_cluster, host, force).await }.boxed_local()
+                        async move { third_party::prove(source, &class, &prove_cluster, host, force).await }
+                            .boxed_local()
                     })
                     .await??;
                 let (name, bytes) = (new.name.clone(), u64::from(new.end_mib - new.start_mib) << 20);
                 (add_drive(client, new).await?, name, bytes)
             }
         };
-        Ok(AddDriveReply { drive_id: drive.0, name, bytes })
+        Ok(AddDriveReply {
+            drive_id: drive.0,
+            name,
+            bytes,
+        })
     }
 
     async fn add_local_drive(
@@ -480,7 +555,11 @@ impl Life {
         self.data
             .call(move |plane| {
                 async move {
-                    let member = plane.member.borrow().clone().context("the agent is starting; try again")?;
+                    let member = plane
+                        .member
+                        .borrow()
+                        .clone()
+                        .context("the agent is starting; try again")?;
                     let local = plane.drives.borrow()[index].clone();
                     member.wait_for_drive(wanted).await;
                     member.add_local(local).await
@@ -497,12 +576,17 @@ impl Life {
             .call(|plane| {
                 async move {
                     let member = plane.member.borrow().clone();
-                    member.map_or_else(|| serde_json::json!({ "state": "starting" }), |member| member.inspect())
+                    member.map_or_else(
+                        || serde_json::json!({ "state": "starting" }),
+                        |member| member.inspect(),
+                    )
                 }
                 .boxed_local()
             })
             .await?;
-        Ok(InspectReply { json: tree.to_string() })
+        Ok(InspectReply {
+            json: tree.to_string(),
+        })
     }
 
     fn control_address(&self) -> String {
@@ -536,10 +620,15 @@ struct MemberStart {
 impl MemberStart {
     /// Starts the incarnation and returns when it has been fenced or declared dead.
     async fn run(self, fenced: &mpsc::Sender<()>) -> anyhow::Result<()> {
-        let map = insist(|| self.client.map()).await.context("read the cluster map")?;
+        let map = insist(|| self.client.map())
+            .await
+            .context("read the cluster map")?;
         let cluster = map.cluster.clone().context("the cluster has no identity")?;
         let node = map.nodes.get(&self.node).with_context(|| {
-            format!("node {} is not in the cluster any more; remove its data_dir and join again", self.node)
+            format!(
+                "node {} is not in the cluster any more; remove its data_dir and join again",
+                self.node
+            )
         })?;
         ensure!(
             node.name == self.new_node.name,
@@ -547,13 +636,24 @@ impl MemberStart {
             self.new_node.name,
             node.name
         );
-        let update = Command::UpdateNode { node: self.node, update: self.new_node.clone() };
-        insist(|| self.client.propose(update.clone())).await.context("update the node's addresses")?;
+        let update = Command::UpdateNode {
+            node: self.node,
+            update: self.new_node.clone(),
+        };
+        insist(|| self.client.propose(update.clone()))
+            .await
+            .context("update the node's addresses")?;
         let mut host_id = [0; 16];
         rand::rng().fill_bytes(&mut host_id);
         let (host_id, key) = (HostId(host_id), member::draw_key());
-        let start = Command::StartIncarnation { node: self.node, host_id, key: key.0 };
-        let reply = insist(|| self.client.propose(start.clone())).await.context("start an incarnation")?;
+        let start = Command::StartIncarnation {
+            node: self.node,
+            host_id,
+            key: key.0,
+        };
+        let reply = insist(|| self.client.propose(start.clone()))
+            .await
+            .context("start an incarnation")?;
         let Reply::Incarnation(incarnation) = reply else {
             bail!("a new incarnation was answered with something else than its number");
         };
@@ -564,7 +664,11 @@ impl MemberStart {
             cluster,
             node: self.node,
             node_name: self.new_node.name,
-            identity: fabric::Identity { incarnation, host_id, key },
+            identity: fabric::Identity {
+                incarnation,
+                host_id,
+                key,
+            },
             client: self.data_client,
             map,
             reservations_dir: self.reservations_dir,
@@ -595,9 +699,14 @@ impl MemberStart {
     }
 
     /// The cluster map from the version that knows this incarnation on.
-    async fn follow_map(&self, incarnation: IncarnationId) -> anyhow::Result<watch::Receiver<Arc<ClusterMap>>> {
+    async fn follow_map(
+        &self,
+        incarnation: IncarnationId,
+    ) -> anyhow::Result<watch::Receiver<Arc<ClusterMap>>> {
         let mut map = self.client.watch();
-        map.wait_for(|map| map.incarnations.contains_key(&incarnation)).await.context("follow the cluster map")?;
+        map.wait_for(|map| map.incarnations.contains_key(&incarnation))
+            .await
+            .context("follow the cluster map")?;
         Ok(map)
     }
 }
@@ -625,7 +734,12 @@ async fn propose(client: &MetadataClient, command: Command) -> anyhow::Result<Re
 
 /// Adds a drive, or finds the one that was added before a crash.
 async fn add_drive(client: &MetadataClient, new: NewDrive) -> anyhow::Result<DriveId> {
-    match client.clone().with_deadline(LEADER_WAIT).propose(Command::AddDrive(new)).await {
+    match client
+        .clone()
+        .with_deadline(LEADER_WAIT)
+        .propose(Command::AddDrive(new))
+        .await
+    {
         Ok(Reply::Drive(drive)) | Err(ClientError::Refused(Refusal::DriveKnown { drive, .. })) => Ok(drive),
         Ok(other) => bail!("a new drive was answered with {other:?}"),
         Err(error) => Err(error.into()),
@@ -633,9 +747,16 @@ async fn add_drive(client: &MetadataClient, new: NewDrive) -> anyhow::Result<Dri
 }
 
 fn refused(error: anyhow::Error) -> Refused {
-    let unavailable = matches!(error.downcast_ref::<ClientError>(), Some(ClientError::Unavailable { .. }));
+    let unavailable = matches!(
+        error.downcast_ref::<ClientError>(),
+        Some(ClientError::Unavailable { .. })
+    );
     let sentence = format!("{error:#}");
-    if unavailable { Refused::Unavailable(sentence) } else { Refused::Precondition(sentence) }
+    if unavailable {
+        Refused::Unavailable(sentence)
+    } else {
+        Refused::Precondition(sentence)
+    }
 }
 
 /// The identity of a new cluster.
@@ -655,7 +776,10 @@ fn draw_cluster(name: String, voters: u8) -> Cluster {
         authentication_key,
         fencing_host_id,
         fencing_key: member::draw_key().0,
-        settings: Settings { voters, ..Settings::default() },
+        settings: Settings {
+            voters,
+            ..Settings::default()
+        },
     }
 }
 

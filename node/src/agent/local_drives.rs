@@ -31,7 +31,10 @@ impl LocalDrive {
     /// # Errors
     /// Names the drive and what stands in the way.
     pub(crate) async fn open(config: &DriveConfig) -> anyhow::Result<Rc<Self>> {
-        let options = DriveOptions { name: Some(metric_name(&config.path)), ..DriveOptions::default() };
+        let options = DriveOptions {
+            name: Some(metric_name(&config.path)),
+            ..DriveOptions::default()
+        };
         let drive = Drive::open(&config.path, options).await?;
         let label = match label::read(&drive.device()).await {
             Ok(found) => Some(found),
@@ -39,7 +42,12 @@ impl LocalDrive {
             Err(error) => return Err(error).with_context(|| format!("drive {}", config.path.display())),
         };
         let class = parse_class(&config.class)?;
-        Ok(Rc::new(Self { path: config.path.clone(), class, drive, label: RefCell::new(label) }))
+        Ok(Rc::new(Self {
+            path: config.path.clone(),
+            class,
+            drive,
+            label: RefCell::new(label),
+        }))
     }
 
     /// The drive below all checks.
@@ -76,7 +84,11 @@ impl LocalDrive {
         if let Some(found) = known.filter(|found| found.label.cluster == cluster.id) {
             return Ok(found.label);
         }
-        let overwrite = if force { Overwrite::Forced } else { Overwrite::Refused };
+        let overwrite = if force {
+            Overwrite::Forced
+        } else {
+            Overwrite::Refused
+        };
         let found = label::format(&self.device(), &self.fresh_label(cluster)?, overwrite)
             .await
             .with_context(|| format!("drive {}", self.path.display()))?;
@@ -90,11 +102,17 @@ impl LocalDrive {
     /// # Errors
     /// The drive refuses the write.
     pub(crate) async fn record_id(&self, drive: DriveId, node: NodeId) -> anyhow::Result<()> {
-        let Some(mut found) = self.label.borrow().clone() else { bail!("{} has no label", self.path.display()) };
+        let Some(mut found) = self.label.borrow().clone() else {
+            bail!("{} has no label", self.path.display())
+        };
         if found.label.drive == Some(drive) && found.label.node == Some(node) && found.worse.is_none() {
             return Ok(());
         }
-        let label = Label { drive: Some(drive), node: Some(node), ..found.label.clone() };
+        let label = Label {
+            drive: Some(drive),
+            node: Some(node),
+            ..found.label.clone()
+        };
         label::update(&self.device(), &mut found, label)
             .await
             .with_context(|| format!("drive {}", self.path.display()))?;
@@ -114,7 +132,13 @@ impl LocalDrive {
 
 /// A label for a drive that has none.
 pub(crate) fn new_label(cluster: &Cluster, class: DriveClass, bytes: u64) -> Result<Label, LabelError> {
-    Label::new(cluster.id, AuthenticationKey(cluster.authentication_key), draw_drive_uuid(), class, bytes)
+    Label::new(
+        cluster.id,
+        AuthenticationKey(cluster.authentication_key),
+        draw_drive_uuid(),
+        class,
+        bytes,
+    )
 }
 
 /// As the configuration and the command line name it.
@@ -129,5 +153,8 @@ pub(crate) fn parse_class(class: &str) -> anyhow::Result<DriveClass> {
 
 /// The drive's name in metrics and in the cluster: the last part of its path.
 pub(crate) fn metric_name(path: &Path) -> String {
-    path.file_stem().map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned())
+    path.file_stem().map_or_else(
+        || path.display().to_string(),
+        |name| name.to_string_lossy().into_owned(),
+    )
 }

@@ -35,7 +35,14 @@ impl Fencing for LocalReach {
         let (namespace, host) = (self.namespace.clone(), self.host);
         async move {
             namespace
-                .register(host, RegisterAction::Register, false, 0, own.0, PersistChange::Keep)
+                .register(
+                    host,
+                    RegisterAction::Register,
+                    false,
+                    0,
+                    own.0,
+                    PersistChange::Keep,
+                )
                 .await
                 .map_err(fence_error)
         }
@@ -54,7 +61,10 @@ impl Fencing for LocalReach {
     ) -> LocalBoxFuture<'static, Result<(), FenceError>> {
         let (namespace, host) = (self.namespace.clone(), self.host);
         async move {
-            namespace.preempt_and_abort(host, own.0, victim.0, RESERVATION).await.map_err(fence_error)
+            namespace
+                .preempt_and_abort(host, own.0, victim.0, RESERVATION)
+                .await
+                .map_err(fence_error)
         }
         .boxed_local()
     }
@@ -65,11 +75,20 @@ impl Fencing for LocalReach {
 ///
 /// # Errors
 /// Somebody else holds a reservation on the drive, or it could not be made to survive power loss.
-pub(crate) async fn enforce(namespace: &ReservedNamespace, cluster: &Cluster) -> Result<(), ReservationError> {
+pub(crate) async fn enforce(
+    namespace: &ReservedNamespace,
+    cluster: &Cluster,
+) -> Result<(), ReservationError> {
     let report = namespace.report();
     let (host, key) = (cluster.fencing_host_id, cluster.fencing_key);
-    if !report.registrants.iter().any(|found| found.hostid == host && found.key == key) {
-        namespace.register(host, RegisterAction::Register, true, 0, key, PersistChange::Set).await?;
+    if !report
+        .registrants
+        .iter()
+        .any(|found| found.hostid == host && found.key == key)
+    {
+        namespace
+            .register(host, RegisterAction::Register, true, 0, key, PersistChange::Set)
+            .await?;
     }
     if report.rtype != Some(RESERVATION) {
         namespace.acquire(host, key, RESERVATION).await?;
@@ -92,7 +111,9 @@ pub(crate) fn reservation_report(status: &ReservationStatus) -> ReservationRepor
 
 fn fence_error(error: ReservationError) -> FenceError {
     match error {
-        ReservationError::Refused(Refused::Conflict) => FenceError::Refused { status: RESERVATION_CONFLICT },
+        ReservationError::Refused(Refused::Conflict) => FenceError::Refused {
+            status: RESERVATION_CONFLICT,
+        },
         ReservationError::Refused(_) => FenceError::NotRegistered,
         // The victim is out now and might be back after power loss: not good enough to build on.
         ReservationError::NotPersisted(reason) => {

@@ -14,11 +14,11 @@ use tokio::sync::watch;
 use weft_block::drive::Health;
 use weft_initiator::{ConnectOptions, HostIdentity, RemoteDrive};
 use weft_metadata::client::{ClientError, MetadataClient};
-use weft_metadata::state::map::{Cluster, ClusterMap, DriveHome, DriveState};
 use weft_metadata::state::Command;
+use weft_metadata::state::map::{Cluster, ClusterMap, DriveHome, DriveState};
 use weft_proto::id::{DriveId, NodeId};
-use weft_target::{Registry, RegistryConfig};
 use weft_target::reservation::ReservedNamespace;
+use weft_target::{Registry, RegistryConfig};
 use weft_volume::seams::{Env, ReservationKey};
 
 use super::env::TokioEnv;
@@ -67,10 +67,7 @@ impl Member {
     ///
     /// # Errors
     /// A listener cannot be used. A drive that cannot be used is logged and left out: the others serve.
-    pub(crate) async fn start(
-        options: MemberOptions,
-        drives: &[Rc<LocalDrive>],
-    ) -> anyhow::Result<Rc<Self>> {
+    pub(crate) async fn start(options: MemberOptions, drives: &[Rc<LocalDrive>]) -> anyhow::Result<Rc<Self>> {
         let MemberOptions {
             cluster,
             node,
@@ -83,8 +80,12 @@ impl Member {
             discovery,
             engine,
         } = options;
-        let first = u16::try_from(node.0).ok().and_then(|node| node.checked_mul(CNTLIDS_PER_NODE));
-        let first = first.filter(|first| *first <= 0xffef - CNTLIDS_PER_NODE).context("too many nodes")?;
+        let first = u16::try_from(node.0)
+            .ok()
+            .and_then(|node| node.checked_mul(CNTLIDS_PER_NODE));
+        let first = first
+            .filter(|first| *first <= 0xffef - CNTLIDS_PER_NODE)
+            .context("too many nodes")?;
         let registry = Registry::new(RegistryConfig {
             cntlid_min: first + 1,
             cntlid_max: first + CNTLIDS_PER_NODE - 1,
@@ -156,17 +157,31 @@ impl Member {
     /// # Errors
     /// The label is not the cluster's, the map does not know the drive, or its reservations cannot be read.
     pub(crate) async fn add_local(self: &Rc<Self>, local: Rc<LocalDrive>) -> anyhow::Result<()> {
-        let uuid = local.uuid().context("it has no label; add it with `weft drive add --path`")?;
+        let uuid = local
+            .uuid()
+            .context("it has no label; add it with `weft drive add --path`")?;
         let map = self.map.borrow().clone();
-        let known = map.drives.values().find(|drive| drive.uuid == uuid && drive.state != DriveState::Removed);
-        let known = known.with_context(|| format!("its label {uuid} is not on record in this cluster"))?.clone();
+        let known = map
+            .drives
+            .values()
+            .find(|drive| drive.uuid == uuid && drive.state != DriveState::Removed);
+        let known = known
+            .with_context(|| format!("its label {uuid} is not on record in this cluster"))?
+            .clone();
         let file = self.reservations_dir.join(format!("{uuid}.reservations"));
         let namespace = ReservedNamespace::open(local.device(), uuid.0, Some(file))?;
-        local_reach::enforce(&namespace, &self.cluster).await.context("put the reservation in force")?;
+        local_reach::enforce(&namespace, &self.cluster)
+            .await
+            .context("put the reservation in force")?;
         local.record_id(known.id, self.node).await?;
         let identity = self.fabric.identity();
-        let reach = Rc::new(LocalReach { namespace: namespace.clone(), host: identity.host_id });
-        self.local.borrow_mut().push((known.id, local.clone(), namespace.clone()));
+        let reach = Rc::new(LocalReach {
+            namespace: namespace.clone(),
+            host: identity.host_id,
+        });
+        self.local
+            .borrow_mut()
+            .push((known.id, local.clone(), namespace.clone()));
         self.fabric.add(known.id, reach);
         self.fence_local(known.id, &map).await;
         self.presenter.add_drive(known.id, uuid, namespace)?;
@@ -177,15 +192,26 @@ impl Member {
 
     /// Fences dead incarnations on a drive of this server and has that recorded: their chunks are free again then.
     async fn fence_local(&self, drive: DriveId, map: &ClusterMap) {
-        let namespace = self.local.borrow().iter().find(|(id, ..)| *id == drive).map(|(_, _, n)| n.clone());
+        let namespace = self
+            .local
+            .borrow()
+            .iter()
+            .find(|(id, ..)| *id == drive)
+            .map(|(_, _, n)| n.clone());
         let Some(namespace) = namespace else { return };
         let mut commands = Vec::new();
         for dead in map.fences_due(drive) {
             // In the cluster's own name, which is registered on every drive from its first day.
             let (host, key) = (self.cluster.fencing_host_id, self.cluster.fencing_key);
-            let registered = namespace.report().registrants.iter().any(|found| found.key == dead.key);
+            let registered = namespace
+                .report()
+                .registrants
+                .iter()
+                .any(|found| found.key == dead.key);
             let fenced = if registered {
-                namespace.preempt_and_abort(host, key, dead.key, local_reach::RESERVATION).await
+                namespace
+                    .preempt_and_abort(host, key, dead.key, local_reach::RESERVATION)
+                    .await
             } else {
                 Ok(())
             };
@@ -216,7 +242,10 @@ impl Member {
 
     async fn watch_health(self: Rc<Self>, drive: DriveId, local: Rc<LocalDrive>) {
         let mut health = local.drive.health();
-        let gone = health.wait_for(|health| matches!(health, Health::Gone(_))).await.map(|health| *health);
+        let gone = health
+            .wait_for(|health| matches!(health, Health::Gone(_)))
+            .await
+            .map(|health| *health);
         if let Ok(Health::Gone(reason)) = gone {
             tracing::error!(%drive, path = %local.path.display(), %reason, "a drive has failed; replace it");
             self.fabric.remove(drive);
@@ -253,9 +282,18 @@ impl Member {
                 DriveHome::Node(node) if *node == self.node => continue,
                 DriveHome::Node(node) => {
                     let Some(node) = map.nodes.get(node) else { continue };
-                    (node.nvme_address.clone(), view::drive_subnqn(self.cluster.id, drive.uuid), 1)
+                    (
+                        node.nvme_address.clone(),
+                        view::drive_subnqn(self.cluster.id, drive.uuid),
+                        1,
+                    )
                 }
-                DriveHome::ThirdParty { address, subnqn, nsid, .. } => (address.clone(), subnqn.clone(), *nsid),
+                DriveHome::ThirdParty {
+                    address,
+                    subnqn,
+                    nsid,
+                    ..
+                } => (address.clone(), subnqn.clone(), *nsid),
             };
             let Ok(address) = address.parse() else {
                 tracing::error!(drive = %drive.id, %address, "not an address");
@@ -282,7 +320,10 @@ impl Member {
         loop {
             let drives = self.fabric.registrations_to_record().await;
             let incarnation = self.fabric.identity().incarnation;
-            let command = Command::RecordRegistrations { incarnation, drives: drives.clone() };
+            let command = Command::RecordRegistrations {
+                incarnation,
+                drives: drives.clone(),
+            };
             match self.client.propose(command).await {
                 Ok(_) => {}
                 Err(ClientError::Refused(refusal)) => tracing::error!(%refusal, "registrations refused"),

@@ -17,15 +17,18 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use tokio::sync::watch;
 use tokio::time::Instant;
+use weft_block::Device;
 use weft_metadata::client::{ClientError, MetadataClient};
 use weft_metadata::state::map::{Cluster, ClusterMap, Owner, Phase, Volume};
 use weft_metadata::state::{Command, Refusal, Reply};
 use weft_proto::band::EpochGrant;
 use weft_proto::id::{DriveId, IncarnationId, NodeId, VolumeId};
 use weft_volume::engine::Engine;
+use weft_volume::error::VolumeError;
 use weft_volume::format::header::HeaderKey;
 use weft_volume::seams::{Env, ReservationKey, Seams};
 use weft_volume::settings::{Identity, Settings};
+use weft_volume::sub_block::SubBlock;
 
 use super::directory::RaftDirectory;
 use super::fabric::Fabric;
@@ -34,6 +37,9 @@ use crate::config::EngineConfig;
 
 /// Between two attempts of a step that waits for others.
 const RETRY: Duration = Duration::from_millis(50);
+
+/// Between two attempts to open a volume that cannot be read: an operator has to act.
+const UNREADABLE_RETRY: Duration = Duration::from_secs(5);
 
 /// A successor serves one lease and its drift after its fence is complete.
 const LEASE_AND_DRIFT: Duration = Duration::from_millis(1010);
@@ -91,7 +97,9 @@ impl Ownership {
     pub(crate) fn follow(self: &Rc<Self>, map: &ClusterMap) {
         let own = self.fabric.identity().incarnation;
         for (id, volume) in &map.volumes {
-            let Phase::Recovering { owner, .. } = volume.phase else { continue };
+            let Phase::Recovering { owner, .. } = volume.phase else {
+                continue;
+            };
             if owner.incarnation == own && self.tasks.borrow().get(id) != Some(&owner) {
                 self.tasks.borrow_mut().insert(*id, owner);
                 tokio::task::spawn_local(self.clone().own(*id, owner));
@@ -103,7 +111,10 @@ impl Ownership {
     pub(crate) fn inspect(&self) -> serde_json::Value {
         let engines = self.engines.borrow();
         let volumes = engines.iter().map(|(volume, engine)| {
-            (volume.to_string(), serde_json::Value::String(format!("{:?}", engine.stats())))
+            (
+                volume.to_string(),
+                serde_json::Value::String(format!("{:?}", engine.stats())),
+            )
         });
         serde_json::Value::Object(volumes.collect())
     }
@@ -111,10 +122,12 @@ impl Ownership {
     /// One epoch, from its grant to its end.
     async fn own(self: Rc<Self>, volume: VolumeId, owner: Owner) {
         let began = Instant::now();
-        let Some(engine) = self.take_over(volume, owner).await else { return };
+        let Some(engine) = self.take_over(volume, owner).await else {
+            return;
+        };
         tracing::info!(%volume, epoch = %owner.epoch, took_ms = began.elapsed().as_millis() as u64, "serving");
         self.engines.borrow_mut().insert(volume, engine.clone());
-        self.presenter.engine_serves(volume, Rc::new(engine.clone()));
+        self.presenter.engine_serves(volume, self.device(volume, &engine));
         self.serve(volume, owner, &engine).await;
         self.presenter.engine_stopped(volume);
         self.engines.borrow_mut().remove(&volume);
@@ -158,11 +171,46 @@ impl Ownership {
                     }
                     return Some(engine);
                 }
-                Err(error) => {
+                // Drives that come back make the same grant good again.
+                Err(error @ VolumeError::TooManyMissing { .. }) => {
                     tracing::warn!(%volume, epoch = %owner.epoch, "not open yet: {error}");
                     tokio::time::sleep(RETRY).await;
                 }
+                // Nothing was appended: what is there cannot be read. Nobody else is harmed by trying again.
+                Err(
+                    error @ (VolumeError::Undecodable { .. }
+                    | VolumeError::RootUnreadable { .. }
+                    | VolumeError::UnknownBand { .. }),
+                ) => {
+                    tracing::error!(%volume, epoch = %owner.epoch, "cannot be opened: {error}");
+                    tokio::time::sleep(UNREADABLE_RETRY).await;
+                }
+                // Stripe numbers and sequences of an epoch are given once, so this epoch is spent.
+                Err(error) => {
+                    tracing::warn!(%volume, epoch = %owner.epoch, "not opened: {error}");
+                    self.end_incarnation_if_current(volume, owner).await;
+                    return None;
+                }
             }
+        }
+    }
+
+    /// An epoch that cannot go on although the cluster holds it to be ours: only a new incarnation frees the volume.
+    async fn end_incarnation_if_current(&self, volume: VolumeId, owner: Owner) {
+        // The map may be about to say that the epoch is over.
+        tokio::time::sleep(LEASE_AND_DRIFT).await;
+        if self.is_current(volume, owner) {
+            tracing::error!(%volume, epoch = %owner.epoch, "this incarnation ends so that the volume is served again");
+            self.fabric.give_up();
+        }
+    }
+
+    /// The engine with the logical blocks that hosts see.
+    fn device(&self, volume: VolumeId, engine: &Engine) -> Device {
+        let device: Device = Rc::new(engine.clone());
+        match self.volume(volume) {
+            Some(found) if found.block_bytes == 512 => Rc::new(SubBlock::new(device, self.env.clone())),
+            _ => device,
         }
     }
 
@@ -171,16 +219,13 @@ impl Ownership {
         let mut map = self.map.clone();
         loop {
             let found = map.borrow_and_update().volumes.get(&volume).cloned();
+            let mut moving = None;
             match found {
                 Some(found) if found.phase.owner() == Some(owner) => {
                     engine.grow(found.size_bytes);
                     match (found.phase, found.move_to) {
                         (Phase::Deleting { .. }, _) => return self.delete(volume, owner, engine).await,
-                        (Phase::Serving { .. }, Some(to)) if to != self.node => {
-                            if self.hand_over(volume, owner, engine, to).await {
-                                return;
-                            }
-                        }
+                        (Phase::Serving { .. }, Some(to)) if to != self.node => moving = Some(to),
                         _ => {}
                     }
                 }
@@ -191,6 +236,11 @@ impl Ownership {
                     return;
                 }
             }
+            if let Some(to) = moving
+                && self.hand_over(volume, owner, engine, to).await
+            {
+                return;
+            }
             tokio::select! {
                 changed = map.changed() => if changed.is_err() {
                     engine.abort();
@@ -198,6 +248,8 @@ impl Ownership {
                 },
                 () = engine.fenced() => {
                     tracing::warn!(%volume, epoch = %owner.epoch, "the epoch is over");
+                    self.presenter.engine_stopped(volume);
+                    self.end_incarnation_if_current(volume, owner).await;
                     return;
                 }
             }
@@ -218,6 +270,8 @@ impl Ownership {
             Err(error) => {
                 tracing::warn!(%volume, %error, "not quiesced: the volume will be taken over");
                 engine.abort();
+                self.presenter.engine_stopped(volume);
+                self.end_incarnation_if_current(volume, owner).await;
                 return true;
             }
         };
@@ -244,7 +298,13 @@ impl Ownership {
     async fn delete(&self, volume: VolumeId, owner: Owner, engine: &Engine) {
         engine.abort();
         self.presenter.engine_stopped(volume);
-        if let Err(refusal) = self.insist(Command::FinishDelete { volume, epoch: owner.epoch }).await {
+        if let Err(refusal) = self
+            .insist(Command::FinishDelete {
+                volume,
+                epoch: owner.epoch,
+            })
+            .await
+        {
             tracing::warn!(%volume, %refusal, "the deletion was not finished");
         }
     }
@@ -273,12 +333,17 @@ impl Ownership {
     /// n − m drives of each band.
     async fn fence(&self, grant: &EpochGrant) -> bool {
         let map = self.map.borrow().clone();
-        let drives: BTreeSet<DriveId> =
-            grant.bands.iter().flat_map(|band| &band.columns).map(|column| column.drive).collect();
+        let drives: BTreeSet<DriveId> = grant
+            .bands
+            .iter()
+            .flat_map(|band| &band.columns)
+            .map(|column| column.drive)
+            .collect();
         let due: Vec<(DriveId, IncarnationId, ReservationKey)> = drives
             .iter()
             .flat_map(|drive| {
-                map.fences_due(*drive).map(|dead| (*drive, dead.id, ReservationKey(dead.key)))
+                map.fences_due(*drive)
+                    .map(|dead| (*drive, dead.id, ReservationKey(dead.key)))
             })
             .collect();
         let outcomes = join_all(due.iter().map(|(drive, _, key)| self.fabric.fence(*drive, *key))).await;
@@ -306,7 +371,11 @@ impl Ownership {
             }
         }
         grant.bands.iter().all(|band| {
-            let unfenced = band.columns.iter().filter(|column| missing.contains(&column.drive)).count();
+            let unfenced = band
+                .columns
+                .iter()
+                .filter(|column| missing.contains(&column.drive))
+                .count();
             unfenced <= usize::from(band.geometry.m)
         })
     }
@@ -316,7 +385,8 @@ impl Ownership {
     }
 
     fn is_current(&self, volume: VolumeId, owner: Owner) -> bool {
-        self.volume(volume).is_some_and(|found| found.phase.owner() == Some(owner))
+        self.volume(volume)
+            .is_some_and(|found| found.phase.owner() == Some(owner))
     }
 
     fn seams(&self) -> Seams {

@@ -16,7 +16,10 @@ use weft_proto::id::{ClusterId, DriveId, DriveUuid, NodeId, VolumeId};
 use weft_proto::nqn::Nqn;
 use weft_proto::nvme::log::AnaState;
 use weft_target::reservation::ReservedNamespace;
-use weft_target::{AllowedHosts, DeviceFactory, DiscoveryRecord, NamespaceConfig, Registry, RegistryError, Source, SubsystemConfig};
+use weft_target::{
+    AllowedHosts, DeviceFactory, DiscoveryRecord, NamespaceConfig, Registry, RegistryError, Source,
+    SubsystemConfig,
+};
 
 use super::route::{Served, Slot};
 use crate::view;
@@ -114,11 +117,6 @@ impl Presenter {
         }
     }
 
-    /// Whether an engine of this node serves the volume.
-    pub(crate) fn serves(&self, volume: VolumeId) -> bool {
-        self.engines.borrow().contains_key(&volume)
-    }
-
     /// Makes what is presented agree with the map.
     pub(crate) fn follow(&self, map: &ClusterMap) {
         self.follow_members(map);
@@ -130,8 +128,13 @@ impl Presenter {
             })
             .map(|(id, volume)| (*id, volume))
             .collect();
-        let gone: Vec<VolumeId> =
-            self.volumes.borrow().keys().filter(|id| !wanted.contains_key(id)).copied().collect();
+        let gone: Vec<VolumeId> = self
+            .volumes
+            .borrow()
+            .keys()
+            .filter(|id| !wanted.contains_key(id))
+            .copied()
+            .collect();
         for volume in gone {
             self.withdraw(volume, map);
         }
@@ -145,15 +148,21 @@ impl Presenter {
     }
 
     fn follow_members(&self, map: &ClusterMap) {
-        let members: BTreeSet<Nqn> =
-            map.nodes.values().map(|node| view::node_host_nqn(self.cluster, &node.name)).collect();
+        let members: BTreeSet<Nqn> = map
+            .nodes
+            .values()
+            .map(|node| view::node_host_nqn(self.cluster, &node.name))
+            .collect();
         if *self.members.borrow() == members {
             return;
         }
         self.members.borrow_mut().clone_from(&members);
         for uuid in self.drives.borrow().values() {
             let subnqn = view::drive_subnqn(self.cluster, *uuid);
-            if let Err(error) = self.registry.set_hosts(&subnqn, AllowedHosts::List(members.clone())) {
+            if let Err(error) = self
+                .registry
+                .set_hosts(&subnqn, AllowedHosts::List(members.clone()))
+            {
                 tracing::error!(%subnqn, %error, "members not updated");
             }
         }
@@ -166,16 +175,23 @@ impl Presenter {
         if !known {
             let slot = Slot::new(owner_subnqn.clone(), volume_info(volume));
             let routed = slot.clone();
-            self.add_volume_subsystem(subnqn, volume, Rc::new(move |association| {
-                routed.device(HostIdentity {
-                    hostnqn: association.hostnqn.clone(),
-                    hostid: association.hostid,
-                })
-            }))?;
+            self.add_volume_subsystem(
+                subnqn,
+                volume,
+                Rc::new(move |association| {
+                    routed.device(HostIdentity {
+                        hostnqn: association.hostnqn.clone(),
+                        hostid: association.hostid,
+                    })
+                }),
+            )?;
             let owned = slot.clone();
             self.add_volume_subsystem(&owner_subnqn, volume, Rc::new(move |_| owned.owner_device()))?;
-            let presented =
-                Presented { slot, hosts: volume.allowed_hosts.clone(), size_bytes: volume.size_bytes };
+            let presented = Presented {
+                slot,
+                hosts: volume.allowed_hosts.clone(),
+                size_bytes: volume.size_bytes,
+            };
             self.volumes.borrow_mut().insert(id, presented);
         }
         let mut volumes = self.volumes.borrow_mut();
@@ -195,8 +211,14 @@ impl Presenter {
         let (served, state) = match (self.engines.borrow().get(&id), volume.phase) {
             (Some(device), _) => (Served::Here(device.clone()), AnaState::OPTIMIZED),
             (None, Phase::Serving { owner }) if owner.node != self.node => {
-                let address = map.nodes.get(&owner.node).and_then(|node| node.nvme_address.parse().ok());
-                (address.map_or(Served::Nowhere, Served::By), AnaState::NON_OPTIMIZED)
+                let address = map
+                    .nodes
+                    .get(&owner.node)
+                    .and_then(|node| node.nvme_address.parse().ok());
+                (
+                    address.map_or(Served::Nowhere, Served::By),
+                    AnaState::NON_OPTIMIZED,
+                )
             }
             // Being taken over: this path will serve again in a moment, so it does not pretend to be gone.
             (None, _) => (Served::Nowhere, AnaState::NON_OPTIMIZED),
@@ -235,10 +257,16 @@ impl Presenter {
         let kept: BTreeSet<Nqn> = {
             let volumes = self.volumes.borrow();
             let named = map.volumes.iter().filter(|(id, _)| volumes.contains_key(id));
-            named.flat_map(|(_, volume)| [volume.subnqn.clone(), view::owner_subnqn(&volume.subnqn)]).collect()
+            named
+                .flat_map(|(_, volume)| [volume.subnqn.clone(), view::owner_subnqn(&volume.subnqn)])
+                .collect()
         };
-        let drives: BTreeSet<Nqn> =
-            self.drives.borrow().values().map(|uuid| view::drive_subnqn(self.cluster, *uuid)).collect();
+        let drives: BTreeSet<Nqn> = self
+            .drives
+            .borrow()
+            .values()
+            .map(|uuid| view::drive_subnqn(self.cluster, *uuid))
+            .collect();
         for subnqn in self.registry.subsystems() {
             if !kept.contains(&subnqn)
                 && !drives.contains(&subnqn)
@@ -254,8 +282,14 @@ impl Presenter {
 fn discovery_records(map: &ClusterMap) -> Vec<DiscoveryRecord> {
     let mut records = Vec::new();
     for volume in map.volumes.values() {
-        for node in map.nodes.values().filter(|node| volume.presentation.includes(node.id)) {
-            let Ok(address) = node.nvme_address.parse::<SocketAddr>() else { continue };
+        for node in map
+            .nodes
+            .values()
+            .filter(|node| volume.presentation.includes(node.id))
+        {
+            let Ok(address) = node.nvme_address.parse::<SocketAddr>() else {
+                continue;
+            };
             records.push(DiscoveryRecord {
                 subnqn: volume.subnqn.clone(),
                 address,

@@ -23,12 +23,26 @@ impl Reach for RemoteReach {
 impl Fencing for RemoteReach {
     fn register(&self, own: ReservationKey) -> LocalBoxFuture<'static, Result<(), FenceError>> {
         let drive = self.0.clone();
-        async move { drive.reservation_register(own.0, FENCE_TIMEOUT).await.map_err(fence_error) }.boxed_local()
+        async move {
+            drive
+                .reservation_register(own.0, FENCE_TIMEOUT)
+                .await
+                .map_err(fence_error)
+        }
+        .boxed_local()
     }
 
     fn report(&self) -> LocalBoxFuture<'static, Result<ReservationReport, FenceError>> {
         let drive = self.0.clone();
-        async move { Ok(reservation_report(&drive.reservation_report(FENCE_TIMEOUT).await.map_err(fence_error)?)) }.boxed_local()
+        async move {
+            Ok(reservation_report(
+                &drive
+                    .reservation_report(FENCE_TIMEOUT)
+                    .await
+                    .map_err(fence_error)?,
+            ))
+        }
+        .boxed_local()
     }
 
     fn preempt_and_abort(
@@ -49,7 +63,9 @@ impl Fencing for RemoteReach {
 
 fn fence_error(error: ReservationError) -> FenceError {
     match error {
-        ReservationError::Conflict => FenceError::Refused { status: RESERVATION_CONFLICT },
+        ReservationError::Conflict => FenceError::Refused {
+            status: RESERVATION_CONFLICT,
+        },
         ReservationError::Refused(status) => FenceError::Refused { status: status.0 },
         ReservationError::NotConnected | ReservationError::Unknown | ReservationError::Malformed => {
             FenceError::Unreachable

@@ -48,7 +48,12 @@ pub(crate) struct Slot {
 impl Slot {
     /// Served nowhere yet. `owner_subnqn` is the subsystem that only the owner serves.
     pub(crate) fn new(owner_subnqn: Nqn, info: DeviceInfo) -> Rc<Self> {
-        Rc::new(Self { served: RefCell::new(Served::Nowhere), info: Cell::new(info), owner_subnqn, changed: Notify::new() })
+        Rc::new(Self {
+            served: RefCell::new(Served::Nowhere),
+            info: Cell::new(info),
+            owner_subnqn,
+            changed: Notify::new(),
+        })
     }
 
     /// The volume is served somewhere else from now on; commands that wait go there.
@@ -68,7 +73,12 @@ impl Slot {
 
     /// The volume as `host` sees it through this node.
     pub(crate) fn device(self: &Rc<Self>, host: HostIdentity) -> Device {
-        Rc::new(RoutedDevice(Rc::new(Route { slot: self.clone(), host, forward: RefCell::default(), connecting: tokio::sync::Mutex::new(()) })))
+        Rc::new(RoutedDevice(Rc::new(Route {
+            slot: self.clone(),
+            host,
+            forward: RefCell::default(),
+            connecting: tokio::sync::Mutex::new(()),
+        })))
     }
 
     /// The volume on the owner's own subsystem: served by an engine here, or not at all.
@@ -124,7 +134,11 @@ impl Route {
             .inspect_err(|error| tracing::debug!(%address, %error, "the owner cannot be reached yet"))
             .ok()?;
         let device: Device = controller.namespace(1).await.ok()?;
-        *self.forward.borrow_mut() = Some(Forward { address, controller, device: device.clone() });
+        *self.forward.borrow_mut() = Some(Forward {
+            address,
+            controller,
+            device: device.clone(),
+        });
         Some(device)
     }
 
@@ -204,11 +218,13 @@ impl BlockDevice for RoutedDevice {
     }
 
     fn write(&self, start: Lba, data: Vec<Bytes>, durability: Durability) -> Io<()> {
-        self.0.start(move |device| device.write(start, data.clone(), durability))
+        self.0
+            .start(move |device| device.write(start, data.clone(), durability))
     }
 
     fn write_zeroes(&self, range: LbaRange, deallocate: bool, durability: Durability) -> Io<()> {
-        self.0.start(move |device| device.write_zeroes(range, deallocate, durability))
+        self.0
+            .start(move |device| device.write_zeroes(range, deallocate, durability))
     }
 
     fn deallocate(&self, ranges: Vec<LbaRange>) -> Io<()> {

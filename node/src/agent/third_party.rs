@@ -18,7 +18,9 @@ use weft_metadata::state::map::{Cluster, DriveHome};
 use weft_proto::grpc::admin::ThirdParty;
 use weft_proto::id::HostId;
 use weft_proto::nqn::Nqn;
-use weft_proto::nvme::reservation::{AcquireAction, PersistChange, RegisterAction, ReleaseAction, ReservationStatus};
+use weft_proto::nvme::reservation::{
+    AcquireAction, PersistChange, RegisterAction, ReleaseAction, ReservationStatus,
+};
 use weft_proto::units::Lba;
 
 use super::local_drives::{new_label, parse_class};
@@ -39,16 +41,31 @@ pub(crate) async fn prove(
     host: HostIdentity,
     force: bool,
 ) -> anyhow::Result<NewDrive> {
-    let ThirdParty { address, subnqn, nsid, box_name } = source;
+    let ThirdParty {
+        address,
+        subnqn,
+        nsid,
+        box_name,
+    } = source;
     let name = format!("target {address}, subsystem {subnqn}, namespace {nsid}");
-    let address: SocketAddr = address.parse().with_context(|| format!("`{address}` is not HOST:PORT"))?;
+    let address: SocketAddr = address
+        .parse()
+        .with_context(|| format!("`{address}` is not HOST:PORT"))?;
     let subnqn: Nqn = subnqn.parse().with_context(|| format!("subsystem `{subnqn}`"))?;
-    let target = Target { address, subnqn: subnqn.clone(), nsid, hostnqn: host.hostnqn };
+    let target = Target {
+        address,
+        subnqn: subnqn.clone(),
+        nsid,
+        hostnqn: host.hostnqn,
+    };
     let own = target.connect(host.hostid).await.with_context(|| name.clone())?;
     own.expect_reservations().await.with_context(|| name.clone())?;
     let found = label::read(&own.device).await;
     match &found {
-        Ok(found) if !force => found.label.expect_cluster(cluster.id).with_context(|| format!("{name}; use --force to overwrite it"))?,
+        Ok(found) if !force => found
+            .label
+            .expect_cluster(cluster.id)
+            .with_context(|| format!("{name}; use --force to overwrite it"))?,
         Ok(_) | Err(LabelError::Absent) => {}
         Err(error) if force => tracing::warn!(%error, "overwritten by force"),
         Err(error) => bail!("{name}: {error}"),
@@ -56,10 +73,15 @@ pub(crate) async fn prove(
     let key = cluster.fencing_key;
     own.register(key).await.with_context(|| name.clone())?;
     let report = own.acquire(key).await.with_context(|| name.clone())?;
-    let proof = prove_fencing(&target, &own, key).await.with_context(|| name.clone());
+    let proof = prove_fencing(&target, &own, key)
+        .await
+        .with_context(|| name.clone());
     if let Err(error) = proof {
         // Leave the drive as it was found.
-        let _ = own.controller.reservation_release(nsid, ReleaseAction::Clear, RESERVATION, key).await;
+        let _ = own
+            .controller
+            .reservation_release(nsid, ReleaseAction::Clear, RESERVATION, key)
+            .await;
         return Err(error);
     }
     if !report.ptpl {
@@ -68,16 +90,28 @@ pub(crate) async fn prove(
     let label = match found {
         Ok(found) if found.label.cluster == cluster.id => found.label,
         _ => {
-            let overwrite = if force { Overwrite::Forced } else { Overwrite::Refused };
+            let overwrite = if force {
+                Overwrite::Forced
+            } else {
+                Overwrite::Refused
+            };
             let fresh = new_label(cluster, parse_class(class)?, own.device.info().bytes())?;
-            label::format(&own.device, &fresh, overwrite).await.with_context(|| name.clone())?.label
+            label::format(&own.device, &fresh, overwrite)
+                .await
+                .with_context(|| name.clone())?
+                .label
         }
     };
     own.controller.disconnect().await;
     Ok(NewDrive {
         uuid: label.drive_uuid,
         name: format!("{box_name}-{nsid}"),
-        home: DriveHome::ThirdParty { address: address.to_string(), subnqn, nsid, box_name },
+        home: DriveHome::ThirdParty {
+            address: address.to_string(),
+            subnqn,
+            nsid,
+            box_name,
+        },
         class: label.class,
         start_mib: label.chunks_start_mib,
         end_mib: label.chunks_end_mib,
@@ -101,11 +135,21 @@ struct Connected {
 
 impl Target {
     async fn connect(&self, hostid: HostId) -> anyhow::Result<Connected> {
-        let host = HostIdentity { hostnqn: self.hostnqn.clone(), hostid };
-        let controller = Controller::connect(ConnectOptions::new(self.address, self.subnqn.clone(), host)).await?;
-        let device: Device =
-            controller.namespace(self.nsid).await.with_context(|| format!("no namespace {}", self.nsid))?;
-        Ok(Connected { controller, device, nsid: self.nsid })
+        let host = HostIdentity {
+            hostnqn: self.hostnqn.clone(),
+            hostid,
+        };
+        let controller =
+            Controller::connect(ConnectOptions::new(self.address, self.subnqn.clone(), host)).await?;
+        let device: Device = controller
+            .namespace(self.nsid)
+            .await
+            .with_context(|| format!("no namespace {}", self.nsid))?;
+        Ok(Connected {
+            controller,
+            device,
+            nsid: self.nsid,
+        })
     }
 }
 
@@ -123,7 +167,10 @@ impl Connected {
     }
 
     async fn register(&self, key: u64) -> anyhow::Result<()> {
-        let register = |persist| self.controller.reservation_register(self.nsid, RegisterAction::Register, 0, key, true, persist);
+        let register = |persist| {
+            self.controller
+                .reservation_register(self.nsid, RegisterAction::Register, 0, key, true, persist)
+        };
         match register(PersistChange::Set).await {
             // Not all targets can persist; what that means is said in the report.
             Err(ReservationError::Refused(_)) => register(PersistChange::Keep).await,
@@ -133,14 +180,22 @@ impl Connected {
     }
 
     async fn acquire(&self, key: u64) -> anyhow::Result<ReservationStatus> {
-        let report = self.controller.reservation_report(self.nsid).await.context("Reservation Report")?;
+        let report = self
+            .controller
+            .reservation_report(self.nsid)
+            .await
+            .context("Reservation Report")?;
         if report.rtype != Some(RESERVATION) {
             self.controller
                 .reservation_acquire(self.nsid, AcquireAction::Acquire, RESERVATION, key, 0)
                 .await
                 .context("Reservation Acquire (Write Exclusive - All Registrants)")?;
         }
-        let report = self.controller.reservation_report(self.nsid).await.context("Reservation Report")?;
+        let report = self
+            .controller
+            .reservation_report(self.nsid)
+            .await
+            .context("Reservation Report")?;
         ensure!(
             report.rtype == Some(RESERVATION),
             "it answered Reservation Acquire with success, and its report shows {:?}",
@@ -152,7 +207,10 @@ impl Connected {
 
 /// Two test identifiers: one is registered, writes, is preempted, and must not write any more.
 async fn prove_fencing(target: &Target, own: &Connected, key: u64) -> anyhow::Result<()> {
-    let victim = target.connect(draw_host_id()).await.context("connect as a test host")?;
+    let victim = target
+        .connect(draw_host_id())
+        .await
+        .context("connect as a test host")?;
     let victim_key = super::member::draw_key().0;
     let info = own.device.info();
     // The block before the last MiB: label copies are in the first and the last one, and no chunk is granted yet.
@@ -164,8 +222,13 @@ async fn prove_fencing(target: &Target, own: &Connected, key: u64) -> anyhow::Re
         before == Err(BlockError::ReservationConflict),
         "a host that is not registered may write there (it answered {before:?})"
     );
-    victim.register(victim_key).await.context("register a test host")?;
-    write(&victim.device).await.context("write as a registered test host")?;
+    victim
+        .register(victim_key)
+        .await
+        .context("register a test host")?;
+    write(&victim.device)
+        .await
+        .context("write as a registered test host")?;
     own.controller
         .reservation_preempt_and_abort(own.nsid, RESERVATION, key, victim_key)
         .await
@@ -175,7 +238,11 @@ async fn prove_fencing(target: &Target, own: &Connected, key: u64) -> anyhow::Re
         after == Err(BlockError::ReservationConflict),
         "a host that was preempted may still write there (it answered {after:?})"
     );
-    let report = own.controller.reservation_report(own.nsid).await.context("Reservation Report")?;
+    let report = own
+        .controller
+        .reservation_report(own.nsid)
+        .await
+        .context("Reservation Report")?;
     ensure!(
         report.registrants.iter().all(|found| found.key != victim_key) && report.rtype == Some(RESERVATION),
         "Preempt and Abort left the test host registered, or ended the reservation"

@@ -16,7 +16,9 @@ pub(crate) struct DataThread<S> {
 
 impl<S> Clone for DataThread<S> {
     fn clone(&self) -> Self {
-        Self { work: self.work.clone() }
+        Self {
+            work: self.work.clone(),
+        }
     }
 }
 
@@ -34,16 +36,20 @@ impl<S: 'static> DataThread<S> {
         make: impl FnOnce() -> S + Send + 'static,
     ) -> std::io::Result<(Self, std::thread::JoinHandle<()>)> {
         let (sender, mut receiver) = mpsc::unbounded_channel::<Work<S>>();
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let thread = std::thread::Builder::new().name("weft-data".to_owned()).spawn(move || {
-            let local = tokio::task::LocalSet::new();
-            local.block_on(&runtime, async move {
-                let state = Rc::new(make());
-                while let Some(work) = receiver.recv().await {
-                    tokio::task::spawn_local(work(state.clone()));
-                }
-            });
-        })?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        let thread = std::thread::Builder::new()
+            .name("weft-data".to_owned())
+            .spawn(move || {
+                let local = tokio::task::LocalSet::new();
+                local.block_on(&runtime, async move {
+                    let state = Rc::new(make());
+                    while let Some(work) = receiver.recv().await {
+                        tokio::task::spawn_local(work(state.clone()));
+                    }
+                });
+            })?;
         Ok((Self { work: sender }, thread))
     }
 
@@ -76,8 +82,16 @@ mod tests {
     #[tokio::test]
     async fn work_runs_on_the_thread_and_may_keep_things_that_never_leave_it() {
         let (data, _thread) = DataThread::spawn(|| Cell::new(6)).unwrap();
-        let answer = data.call(|state| Box::pin(async move { state.replace(state.get() + 1) })).await.unwrap();
+        let answer = data
+            .call(|state| Box::pin(async move { state.replace(state.get() + 1) }))
+            .await
+            .unwrap();
         assert_eq!(answer, 6);
-        assert_eq!(data.call(|state| Box::pin(async move { state.get() })).await.unwrap(), 7);
+        assert_eq!(
+            data.call(|state| Box::pin(async move { state.get() }))
+                .await
+                .unwrap(),
+            7
+        );
     }
 }

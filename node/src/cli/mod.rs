@@ -58,12 +58,17 @@ impl From<Refusal> for Failure {
 /// Runs one client command. Returns the process's exit code.
 pub(crate) async fn run(cli: Cli) -> u8 {
     let output = Output { json: cli.json };
-    let session = Session { addresses: cli.cluster, output };
+    let session = Session {
+        addresses: cli.cluster,
+        output,
+    };
     match session.run(cli.command).await {
         Ok(()) => 0,
         Err(failure) => {
             if cli.json {
-                output.one(&serde_json::json!({ "error": failure.to_string() }), |_| String::new());
+                output.one(&serde_json::json!({ "error": failure.to_string() }), |_| {
+                    String::new()
+                });
             }
             eprintln!("weft: {failure}");
             failure.exit_code()
@@ -80,7 +85,12 @@ struct Session {
 impl Session {
     async fn run(&self, command: Command) -> Result<(), Failure> {
         match command {
-            Command::Init { agent, name, voters, force } => self.init(&agent, name, voters, force).await,
+            Command::Init {
+                agent,
+                name,
+                voters,
+                force,
+            } => self.init(&agent, name, voters, force).await,
             Command::Join { agent, force } => self.join(&agent, force).await,
             Command::Status => self.status().await,
             Command::Node(command) => self.node(command).await,
@@ -101,11 +111,17 @@ impl Session {
     }
 
     async fn map(&self) -> Result<ClusterMap, Failure> {
-        self.client().map().await.map_err(|error| self.client_failure(error))
+        self.client()
+            .map()
+            .await
+            .map_err(|error| self.client_failure(error))
     }
 
     async fn propose(&self, proposal: Proposal) -> Result<Reply, Failure> {
-        self.client().propose(proposal).await.map_err(|error| self.client_failure(error))
+        self.client()
+            .propose(proposal)
+            .await
+            .map_err(|error| self.client_failure(error))
     }
 
     fn client_failure(&self, error: ClientError) -> Failure {
@@ -121,15 +137,16 @@ impl Session {
 
     fn metrics_list(&self) {
         let rows = crate::metrics::list();
-        self.output.rows(&["NAME", "KIND", "UNIT", "LABELS", "MEANING"], &rows, |metric| {
-            vec![
-                metric.name.to_owned(),
-                metric.kind.clone(),
-                metric.unit.to_owned(),
-                metric.labels.join(","),
-                metric.meaning.to_owned(),
-            ]
-        });
+        self.output
+            .rows(&["NAME", "KIND", "UNIT", "LABELS", "MEANING"], &rows, |metric| {
+                vec![
+                    metric.name.to_owned(),
+                    metric.kind.clone(),
+                    metric.unit.to_owned(),
+                    metric.labels.join(","),
+                    metric.meaning.to_owned(),
+                ]
+            });
     }
 }
 
@@ -139,7 +156,9 @@ async fn admin(address: &str) -> Result<AdminClient<tonic::transport::Channel>, 
         .with_context(|| format!("agent address `{address}`"))?
         .connect_timeout(Duration::from_secs(5));
     let channel = endpoint.connect().await.map_err(|error| {
-        Failure::Unreachable(format!("no agent answers at {address}: {error}; is `weft agent` running there?"))
+        Failure::Unreachable(format!(
+            "no agent answers at {address}: {error}; is `weft agent` running there?"
+        ))
     })?;
     Ok(AdminClient::new(channel))
 }

@@ -77,7 +77,11 @@ pub(crate) fn bytes(count: u64) -> String {
         value /= 1024.0;
         unit += 1;
     }
-    if unit == 0 || value.fract() < 0.05 { format!("{value:.0} {}", UNITS[unit]) } else { format!("{value:.1} {}", UNITS[unit]) }
+    if unit == 0 || value.fract() < 0.05 {
+        format!("{value:.0} {}", UNITS[unit])
+    } else {
+        format!("{value:.1} {}", UNITS[unit])
+    }
 }
 
 #[cfg(test)]
@@ -86,7 +90,13 @@ mod tests {
 
     #[test]
     fn columns_align_and_lines_have_no_trailing_space() {
-        let text = table(&["NAME", "SIZE"], &[vec!["a".into(), "1 GiB".into()], vec!["longer".into(), "2".into()]]);
+        let text = table(
+            &["NAME", "SIZE"],
+            &[
+                vec!["a".into(), "1 GiB".into()],
+                vec!["longer".into(), "2".into()],
+            ],
+        );
         assert_eq!(text, "NAME    SIZE\na       1 GiB\nlonger  2\n");
     }
 

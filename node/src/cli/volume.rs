@@ -19,21 +19,32 @@ impl Session {
         match command {
             VolumeCommand::List => {
                 let volumes: Vec<&Volume> = map.volumes.values().collect();
-                self.output.rows(&["VOLUME", "ID", "SIZE", "EC", "STATE", "OWNER", "EPOCH", "HOSTS"], &volumes, |volume| {
-                    vec![
-                        volume.name.clone(),
-                        volume.id.to_string(),
-                        bytes(volume.size_bytes),
-                        volume.geometry.to_string(),
-                        phase(volume).to_owned(),
-                        owner_name(&map, volume),
-                        volume.epoch.to_string(),
-                        volume.allowed_hosts.len().to_string(),
-                    ]
-                });
+                self.output.rows(
+                    &["VOLUME", "ID", "SIZE", "EC", "STATE", "OWNER", "EPOCH", "HOSTS"],
+                    &volumes,
+                    |volume| {
+                        vec![
+                            volume.name.clone(),
+                            volume.id.to_string(),
+                            bytes(volume.size_bytes),
+                            volume.geometry.to_string(),
+                            phase(volume).to_owned(),
+                            owner_name(&map, volume),
+                            volume.epoch.to_string(),
+                            volume.allowed_hosts.len().to_string(),
+                        ]
+                    },
+                );
             }
-            VolumeCommand::Create { name, size, pool, ec, block_bytes } => {
-                self.propose(new_volume(&map, &name, &pool, size, ec, block_bytes, [])?).await?;
+            VolumeCommand::Create {
+                name,
+                size,
+                pool,
+                ec,
+                block_bytes,
+            } => {
+                self.propose(new_volume(&map, &name, &pool, size, ec, block_bytes, [])?)
+                    .await?;
                 self.output.one(&json!({ "volume": name, "bytes": size }), |_| {
                     format!("volume {name} created, {}; allow a host with `weft volume attach {name} --host NQN`\n", bytes(size))
                 });
@@ -41,18 +52,29 @@ impl Session {
             VolumeCommand::Show { name } => {
                 let volume = named(&map, &name)?;
                 self.output.one(volume, |volume| {
-                    let mut text = table(&["FIELD", "VALUE"], &[
-                        vec!["name".into(), volume.name.clone()],
-                        vec!["id".into(), volume.id.to_string()],
-                        vec!["size".into(), bytes(volume.size_bytes)],
-                        vec!["erasure code".into(), volume.geometry.to_string()],
-                        vec!["block size".into(), volume.block_bytes.to_string()],
-                        vec!["subsystem".into(), volume.subnqn.to_string()],
-                        vec!["state".into(), phase(volume).to_owned()],
-                        vec!["owner".into(), owner_name(&map, volume)],
-                        vec!["epoch".into(), volume.epoch.to_string()],
-                        vec!["hosts".into(), volume.allowed_hosts.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")],
-                    ]);
+                    let mut text = table(
+                        &["FIELD", "VALUE"],
+                        &[
+                            vec!["name".into(), volume.name.clone()],
+                            vec!["id".into(), volume.id.to_string()],
+                            vec!["size".into(), bytes(volume.size_bytes)],
+                            vec!["erasure code".into(), volume.geometry.to_string()],
+                            vec!["block size".into(), volume.block_bytes.to_string()],
+                            vec!["subsystem".into(), volume.subnqn.to_string()],
+                            vec!["state".into(), phase(volume).to_owned()],
+                            vec!["owner".into(), owner_name(&map, volume)],
+                            vec!["epoch".into(), volume.epoch.to_string()],
+                            vec![
+                                "hosts".into(),
+                                volume
+                                    .allowed_hosts
+                                    .iter()
+                                    .map(ToString::to_string)
+                                    .collect::<Vec<_>>()
+                                    .join(", "),
+                            ],
+                        ],
+                    );
                     for line in connect_lines(&map, volume) {
                         text += &format!("{line}\n");
                     }
@@ -61,28 +83,58 @@ impl Session {
             }
             VolumeCommand::Attach { name, host } => {
                 let volume = named(&map, &name)?;
-                self.propose(Proposal::AllowHost { volume: volume.id, host: host.clone() }).await?;
+                self.propose(Proposal::AllowHost {
+                    volume: volume.id,
+                    host: host.clone(),
+                })
+                .await?;
                 let lines = connect_lines(&map, volume);
-                self.output.one(&json!({ "volume": name, "host": host, "subnqn": volume.subnqn, "connect": lines }), |_| {
-                    format!("volume {name} serves {host}; on that host:\n{}\n", lines.join("\n"))
-                });
+                self.output.one(
+                    &json!({ "volume": name, "host": host, "subnqn": volume.subnqn, "connect": lines }),
+                    |_| {
+                        format!(
+                            "volume {name} serves {host}; on that host:\n{}\n",
+                            lines.join("\n")
+                        )
+                    },
+                );
             }
             VolumeCommand::Detach { name, host } => {
                 let volume = named(&map, &name)?;
-                self.propose(Proposal::DisallowHost { volume: volume.id, host: host.clone() }).await?;
-                self.output.one(&json!({ "volume": name, "host": host }), |_| format!("volume {name} no longer serves {host}\n"));
+                self.propose(Proposal::DisallowHost {
+                    volume: volume.id,
+                    host: host.clone(),
+                })
+                .await?;
+                self.output.one(&json!({ "volume": name, "host": host }), |_| {
+                    format!("volume {name} no longer serves {host}\n")
+                });
             }
             VolumeCommand::Move { name, to } => {
                 let volume = named(&map, &name)?;
-                let node = map.node_named(&to).ok_or_else(|| not_found("node", &to, map.nodes.values().map(|node| &node.name)))?;
-                self.propose(Proposal::RequestMove { volume: volume.id, to: Some(node.id) }).await?;
+                let node = map
+                    .node_named(&to)
+                    .ok_or_else(|| not_found("node", &to, map.nodes.values().map(|node| &node.name)))?;
+                self.propose(Proposal::RequestMove {
+                    volume: volume.id,
+                    to: Some(node.id),
+                })
+                .await?;
                 self.wait_for_owner(&name, node.id).await?;
-                self.output.one(&json!({ "volume": name, "owner": to }), |_| format!("volume {name} is owned by {to}\n"));
+                self.output.one(&json!({ "volume": name, "owner": to }), |_| {
+                    format!("volume {name} is owned by {to}\n")
+                });
             }
             VolumeCommand::Resize { name, size } => {
                 let volume = named(&map, &name)?;
-                self.propose(Proposal::ResizeVolume { volume: volume.id, size_bytes: size }).await?;
-                self.output.one(&json!({ "volume": name, "bytes": size }), |_| format!("volume {name} has {}\n", bytes(size)));
+                self.propose(Proposal::ResizeVolume {
+                    volume: volume.id,
+                    size_bytes: size,
+                })
+                .await?;
+                self.output.one(&json!({ "volume": name, "bytes": size }), |_| {
+                    format!("volume {name} has {}\n", bytes(size))
+                });
             }
             VolumeCommand::Delete { name, force } => {
                 let volume = named(&map, &name)?;
@@ -93,7 +145,8 @@ impl Session {
                     )));
                 }
                 self.propose(Proposal::DeleteVolume { volume: volume.id }).await?;
-                self.output.one(&json!({ "volume": name }), |_| format!("volume {name} deleted\n"));
+                self.output
+                    .one(&json!({ "volume": name }), |_| format!("volume {name} deleted\n"));
             }
         }
         Ok(())
@@ -129,10 +182,13 @@ pub(crate) fn new_volume(
     allowed_hosts: impl IntoIterator<Item = Nqn>,
 ) -> Result<Proposal, Failure> {
     crate::config::check_name("volume name", name)?;
-    let found =
-        map.pool_named(pool).ok_or_else(|| not_found("pool", pool, map.pools.values().map(|pool| &pool.name)))?;
-    let cluster =
-        map.cluster.as_ref().ok_or_else(|| Failure::Refused("the cluster has not been initialised".into()))?;
+    let found = map
+        .pool_named(pool)
+        .ok_or_else(|| not_found("pool", pool, map.pools.values().map(|pool| &pool.name)))?;
+    let cluster = map
+        .cluster
+        .as_ref()
+        .ok_or_else(|| Failure::Refused("the cluster has not been initialised".into()))?;
     let mut uuid = [0; 16];
     rand::rng().fill_bytes(&mut uuid);
     Ok(Proposal::CreateVolume(NewVolume {
@@ -150,7 +206,8 @@ pub(crate) fn new_volume(
 }
 
 fn named<'a>(map: &'a ClusterMap, name: &str) -> Result<&'a Volume, Failure> {
-    map.volume_named(name).ok_or_else(|| not_found("volume", name, map.volumes.values().map(|volume| &volume.name)))
+    map.volume_named(name)
+        .ok_or_else(|| not_found("volume", name, map.volumes.values().map(|volume| &volume.name)))
 }
 
 fn phase(volume: &Volume) -> &'static str {
@@ -170,11 +227,18 @@ fn owner_name(map: &ClusterMap, volume: &Volume) -> String {
 /// One `nvme connect` line for each path, the owner's first.
 pub(crate) fn connect_lines(map: &ClusterMap, volume: &Volume) -> Vec<String> {
     let owner = volume.phase.owner().map(|owner| owner.node);
-    let mut nodes: Vec<_> = map.nodes.values().filter(|node| volume.presentation.includes(node.id)).collect();
+    let mut nodes: Vec<_> = map
+        .nodes
+        .values()
+        .filter(|node| volume.presentation.includes(node.id))
+        .collect();
     nodes.sort_by_key(|node| (Some(node.id) != owner, node.id));
     let line = |address: &str| {
         let (host, port) = address.rsplit_once(':').unwrap_or((address, "4420"));
-        format!("nvme connect -t tcp -a {host} -s {port} -n {} -k 5 -c 2 -l 60", volume.subnqn)
+        format!(
+            "nvme connect -t tcp -a {host} -s {port} -n {} -k 5 -c 2 -l 60",
+            volume.subnqn
+        )
     };
     nodes.into_iter().map(|node| line(&node.nvme_address)).collect()
 }

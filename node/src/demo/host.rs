@@ -21,7 +21,9 @@ pub(super) const STRIPES: &str = "weft_volume_stripes_total";
 
 /// The host's name.
 pub(super) fn host_nqn() -> Nqn {
-    "nqn.2014-08.org.nvmexpress:uuid:f1d0b5b6-5f1e-4b0a-9f0e-0000000de0a0".parse().expect("a well-formed name")
+    "nqn.2014-08.org.nvmexpress:uuid:f1d0b5b6-5f1e-4b0a-9f0e-0000000de0a0"
+        .parse()
+        .expect("a well-formed name")
 }
 
 /// A connected host.
@@ -33,7 +35,10 @@ impl Host {
     /// Discovers all paths of the volume and connects them.
     pub(super) async fn connect(volume: &Volume, agents: &Agents) -> anyhow::Result<Self> {
         let first = agents.list.first().context("no agents")?;
-        let host = HostIdentity { hostnqn: host_nqn(), hostid: HostId(*b"weft-demo-host-1") };
+        let host = HostIdentity {
+            hostnqn: host_nqn(),
+            hostid: HostId(*b"weft-demo-host-1"),
+        };
         let connect = ConnectOptions::new(first.config.nvme_listen, volume.subnqn.clone(), host);
         let options = MultipathOptions::new(connect, Vec::new(), 1)
             .discovered(first.config.discovery_listen)

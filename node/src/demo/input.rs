@@ -31,11 +31,22 @@ impl Input {
         let mut paths = Vec::new();
         collect(path, &mut paths)?;
         paths.sort();
-        let mut input = Self { parts: Vec::new(), bytes: 0 };
+        let mut input = Self {
+            parts: Vec::new(),
+            bytes: 0,
+        };
         for path in paths {
             let file = File::open(&path).with_context(|| format!("open input {}", path.display()))?;
-            let bytes = file.metadata().with_context(|| format!("read input {}", path.display()))?.len();
-            input.parts.push(Part { file, path, start: input.bytes, bytes });
+            let bytes = file
+                .metadata()
+                .with_context(|| format!("read input {}", path.display()))?
+                .len();
+            input.parts.push(Part {
+                file,
+                path,
+                start: input.bytes,
+                bytes,
+            });
             input.bytes += bytes;
         }
         ensure!(input.bytes > 0, "input {} has no bytes", path.display());
@@ -57,7 +68,9 @@ impl Input {
         if let Some(folder) = toolchain {
             collect(&folder, &mut paths)?;
         }
-        let largest = paths.into_iter().max_by_key(|path| path.metadata().map_or(0, |metadata| metadata.len()));
+        let largest = paths
+            .into_iter()
+            .max_by_key(|path| path.metadata().map_or(0, |metadata| metadata.len()));
         match largest {
             Some(path) => Ok(path),
             None => std::env::current_exe().context("find this program"),
@@ -90,10 +103,18 @@ impl Input {
 }
 
 fn collect(path: &Path, into: &mut Vec<PathBuf>) -> anyhow::Result<()> {
-    let metadata = path.symlink_metadata().with_context(|| format!("input {}", path.display()))?;
+    let metadata = path
+        .symlink_metadata()
+        .with_context(|| format!("input {}", path.display()))?;
     if metadata.is_dir() {
-        for entry in path.read_dir().with_context(|| format!("list {}", path.display()))? {
-            collect(&entry.with_context(|| format!("list {}", path.display()))?.path(), into)?;
+        for entry in path
+            .read_dir()
+            .with_context(|| format!("list {}", path.display()))?
+        {
+            collect(
+                &entry.with_context(|| format!("list {}", path.display()))?.path(),
+                into,
+            )?;
         }
     } else if metadata.is_file() {
         into.push(path.to_owned());
@@ -122,6 +143,11 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let missing = folder.path().join("nothing");
         assert!(Input::open(&missing).unwrap_err().to_string().contains("nothing"));
-        assert!(Input::open(folder.path()).unwrap_err().to_string().contains("has no bytes"));
+        assert!(
+            Input::open(folder.path())
+                .unwrap_err()
+                .to_string()
+                .contains("has no bytes")
+        );
     }
 }

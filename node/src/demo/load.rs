@@ -108,18 +108,14 @@ impl Load {
 
     /// Lets the writers go on up to `percent` and returns at once.
     pub(crate) fn allow_up_to(&self, percent: u64) {
-        self.quota.set((self.chunks * percent / 100).max(self.quota.get()));
+        self.quota
+            .set((self.chunks * percent / 100).max(self.quota.get()));
         self.changed.notify_waiters();
     }
 
     /// Bytes of the input written so far.
     pub(crate) fn written_bytes(&self) -> u64 {
         (self.done.borrow().len() as u64 * CHUNK_BYTES).min(self.input.bytes())
-    }
-
-    /// Length of the input in bytes.
-    pub(crate) fn input_bytes(&self) -> u64 {
-        self.input.bytes()
     }
 
     /// Why the load cannot be called good: an error or a difference.
@@ -161,7 +157,11 @@ impl Load {
     ///
     /// # Errors
     /// The first read that failed.
-    pub(crate) async fn read_all(&self, device: &Device, progress: impl Fn(u64)) -> Result<String, BlockError> {
+    pub(crate) async fn read_all(
+        &self,
+        device: &Device,
+        progress: impl Fn(u64),
+    ) -> Result<String, BlockError> {
         use futures_util::StreamExt as _;
         let mut hasher = Sha256::new();
         let mut chunks = futures_util::stream::iter(0..self.chunks)
@@ -189,7 +189,9 @@ impl Load {
             let data = self.expected(chunk);
             // Chunks are taken in order on one thread with no await since, so the hash sees them in order.
             let within = (self.input.bytes() - chunk * CHUNK_BYTES).min(CHUNK_BYTES);
-            self.hasher.borrow_mut().update(&data[..usize::try_from(within).unwrap_or(data.len())]);
+            self.hasher
+                .borrow_mut()
+                .update(&data[..usize::try_from(within).unwrap_or(data.len())]);
             self.busy.borrow_mut().insert(chunk);
             if self.write(chunk_range(chunk).start, data).await {
                 self.done.borrow_mut().push(chunk);
@@ -216,7 +218,9 @@ impl Load {
                 Ok(data) => {
                     let expected = self.expected(chunk);
                     let at = data.iter().zip(&expected).position(|(a, b)| a != b).unwrap_or(0);
-                    self.fail(format!("read of {range:?} differs from what was written, first at byte {at}"));
+                    self.fail(format!(
+                        "read of {range:?} differs from what was written, first at byte {at}"
+                    ));
                 }
                 Err(error) => {
                     self.io_errors.set(self.io_errors.get() + 1);
@@ -228,7 +232,10 @@ impl Load {
 
     async fn rewrite(self: Rc<Self>) {
         while !self.stop.get() {
-            let Some(chunk) = self.pick().filter(|chunk| !self.paused.get() && self.busy.borrow_mut().insert(*chunk)) else {
+            let Some(chunk) = self
+                .pick()
+                .filter(|chunk| !self.paused.get() && self.busy.borrow_mut().insert(*chunk))
+            else {
                 tokio::time::sleep(Duration::from_millis(5)).await;
                 continue;
             };
@@ -293,7 +300,10 @@ impl Load {
 
 fn chunk_range(chunk: u64) -> LbaRange {
     let count = CHUNK_BYTES / BLOCK_BYTES as u64;
-    LbaRange { start: Lba(chunk * count), count }
+    LbaRange {
+        start: Lba(chunk * count),
+        count,
+    }
 }
 
 /// Bytes of volume that a load of `input_bytes` uses, without the probe's blocks.
@@ -337,8 +347,13 @@ impl Probe {
                     return;
                 }
                 task.commands.set(task.commands.get() + 2);
-                task.bytes_written.set(task.bytes_written.get() + BLOCK_BYTES as u64);
-                task.longest.set(task.longest.get().max(task.last.replace(Instant::now()).elapsed()));
+                task.bytes_written
+                    .set(task.bytes_written.get() + BLOCK_BYTES as u64);
+                task.longest.set(
+                    task.longest
+                        .get()
+                        .max(task.last.replace(Instant::now()).elapsed()),
+                );
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
         });
@@ -372,8 +387,15 @@ pub(crate) async fn round_trip(device: &Device, block: Lba, value: u8) -> Result
         .await
         .map_err(|error| format!("probe write failed: {error}"))?;
     let back = device
-        .read(LbaRange { start: block, count: 1 })
+        .read(LbaRange {
+            start: block,
+            count: 1,
+        })
         .await
         .map_err(|error| format!("probe read failed: {error}"))?;
-    if back == data { Ok(()) } else { Err(format!("probe read {} after writing {value}", back[0])) }
+    if back == data {
+        Ok(())
+    } else {
+        Err(format!("probe read {} after writing {value}", back[0]))
+    }
 }

@@ -55,7 +55,10 @@ pub(crate) async fn run(args: DemoArgs, json: bool) -> u8 {
         report.error = Some(format!("{error:#}"));
     }
     if json {
-        println!("{}", serde_json::to_string(&report).unwrap_or_else(|error| format!("{{\"error\":\"{error}\"}}")));
+        println!(
+            "{}",
+            serde_json::to_string(&report).unwrap_or_else(|error| format!("{{\"error\":\"{error}\"}}"))
+        );
     } else {
         println!("\n{}", report.summary());
     }
@@ -100,7 +103,12 @@ async fn demo(args: &DemoArgs, report: &mut Report, json: bool) -> anyhow::Resul
     );
     let folder = match &args.dir {
         Some(path) => Folder::Given(path.clone()),
-        None => Folder::Temporary(tempfile::Builder::new().prefix("weft-demo-").tempdir().context("make a temporary folder")?),
+        None => Folder::Temporary(
+            tempfile::Builder::new()
+                .prefix("weft-demo-")
+                .tempdir()
+                .context("make a temporary folder")?,
+        ),
     };
     let options = Options {
         program: std::env::current_exe().context("find this program")?,
@@ -111,7 +119,15 @@ async fn demo(args: &DemoArgs, report: &mut Report, json: bool) -> anyhow::Resul
         first_address: None,
     };
     let mut agents = Agents::new(folder.path(), options)?;
-    say(json, &format!("{} nodes with {} drives each in {}", args.nodes, args.drives, folder.path().display()));
+    say(
+        json,
+        &format!(
+            "{} nodes with {} drives each in {}",
+            args.nodes,
+            args.drives,
+            folder.path().display()
+        ),
+    );
     for _ in 0..args.nodes {
         agents.add()?;
     }
@@ -119,7 +135,10 @@ async fn demo(args: &DemoArgs, report: &mut Report, json: bool) -> anyhow::Resul
     let client = MetadataClient::new(addresses.clone());
     form_cluster(&addresses).await?;
     wait_for(&client, "all drives are online", |map| {
-        crate::view::drives(map).filter(|drive| map.in_service(drive)).count() == (args.nodes * args.drives) as usize
+        crate::view::drives(map)
+            .filter(|drive| map.in_service(drive))
+            .count()
+            == (args.nodes * args.drives) as usize
     })
     .await?;
     let volume = create_volume(&client, input.bytes()).await?;
@@ -128,7 +147,15 @@ async fn demo(args: &DemoArgs, report: &mut Report, json: bool) -> anyhow::Resul
     let bar = progress_bar(input.bytes(), json);
     let load = Load::new(host.device(), input);
     let tasks = load.start();
-    let mut demo = Demo { agents, client, host, load, bar, report, probe_block };
+    let mut demo = Demo {
+        agents,
+        client,
+        host,
+        load,
+        bar,
+        report,
+        probe_block,
+    };
     let outcome = demo.story(json).await;
     demo.load.stop();
     for task in tasks {
@@ -168,7 +195,9 @@ impl Demo<'_> {
         let owner = self.owner().await?;
         let killed_at = Instant::now();
         self.kill_under_load(owner)?;
-        load::round_trip(&self.host.device(), Lba(self.probe_block), 0xa5).await.map_err(anyhow::Error::msg)?;
+        load::round_trip(&self.host.device(), Lba(self.probe_block), 0xa5)
+            .await
+            .map_err(anyhow::Error::msg)?;
         self.report.failover_ms = killed_at.elapsed().as_secs_f64() * 1e3;
         self.load.write_up_to(60).await;
         self.check()?;
@@ -194,7 +223,10 @@ impl Demo<'_> {
         for index in 0..self.agents.list.len() {
             self.agents.start(index)?;
         }
-        wait_for(&self.client, "the volume is served again", |map| serving(map).is_some()).await?;
+        wait_for(&self.client, "the volume is served again", |map| {
+            serving(map).is_some()
+        })
+        .await?;
 
         say(json, "read everything back through a new connection");
         self.read_back().await?;
@@ -221,10 +253,14 @@ impl Demo<'_> {
     }
 
     fn kill_under_load(&mut self, index: usize) -> anyhow::Result<()> {
-        let (writes, reads) = (self.load.writes_outstanding.get(), self.load.reads_outstanding.get());
+        let (writes, reads) = (
+            self.load.writes_outstanding.get(),
+            self.load.reads_outstanding.get(),
+        );
         self.agents.kill(index)?;
         let name = self.agents.list[index].config.name.clone();
-        self.bar.suspend(|| eprintln!("  killed {name} with {writes} writes and {reads} reads outstanding"));
+        self.bar
+            .suspend(|| eprintln!("  killed {name} with {writes} writes and {reads} reads outstanding"));
         self.report.killed.push(name);
         self.report.outstanding_at_kill.push(writes + reads);
         Ok(())
@@ -240,13 +276,18 @@ impl Demo<'_> {
         let (map, volume) = self.volume().await?;
         let owner = volume.phase.owner().context("the volume has no owner")?;
         let name = &map.nodes.get(&owner.node).context("the owner is no node")?.name;
-        self.agents.index_of(name).context("the owner is no agent of the demo")
+        self.agents
+            .index_of(name)
+            .context("the owner is no agent of the demo")
     }
 
     /// A node that does not own the volume.
     async fn storage_node(&self) -> anyhow::Result<usize> {
         let owner = self.owner().await?;
-        (0..self.agents.list.len()).rev().find(|index| *index != owner).context("there is only one node")
+        (0..self.agents.list.len())
+            .rev()
+            .find(|index| *index != owner)
+            .context("there is only one node")
     }
 
     async fn wait_until_up(&self, index: usize) -> anyhow::Result<()> {
@@ -278,12 +319,16 @@ impl Demo<'_> {
         tokio::time::sleep(Duration::from_millis(300)).await;
         probe.reset();
         self.client
-            .propose(Proposal::RequestMove { volume: volume.id, to: Some(target) })
+            .propose(Proposal::RequestMove {
+                volume: volume.id,
+                to: Some(target),
+            })
             .await
             .context("request the move")?;
         wait_for(&self.client, "the volume has moved", |map| {
-            map.volume_named(VOLUME)
-                .is_some_and(|volume| matches!(volume.phase, Phase::Serving { owner } if owner.node == target))
+            map.volume_named(VOLUME).is_some_and(
+                |volume| matches!(volume.phase, Phase::Serving { owner } if owner.node == target),
+            )
         })
         .await?;
         tokio::time::sleep(Duration::from_millis(300)).await;
@@ -343,7 +388,11 @@ impl Demo<'_> {
         let drives = samples.sum(host::DRIVE_BYTES);
         self.report.bytes_per_user_byte = if user > 0.0 { drives / user } else { 0.0 };
         let histogram = |label: &str| -> BTreeMap<String, u64> {
-            samples.by_label(host::STRIPES, label).into_iter().map(|(key, count)| (key, count as u64)).collect()
+            samples
+                .by_label(host::STRIPES, label)
+                .into_iter()
+                .map(|(key, count)| (key, count as u64))
+                .collect()
         };
         self.report.stripe_width = histogram("w");
         self.report.stripe_depth = histogram("d");
@@ -377,7 +426,11 @@ impl Demo<'_> {
 /// `weft init` on the first agent and `weft join` on the others.
 async fn form_cluster(addresses: &[String]) -> anyhow::Result<()> {
     let voters = u32::try_from(addresses.len().min(5)).unwrap_or(5) | 1;
-    let request = InitRequest { cluster_name: "demo".to_owned(), voters: voters.min(5), force: false };
+    let request = InitRequest {
+        cluster_name: "demo".to_owned(),
+        voters: voters.min(5),
+        force: false,
+    };
     admin(&addresses[0]).await?.init(request).await.context("init")?;
     for address in &addresses[1..] {
         join(address, &addresses[..1]).await?;
@@ -386,8 +439,15 @@ async fn form_cluster(addresses: &[String]) -> anyhow::Result<()> {
 }
 
 async fn join(agent: &str, members: &[String]) -> anyhow::Result<()> {
-    let request = JoinRequest { members: members.to_vec(), force: false };
-    admin(agent).await?.join(request).await.with_context(|| format!("join of {agent}"))?;
+    let request = JoinRequest {
+        members: members.to_vec(),
+        force: false,
+    };
+    admin(agent)
+        .await?
+        .join(request)
+        .await
+        .with_context(|| format!("join of {agent}"))?;
     Ok(())
 }
 
@@ -396,7 +456,9 @@ async fn admin(address: &str) -> anyhow::Result<AdminClient<tonic::transport::Ch
     loop {
         match AdminClient::connect(format!("http://{address}")).await {
             Ok(client) => return Ok(client),
-            Err(error) if Instant::now() > deadline => return Err(error).with_context(|| format!("agent {address}")),
+            Err(error) if Instant::now() > deadline => {
+                return Err(error).with_context(|| format!("agent {address}"));
+            }
             Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
         }
     }
@@ -406,7 +468,15 @@ async fn create_volume(client: &MetadataClient, input_bytes: u64) -> anyhow::Res
     let map = client.map().await.context("read the cluster map")?;
     let size = (load::span_bytes(input_bytes) + PROBE_BLOCKS * 4096).next_multiple_of(1 << 30);
     client
-        .propose(crate::cli::new_volume(&map, VOLUME, "default", size, None, 4096, [host::host_nqn()])?)
+        .propose(crate::cli::new_volume(
+            &map,
+            VOLUME,
+            "default",
+            size,
+            None,
+            4096,
+            [host::host_nqn()],
+        )?)
         .await
         .context("create the volume")?;
     wait_for(client, "the volume is served", |map| serving(map).is_some()).await?;
@@ -415,7 +485,8 @@ async fn create_volume(client: &MetadataClient, input_bytes: u64) -> anyhow::Res
 }
 
 fn serving(map: &ClusterMap) -> Option<&Volume> {
-    map.volume_named(VOLUME).filter(|volume| matches!(volume.phase, Phase::Serving { .. }))
+    map.volume_named(VOLUME)
+        .filter(|volume| matches!(volume.phase, Phase::Serving { .. }))
 }
 
 /// Waits until the cluster map satisfies `condition`.
@@ -431,7 +502,11 @@ async fn wait_for(
         {
             return Ok(());
         }
-        ensure!(Instant::now() < deadline, "waited {} s until {what}, in vain", STEP_LIMIT.as_secs());
+        ensure!(
+            Instant::now() < deadline,
+            "waited {} s until {what}, in vain",
+            STEP_LIMIT.as_secs()
+        );
         tokio::time::sleep(Duration::from_millis(25)).await;
     }
 }

@@ -50,10 +50,16 @@ impl Report {
     pub(crate) fn summary(&self) -> String {
         let mib = |bytes: u64| format!("{:.1} MiB", bytes as f64 / (1 << 20) as f64);
         let histogram = |values: &BTreeMap<String, u64>| {
-            let mut pairs: Vec<(u64, u64)> =
-                values.iter().filter_map(|(key, count)| Some((key.parse().ok()?, *count))).collect();
+            let mut pairs: Vec<(u64, u64)> = values
+                .iter()
+                .filter_map(|(key, count)| Some((key.parse().ok()?, *count)))
+                .collect();
             pairs.sort_unstable();
-            pairs.iter().map(|(key, count)| format!("{key}:{count}")).collect::<Vec<_>>().join(" ")
+            pairs
+                .iter()
+                .map(|(key, count)| format!("{key}:{count}"))
+                .collect::<Vec<_>>()
+                .join(" ")
         };
         let mut text = String::new();
         let mut line = |name: &str, value: String| text.push_str(&format!("  {name:<22} {value}\n"));
@@ -61,7 +67,14 @@ impl Report {
         line("SHA-256 written", self.sha256_written.clone());
         line("SHA-256 read back", self.sha256_read.clone());
         line("nodes", self.nodes.to_string());
-        line("killed under I/O", format!("{} ({:?} commands outstanding)", self.killed.join(", "), self.outstanding_at_kill));
+        line(
+            "killed under I/O",
+            format!(
+                "{} ({:?} commands outstanding)",
+                self.killed.join(", "),
+                self.outstanding_at_kill
+            ),
+        );
         line("host I/O errors", self.io_errors.to_string());
         line("host path retries", self.host_retries.to_string());
         line("failover", format!("{:.0} ms", self.failover_ms));
@@ -76,10 +89,20 @@ impl Report {
                 mib(self.move_bytes_metadata)
             ),
         );
-        line("drive bytes/user byte", format!("{:.2}", self.bytes_per_user_byte));
+        line(
+            "drive bytes/user byte",
+            format!("{:.2}", self.bytes_per_user_byte),
+        );
         line("stripe width w", histogram(&self.stripe_width));
         line("stripe depth d", histogram(&self.stripe_depth));
-        line("usable capacity", format!("{} → {}", mib(self.capacity_before_bytes), mib(self.capacity_after_bytes)));
+        line(
+            "usable capacity",
+            format!(
+                "{} → {}",
+                mib(self.capacity_before_bytes),
+                mib(self.capacity_after_bytes)
+            ),
+        );
         line("metric series", self.metrics_series.to_string());
         line("time", format!("{:.1} s", self.seconds));
         text

@@ -27,8 +27,12 @@ impl Samples {
             .with_context(|| format!("metrics of {address}: no answer in 10 s"))?
             .with_context(|| format!("metrics of {address}"))?;
         for line in text.lines().filter(|line| !line.starts_with('#')) {
-            let Some((series, value)) = line.rsplit_once(' ') else { continue };
-            let value: f64 = value.parse().with_context(|| format!("metrics of {address}: `{line}`"))?;
+            let Some((series, value)) = line.rsplit_once(' ') else {
+                continue;
+            };
+            let value: f64 = value
+                .parse()
+                .with_context(|| format!("metrics of {address}: `{line}`"))?;
             *self.sums.entry(series.to_owned()).or_default() += value;
             self.series.insert((address, series.to_owned()));
         }
@@ -48,7 +52,10 @@ impl Samples {
     /// Sum of a metric's series that have `label="value"`.
     pub(crate) fn sum_where(&self, name: &str, label: &str, value: &str) -> f64 {
         let wanted = format!("{label}=\"{value}\"");
-        self.matching(name).filter(|(series, _)| series.contains(&wanted)).map(|(_, value)| value).sum()
+        self.matching(name)
+            .filter(|(series, _)| series.contains(&wanted))
+            .map(|(_, value)| value)
+            .sum()
     }
 
     /// A metric's values by one of its labels.
@@ -56,8 +63,9 @@ impl Samples {
         let mut values = BTreeMap::new();
         let opening = format!("{label}=\"");
         for (series, value) in self.matching(name) {
-            if let Some((label_value, _)) =
-                series.split_once(&opening).and_then(|(_, rest)| rest.split_once('"'))
+            if let Some((label_value, _)) = series
+                .split_once(&opening)
+                .and_then(|(_, rest)| rest.split_once('"'))
             {
                 *values.entry(label_value.to_owned()).or_default() += value;
             }
@@ -80,9 +88,17 @@ async fn get(address: SocketAddr) -> anyhow::Result<String> {
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).await?;
     let answer = String::from_utf8(answer).context("not text")?;
-    ensure!(answer.starts_with("HTTP/1.1 200"), "{}", answer.lines().next().unwrap_or("no answer"));
+    ensure!(
+        answer.starts_with("HTTP/1.1 200"),
+        "{}",
+        answer.lines().next().unwrap_or("no answer")
+    );
     let (head, body) = answer.split_once("\r\n\r\n").context("no body")?;
-    if head.to_ascii_lowercase().contains("transfer-encoding: chunked") { unchunk(body) } else { Ok(body.to_owned()) }
+    if head.to_ascii_lowercase().contains("transfer-encoding: chunked") {
+        unchunk(body)
+    } else {
+        Ok(body.to_owned())
+    }
 }
 
 /// Joins the chunks of a chunked body (RFC 9112, section 7.1).
@@ -90,7 +106,8 @@ fn unchunk(mut body: &str) -> anyhow::Result<String> {
     let mut text = String::new();
     loop {
         let (size, rest) = body.split_once("\r\n").context("chunk without a size")?;
-        let size = usize::from_str_radix(size.split(';').next().unwrap_or_default().trim(), 16).context("chunk size")?;
+        let size = usize::from_str_radix(size.split(';').next().unwrap_or_default().trim(), 16)
+            .context("chunk size")?;
         if size == 0 {
             return Ok(text);
         }
@@ -106,17 +123,30 @@ mod tests {
     fn samples(lines: &[(&str, f64)]) -> Samples {
         let address = ([127, 0, 0, 1], 1).into();
         Samples {
-            sums: lines.iter().map(|(series, value)| ((*series).to_owned(), *value)).collect(),
-            series: lines.iter().map(|(series, _)| (address, (*series).to_owned())).collect(),
+            sums: lines
+                .iter()
+                .map(|(series, value)| ((*series).to_owned(), *value))
+                .collect(),
+            series: lines
+                .iter()
+                .map(|(series, _)| (address, (*series).to_owned()))
+                .collect(),
         }
     }
 
     #[test]
     fn a_metric_is_summed_over_its_labels_and_not_over_longer_names() {
-        let samples = samples(&[("a{op=\"read\"}", 1.0), ("a{op=\"write\",x=\"y\"}", 2.0), ("ab", 4.0)]);
+        let samples = samples(&[
+            ("a{op=\"read\"}", 1.0),
+            ("a{op=\"write\",x=\"y\"}", 2.0),
+            ("ab", 4.0),
+        ]);
         assert_eq!(samples.sum("a"), 3.0);
         assert_eq!(samples.sum_where("a", "op", "write"), 2.0);
-        assert_eq!(samples.by_label("a", "op"), BTreeMap::from([("read".into(), 1.0), ("write".into(), 2.0)]));
+        assert_eq!(
+            samples.by_label("a", "op"),
+            BTreeMap::from([("read".into(), 1.0), ("write".into(), 2.0)])
+        );
     }
 
     #[test]

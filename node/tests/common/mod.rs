@@ -1,3 +1,8 @@
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    reason = "each test file uses its part; a test fails by panicking"
+)]
 //! A cluster of real agents and a plain NVMe/TCP host, for the black-box tests.
 
 use std::path::{Path, PathBuf};
@@ -12,16 +17,19 @@ use weft_proto::id::HostId;
 use weft_proto::nqn::Nqn;
 use weft_proto::units::{Lba, LbaRange};
 
-pub const HOSTNQN: &str = "nqn.2014-08.org.nvmexpress:uuid:7e570000-0000-4000-8000-000000000001";
+pub(crate) const HOSTNQN: &str = "nqn.2014-08.org.nvmexpress:uuid:7e570000-0000-4000-8000-000000000001";
 
 /// Agents that have been started and belong to no cluster yet.
-pub fn agents(folder: &Path, nodes: u32, drive_mib: u64) -> Agents {
+pub(crate) fn agents(folder: &Path, nodes: u32, drive_mib: u64) -> Agents {
     let options = Options {
         program: PathBuf::from(env!("CARGO_BIN_EXE_weft")),
         keep: false,
         drives: 1,
         drive_bytes: drive_mib << 20,
-        engine: EngineConfig { log_budget_mib: 8, ..EngineConfig::default() },
+        engine: EngineConfig {
+            log_budget_mib: 8,
+            ..EngineConfig::default()
+        },
         first_address: None,
     };
     let mut agents = Agents::new(folder, options).unwrap();
@@ -32,51 +40,67 @@ pub fn agents(folder: &Path, nodes: u32, drive_mib: u64) -> Agents {
 }
 
 /// A cluster of `nodes` nodes with one drive each.
-pub fn cluster(folder: &Path, nodes: u32, drive_mib: u64) -> Agents {
+pub(crate) fn cluster(folder: &Path, nodes: u32, drive_mib: u64) -> Agents {
     let agents = agents(folder, nodes, drive_mib);
     agents.form(3).unwrap();
     agents
 }
 
 /// Creates a 4+2 volume that the test's host may use, and waits until it is served.
-pub fn volume(agents: &Agents, name: &str, size: &str) -> Nqn {
-    agents.weft_ok(&["volume", "create", name, "--size", size, "--ec", "4+2"]).unwrap();
-    let attached = agents.weft_json(&["volume", "attach", name, "--host", HOSTNQN]).unwrap();
+pub(crate) fn volume(agents: &Agents, name: &str, size: &str) -> Nqn {
+    agents
+        .weft_ok(&["volume", "create", name, "--size", size, "--ec", "4+2"])
+        .unwrap();
+    let attached = agents
+        .weft_json(&["volume", "attach", name, "--host", HOSTNQN])
+        .unwrap();
     wait_until_served(agents, name);
     attached["subnqn"].as_str().unwrap().parse().unwrap()
 }
 
-pub fn wait_until_served(agents: &Agents, name: &str) {
+pub(crate) fn wait_until_served(agents: &Agents, name: &str) {
     agents
         .wait_until("the volume is served", |agents| {
-            agents.weft_ok(&["volume", "show", name]).is_ok_and(|text| text.contains("serving"))
+            agents
+                .weft_ok(&["volume", "show", name])
+                .is_ok_and(|text| text.contains("serving"))
         })
         .unwrap();
 }
 
 /// Runs a host's work on one thread, as a host has its own.
-pub fn on_host<T>(work: impl Future<Output = T>) -> T {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+pub(crate) fn on_host<T>(work: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
     tokio::task::LocalSet::new().block_on(&runtime, work)
 }
 
 /// Connects to the volume by every path.
-pub async fn connect(agents: &Agents, subnqn: &Nqn) -> Device {
+pub(crate) async fn connect(agents: &Agents, subnqn: &Nqn) -> Device {
     let addresses: Vec<_> = agents.list.iter().map(|agent| agent.config.nvme_listen).collect();
-    let host = HostIdentity { hostnqn: HOSTNQN.parse().unwrap(), hostid: HostId([0x7e; 16]) };
+    let host = HostIdentity {
+        hostnqn: HOSTNQN.parse().unwrap(),
+        hostid: HostId([0x7e; 16]),
+    };
     let connect = ConnectOptions::new(addresses[0], subnqn.clone(), host);
-    Rc::new(Multipath::connect(MultipathOptions::new(connect, addresses, 1)).await.unwrap())
+    Rc::new(
+        Multipath::connect(MultipathOptions::new(connect, addresses, 1))
+            .await
+            .unwrap(),
+    )
 }
 
 /// Bytes of one command of these tests, in blocks.
-pub const CHUNK_BLOCKS: u64 = 32;
+pub(crate) const CHUNK_BLOCKS: u64 = 32;
 
-pub fn chunk_start(chunk: u64) -> Lba {
+pub(crate) fn chunk_start(chunk: u64) -> Lba {
     Lba(chunk * CHUNK_BLOCKS)
 }
 
 /// What round `round` writes into a chunk: differs in every block, chunk and round, and never compresses to zeroes.
-pub fn pattern(chunk: u64, round: u64) -> Bytes {
+pub(crate) fn pattern(chunk: u64, round: u64) -> Bytes {
     let mut state = (chunk << 20 | round).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut bytes = Vec::with_capacity((CHUNK_BLOCKS * 4096) as usize);
     while bytes.len() < (CHUNK_BLOCKS * 4096) as usize {
@@ -88,11 +112,26 @@ pub fn pattern(chunk: u64, round: u64) -> Bytes {
     bytes.into()
 }
 
-pub async fn write_chunk(device: &Device, chunk: u64, round: u64) -> Result<(), BlockError> {
-    device.write(chunk_start(chunk), vec![pattern(chunk, round)], Durability::Cached).await
+pub(crate) async fn write_chunk(device: &Device, chunk: u64, round: u64) -> Result<(), BlockError> {
+    device
+        .write(
+            chunk_start(chunk),
+            vec![pattern(chunk, round)],
+            Durability::Cached,
+        )
+        .await
 }
 
-pub async fn expect_chunk(device: &Device, chunk: u64, round: u64) {
-    let data = device.read(LbaRange { start: chunk_start(chunk), count: CHUNK_BLOCKS }).await.unwrap();
-    assert!(data == pattern(chunk, round), "chunk {chunk} is not what round {round} wrote");
+pub(crate) async fn expect_chunk(device: &Device, chunk: u64, round: u64) {
+    let data = device
+        .read(LbaRange {
+            start: chunk_start(chunk),
+            count: CHUNK_BLOCKS,
+        })
+        .await
+        .unwrap();
+    assert!(
+        data == pattern(chunk, round),
+        "chunk {chunk} is not what round {round} wrote"
+    );
 }
