@@ -160,6 +160,7 @@ fn nvmet_is_a_drive(program: &Path) -> anyhow::Result<()> {
         agents.start(killed)?;
         anyhow::Ok(())
     })?;
+    agents.wait_for_drives(6)?;
     let status = agents.weft_json(&["status"])?;
     ensure!(
         status["pools"][0]["domains"] == 6,
