@@ -5,11 +5,15 @@ use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
 
 use crate::config::{Config, DriveConfig, EngineConfig};
+
+/// Clusters that this process has made.
+static CLUSTERS: AtomicU32 = AtomicU32::new(0);
 
 /// One agent, running or not.
 #[derive(Debug)]
@@ -56,9 +60,11 @@ impl Agents {
     /// All candidates are taken.
     pub fn new(folder: &Path, options: Options) -> anyhow::Result<Self> {
         for attempt in 0..64_u32 {
+            // Clusters of one process must not meet either: their agents have not bound yet when the next one looks.
+            let cluster = CLUSTERS.fetch_add(1, Ordering::Relaxed);
             let mix = std::process::id()
                 .wrapping_mul(2_654_435_761)
-                .wrapping_add(attempt * 7919);
+                .wrapping_add((cluster * 64 + attempt) * 7919);
             let subnet = [127, 64 + (mix % 128) as u8, ((mix >> 8) % 250) as u8];
             let probe = Ipv4Addr::new(subnet[0], subnet[1], subnet[2], 1);
             let free = [7420, 4420, 8009, 9420]
@@ -241,7 +247,20 @@ impl Agents {
                     .is_ok_and(|output| output.status.success())
             })?;
         }
-        self.wait_for_drives(self.list.len() * self.options.drives as usize)
+        self.wait_for_drives(self.list.len() * self.options.drives as usize)?;
+        // Bands are granted on drives where the owner is on record only: before that they would be narrower.
+        let nodes = self.list.len();
+        self.wait_until("every agent is registered on every drive", |agents| {
+            agents.weft_json(&["drive", "list"]).is_ok_and(|drives| {
+                drives.as_array().is_some_and(|drives| {
+                    drives.iter().all(|drive| {
+                        drive["registrations"]
+                            .as_object()
+                            .is_some_and(|known| known.len() >= nodes)
+                    })
+                })
+            })
+        })
     }
 
     /// Waits until `count` drives are online.

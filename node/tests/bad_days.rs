@@ -20,9 +20,10 @@ fn metric(agents: &Agents, name: &str) -> f64 {
             .set_read_timeout(Some(std::time::Duration::from_secs(1)))
             .ok()?;
         stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").ok()?;
-        let mut text = String::new();
-        stream.read_to_string(&mut text).ok()?;
-        Some(text)
+        let mut bytes = Vec::new();
+        // The exporter may keep the connection open: what has come until the time-out is the answer.
+        let _ = stream.read_to_end(&mut bytes);
+        String::from_utf8(bytes).ok()
     };
     agents
         .list

@@ -235,8 +235,18 @@ impl Member {
         if current == Some(state) {
             return;
         }
-        if let Err(error) = self.client.propose(Command::SetDriveState { drive, state }).await {
-            tracing::warn!(%drive, %error, "drive state not recorded");
+        loop {
+            match self.client.propose(Command::SetDriveState { drive, state }).await {
+                Ok(_) => return,
+                Err(ClientError::Refused(refusal)) => {
+                    tracing::warn!(%drive, %refusal, "drive state refused");
+                    return;
+                }
+                Err(error) => {
+                    tracing::warn!(%drive, %error, "drive state not recorded yet");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
         }
     }
 
