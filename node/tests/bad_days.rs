@@ -6,18 +6,11 @@ mod common;
 
 use std::fs;
 
-use common::{cluster, connect, expect_chunk, on_host, volume, wait_until_served, write_chunk};
-use weft_node::local_cluster::Agents;
-
-fn owner(agents: &Agents, volume: &str) -> usize {
-    let list = agents.weft_ok(&["volume", "show", volume]).unwrap();
-    let line = list.lines().find(|line| line.starts_with("owner")).unwrap();
-    agents.index_of(line.split_whitespace().nth(1).unwrap()).unwrap()
-}
+use common::{cluster, connect, expect_chunk, folder, on_host, owner, volume, wait_until_served, write_chunk};
 
 #[test]
 fn all_agents_killed_at_once_lose_nothing() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = folder();
     let mut agents = cluster(folder.path(), 6, 256);
     let subnqn = volume(&agents, "v", "128MiB");
     on_host(async {
@@ -46,7 +39,7 @@ fn all_agents_killed_at_once_lose_nothing() {
 
 #[test]
 fn an_owner_that_was_stopped_past_its_takeover_changes_nothing_when_it_resumes() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = folder();
     let agents = cluster(folder.path(), 7, 256);
     let subnqn = volume(&agents, "v", "64MiB");
     let stopped = owner(&agents, "v");
@@ -82,7 +75,7 @@ fn an_owner_that_was_stopped_past_its_takeover_changes_nothing_when_it_resumes()
 
 #[test]
 fn a_drive_file_that_vanishes_under_the_agent_costs_no_io_error() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = folder();
     let agents = cluster(folder.path(), 7, 256);
     let subnqn = volume(&agents, "v", "64MiB");
     let victim = (owner(&agents, "v") + 1) % agents.list.len();

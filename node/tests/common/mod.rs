@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use bytes::Bytes;
+use tempfile::TempDir;
 use weft_block::{BlockError, Device, Durability};
 use weft_initiator::{ConnectOptions, HostIdentity, Multipath, MultipathOptions};
 use weft_node::config::EngineConfig;
@@ -18,6 +19,16 @@ use weft_proto::nqn::Nqn;
 use weft_proto::units::{Lba, LbaRange};
 
 pub(crate) const HOSTNQN: &str = "nqn.2014-08.org.nvmexpress:uuid:7e570000-0000-4000-8000-000000000001";
+
+/// A folder for one cluster, removed at the end; `WEFT_KEEP=1` keeps it with the agents' logs, for a look at what failed.
+pub(crate) fn folder() -> TempDir {
+    let mut folder = tempfile::tempdir().unwrap();
+    if std::env::var_os("WEFT_KEEP").is_some() {
+        eprintln!("kept: {}", folder.path().display());
+        folder.disable_cleanup(true);
+    }
+    folder
+}
 
 /// Agents that have been started and belong to no cluster yet.
 pub(crate) fn agents(folder: &Path, nodes: u32, drive_mib: u64) -> Agents {
@@ -56,6 +67,13 @@ pub(crate) fn volume(agents: &Agents, name: &str, size: &str) -> Nqn {
         .unwrap();
     wait_until_served(agents, name);
     attached["subnqn"].as_str().unwrap().parse().unwrap()
+}
+
+/// The agent that owns the volume.
+pub(crate) fn owner(agents: &Agents, volume: &str) -> usize {
+    let list = agents.weft_ok(&["volume", "show", volume]).unwrap();
+    let line = list.lines().find(|line| line.starts_with("owner")).unwrap();
+    agents.index_of(line.split_whitespace().nth(1).unwrap()).unwrap()
 }
 
 pub(crate) fn wait_until_served(agents: &Agents, name: &str) {

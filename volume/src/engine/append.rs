@@ -18,7 +18,7 @@ use super::{Core, Life};
 use crate::band::{BandState, Phase};
 use crate::entry::ColumnSet;
 use crate::format::header::{BLOCKS_MAX, StripeHeader};
-use crate::seams::BandPurpose;
+use crate::seams::{BandPurpose, Timestamp};
 
 /// One queue of work with the band it goes to. Host and internal work are apart because only the latter may use
 /// the pool's reserve, and because blocks that survived a compaction should not lie among hot ones.
@@ -34,6 +34,8 @@ pub(crate) struct Stream {
     pub(crate) asking: Cell<bool>,
     /// The directory said that the pool has no space for this purpose.
     pub(crate) no_space: Cell<bool>,
+    /// Since when work has waited for space.
+    pub(crate) starved_since: Cell<Option<Timestamp>>,
     /// Bands granted so far, by which chunk sizes grow.
     pub(crate) granted: Cell<u32>,
 }
@@ -67,6 +69,7 @@ impl Stream {
             ready: RefCell::default(),
             asking: Cell::new(false),
             no_space: Cell::new(false),
+            starved_since: Cell::new(None),
             granted: Cell::new(0),
         }
     }
@@ -200,10 +203,15 @@ impl Core {
         self.ask_for_bands(stream);
         // Without a band for internal work, nothing can be compacted either.
         let stuck = self.internal.no_space.get() && self.internal.current.borrow().is_none();
-        if stream.purpose == BandPurpose::User
-            && stream.no_space.get()
-            && (stuck || self.space.is_exhausted())
-        {
+        if stream.purpose != BandPurpose::User || !stream.no_space.get() {
+            return Opening::Wait;
+        }
+        let now = self.seams.env.now();
+        let since = stream.starved_since.get().unwrap_or(now);
+        stream.starved_since.set(Some(since));
+        // An error that tells the host why is better than its own time-out, which does not.
+        let too_long = now >= since.after(self.settings.space_wait);
+        if stuck || too_long || self.space.is_exhausted() {
             return Opening::Full;
         }
         Opening::Wait

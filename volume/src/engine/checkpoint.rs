@@ -100,6 +100,8 @@ struct Capture {
     closed_through: StripeNumber,
     counter_next: u64,
     bands: Vec<RootBand>,
+    /// Sealed, with every stripe closed: nothing is appended to them any more.
+    over: Vec<BandId>,
 }
 
 impl Core {
@@ -172,7 +174,7 @@ impl Core {
         }
         // No await from the snapshot to the choice of bands to free.
         let snapshot = map.snapshot();
-        let freed = self.unreferenced();
+        let freed = self.unreferenced(&capture);
         let (expected_version, _) = self.root.get();
         let root = Root {
             cluster: self.identity.cluster,
@@ -251,9 +253,13 @@ impl Core {
             }
         }
         captures.push((numbers.last(), visible_below));
-        let bands = self
-            .bands
-            .borrow()
+        let held = self.bands.borrow();
+        let over = held
+            .values()
+            .filter(|band| band.phase.get() == Phase::Sealed && !band.writer.borrow().has_open_stripes())
+            .map(|band| band.id)
+            .collect();
+        let bands = held
             .values()
             .map(|band| {
                 let writer = band.writer.borrow();
@@ -278,20 +284,21 @@ impl Core {
             closed_through,
             counter_next: self.last_sequence().counter + 1,
             bands,
+            over,
         }
     }
 
     /// Bands that the next root does not need, and that nobody reads or has a write to in flight.
-    fn unreferenced(&self) -> Vec<BandId> {
-        self.bands
-            .borrow()
-            .values()
-            .filter(|band| {
-                band.phase.get() == Phase::Sealed
-                    && band.is_quiet()
-                    && !band.writer.borrow().has_open_stripes()
-                    && !self.map().refers_to(band.id)
-            })
+    ///
+    /// Only those that were over at the capture: what was appended since may be a TRIM record, which the root's map
+    /// does not have and only a replay of the band would find.
+    fn unreferenced(&self, capture: &Capture) -> Vec<BandId> {
+        let bands = self.bands.borrow();
+        capture
+            .over
+            .iter()
+            .filter_map(|band| bands.get(band))
+            .filter(|band| band.is_quiet() && !self.map().refers_to(band.id))
             .map(|band| band.id)
             .collect()
     }

@@ -30,10 +30,12 @@ use crate::seams::BandPurpose;
 
 /// Rows read at once when a band is walked for its headers: few, because a deep stripe is mostly payload.
 const WALK_PIECE_ROWS: u32 = 8;
-/// A band that gains less than this is not worth moving even when space is short.
-const GAIN_MIN: f64 = 0.06;
+/// A band that gains less than this is not worth moving even when space is short: ten moved for one won. Guessed.
+const GAIN_MIN: f64 = 0.1;
 /// A band that gains less than this is left alone while there is space.
 const GAIN_MIN_IDLE: f64 = 0.25;
+/// Bands emptied and not freed yet, at most: what was moved out of them takes as much of the pool's reserve.
+const EMPTIED_MAX: usize = 2;
 /// Sealed bands below which garbage is no reason to compact.
 const SEALED_BANDS_MIN: usize = 4;
 
@@ -63,7 +65,7 @@ impl Core {
             let result = if self.space.is_wanted() {
                 self.find_space().await
             } else if self.is_wasteful() {
-                self.compact_one(GAIN_MIN_IDLE).await.map(|_| ())
+                self.compact_one(GAIN_MIN_IDLE, u64::MAX).await.map(|_| ())
             } else {
                 self.space.busy.set(false);
                 changed.await;
@@ -91,41 +93,56 @@ impl Core {
         }
         count >= SEALED_BANDS_MIN
             && (capacity - live) as f64 > self.settings.garbage_max * capacity as f64
-            && self.victim(GAIN_MIN_IDLE).is_some()
+            && self.victim(GAIN_MIN_IDLE, u64::MAX).is_some()
     }
 
-    /// Turns garbage into free bands until something was freed or nothing is left to gain.
+    /// Turns garbage into free bands until the volume holds less than when the pool refused, or nothing is left to gain.
+    ///
+    /// Measured by what is held, not by what was freed: moved blocks, runs and roots take bands too, and a search that
+    /// only kept pace with itself would go on forever. It looks at bands opened before it began, each once.
     async fn find_space(self: &Rc<Self>) -> Result<(), VolumeError> {
+        let held = self.held_bytes();
+        let before = self.bands_opened.get();
         // What is dead already costs nothing but a root.
-        let mut freed = self.checkpoint(Purpose::Ordinary).await?;
-        if freed == 0 {
-            // Exact counts, or overwritten blocks would hide behind runs that were not merged.
-            freed = self.checkpoint(Purpose::Exact).await?;
-        }
-        let mut gained = 0.0;
-        while freed == 0 {
-            let Some(share) = self.compact_one(GAIN_MIN).await? else {
-                if gained > 0.0 {
-                    freed = self.checkpoint(Purpose::Ordinary).await?;
-                }
-                break;
-            };
-            gained += share;
-            if gained >= 1.0 {
-                freed = self.checkpoint(Purpose::Ordinary).await?;
-                gained = 0.0;
+        self.checkpoint(Purpose::Ordinary).await?;
+        let mut exact = false;
+        let (mut gained, mut emptied) = (0.0, 0);
+        let found = loop {
+            if self.held_bytes() < held {
+                break true;
             }
-        }
-        tracing::debug!(volume = %self.volume, freed, "search for space done");
-        self.space.settle(freed > 0);
+            match self.compact_one(GAIN_MIN, before).await? {
+                Some(share) => {
+                    gained += share;
+                    emptied += 1;
+                    if gained < 1.0 && emptied < EMPTIED_MAX {
+                        continue;
+                    }
+                    self.checkpoint(Purpose::Ordinary).await?;
+                }
+                None if emptied > 0 => {
+                    self.checkpoint(Purpose::Ordinary).await?;
+                }
+                None if !exact => {
+                    // Exact counts: overwritten blocks hide behind runs that were not merged.
+                    exact = true;
+                    self.checkpoint(Purpose::Exact).await?;
+                }
+                None => break false,
+            }
+            (gained, emptied) = (0.0, 0);
+        };
+        tracing::debug!(volume = %self.volume, found, held, now = self.held_bytes(), "search for space done");
+        self.space.settle(found);
         self.changed.notify();
         self.pump.notify();
         Ok(())
     }
 
-    /// Moves one band's live blocks. Answers the share of a band that was gained; `None` when no band is worth it.
-    async fn compact_one(self: &Rc<Self>, gain_min: f64) -> Result<Option<f64>, VolumeError> {
-        let Some(band) = self.victim(gain_min) else {
+    /// Moves the live blocks of one band that was opened before the one numbered `before`. Answers the share of a band
+    /// that was gained; `None` when no band is worth it.
+    async fn compact_one(self: &Rc<Self>, gain_min: f64, before: u64) -> Result<Option<f64>, VolumeError> {
+        let Some(band) = self.victim(gain_min, before) else {
             return Ok(None);
         };
         let share = gain(&band, self.map().references(band.id));
@@ -158,10 +175,11 @@ impl Core {
     }
 
     /// The band whose move gains most for its cost.
-    fn victim(&self, gain_min: f64) -> Option<Rc<BandState>> {
+    fn victim(&self, gain_min: f64, before: u64) -> Option<Rc<BandState>> {
         let now = self.bands_opened.get() + 1;
         self.victims()
             .into_iter()
+            .filter(|band| band.order.get() <= before)
             .filter_map(|band| {
                 let share = gain(&band, self.map().references(band.id));
                 let age = (now - band.order.get().min(now)) as f64 + 1.0;

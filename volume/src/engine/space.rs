@@ -5,6 +5,7 @@
 
 use std::cell::Cell;
 
+use super::Core;
 use crate::band::BandState;
 
 /// State of the search for space.
@@ -27,10 +28,10 @@ impl Space {
         self.wanted.get()
     }
 
-    /// Compaction has done what it could, or something was granted.
-    pub(crate) fn settle(&self, freed: bool) {
+    /// Compaction has done what it could.
+    pub(crate) fn settle(&self, found: bool) {
         self.wanted.set(false);
-        self.exhausted.set(!freed);
+        self.exhausted.set(!found);
     }
 
     /// Something may be gained now: a TRIM, a freed band.
@@ -41,6 +42,17 @@ impl Space {
     /// Nothing can be gained.
     pub(crate) fn is_exhausted(&self) -> bool {
         self.exhausted.get()
+    }
+}
+
+impl Core {
+    /// Bytes of the drives that the volume's bands take.
+    pub(crate) fn held_bytes(&self) -> u64 {
+        self.bands
+            .borrow()
+            .values()
+            .map(|band| band.band.borrow().chunk_size.bytes() * u64::from(band.geometry.n()))
+            .sum()
     }
 }
 

@@ -98,10 +98,7 @@ impl Core {
             bands_granted: counters.bands_granted.get(),
             bands_freed: counters.bands_freed.get(),
             bands: bands.len(),
-            allocated_bytes: bands
-                .values()
-                .map(|band| band.band.borrow().chunk_size.bytes() * u64::from(band.geometry.n()))
-                .sum(),
+            allocated_bytes: self.held_bytes(),
             live_bytes: map.map_or(0, |map| {
                 bands.keys().map(|band| map.references(*band)).sum::<u64>() * BLOCK_BYTES as u64
             }),

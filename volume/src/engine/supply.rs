@@ -51,6 +51,7 @@ impl Core {
                         stream.ready.borrow_mut().push_back(band);
                     }
                     stream.no_space.set(false);
+                    stream.starved_since.set(None);
                     self.space.hope();
                     break;
                 }

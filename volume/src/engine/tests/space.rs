@@ -127,3 +127,53 @@ fn narrow_stripes_of_a_quiet_host_are_made_wide() {
     assert!(stats.compacted_blocks > 0, "{stats:?}");
     assert!(stats.bands_freed > 0, "{stats:?}");
 }
+
+#[test]
+fn a_trim_that_comes_during_a_checkpoint_is_not_freed_with_its_band() {
+    // The band that takes the TRIM's record is filled, dies and is sealed while a checkpoint is under way: the
+    // checkpoint's map does not have the TRIM, so its root must keep the band.
+    let mut fixture = Fixture::with(6, 128, GEOMETRY, 256 * MIB, tight());
+    for start in (0..16_384).step_by(64) {
+        let fills: Vec<u64> = (start..start + 64).map(|lba| lba + 1).collect();
+        fixture.write(start, &fills).unwrap();
+    }
+    let engine = fixture.engine.clone();
+    let trim = |start, count| {
+        engine.deallocate(vec![LbaRange {
+            start: Lba(start),
+            count,
+        }])
+    };
+    let scratch = |at: u64| {
+        let writes = (0..2048).step_by(64).map(|start| {
+            let data = (start..start + 64).map(|fill| block(fill + 1)).collect();
+            engine.write(Lba(at + start), data, Durability::Cached)
+        });
+        futures_util::future::try_join_all(writes)
+    };
+    // Away from the band that was open at the capture; the TRIM; and all that lies around its record dies. The first
+    // writes pass the log budget, so a checkpoint captures just before the TRIM.
+    let (before, trimmed, after) = (scratch(20_000), trim(0, 16_384), scratch(30_000));
+    let rest = [trim(20_000, 2_048), trim(30_000, 2_048)];
+    let published = engine.stats().checkpoints;
+    fixture.run(async move {
+        before.await.unwrap();
+        trimmed.await.unwrap();
+        after.await.unwrap();
+        for trimmed in rest {
+            trimmed.await.unwrap();
+        }
+    });
+    for trimmed in 0..16_384 {
+        fixture.model.insert(trimmed, 0);
+    }
+    // At the next publication: a later one would have the TRIM in its map.
+    while engine.stats().checkpoints == published {
+        fixture
+            .world
+            .run_for(std::time::Duration::from_micros(100))
+            .unwrap();
+    }
+    fixture.fail_over();
+    fixture.check_all();
+}
