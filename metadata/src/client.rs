@@ -157,13 +157,7 @@ impl MetadataClient {
     /// # Errors
     /// As [`MetadataClient::propose`].
     pub async fn publish_root(&self, update: RootUpdate) -> Result<u64, ClientError> {
-        root_version(
-            self.propose(Command::PublishRoot {
-                update,
-                quarantine: Vec::new(),
-            })
-            .await?,
-        )
+        root_version(self.propose(Command::PublishRoot { update }).await?)
     }
 
     /// Ends the recovered epoch and makes the new one serve; answers the new root version.

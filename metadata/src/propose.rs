@@ -29,6 +29,9 @@ pub struct BandRequest {
     pub chunk_size: ChunkSize,
     /// Bands wanted; fewer may be granted where space ends.
     pub count: u32,
+    /// Whether to refuse, with [`Refusal::AwaitsRegistration`], rather than to grant narrower bands than there would be
+    /// once the owner has registered on every drive in service. An owner that has just started is better off waiting.
+    pub patient: bool,
 }
 
 /// The command that grants up to `request.count` bands where placement would put them now.
@@ -59,24 +62,38 @@ pub fn propose_bands(state: &ClusterState, request: &BandRequest) -> Result<Comm
         Purpose::User => space.free_mib.saturating_sub(space.reserve_mib()),
         Purpose::Internal => space.free_mib,
     };
-    let placed = placement::propose(
-        &topology(state, owner.incarnation),
-        &placement::Request {
-            geometry: volume.geometry,
-            k_min: 1,
-            chunk_size: request.chunk_size,
-            count: request.count.clamp(1, crate::state::BANDS_PER_GRANT_MAX as u32),
-            policy: Policy {
-                level: pool.domain,
-                shards_per_node_max: None,
-                classes: pool.classes.clone(),
-            },
-            excluded: BTreeSet::new(),
-            registered_only: true,
-            seed: request.request,
+    let topology = topology(state, owner.incarnation);
+    let wanted = placement::Request {
+        geometry: volume.geometry,
+        k_min: 1,
+        chunk_size: request.chunk_size,
+        count: request.count.clamp(1, crate::state::BANDS_PER_GRANT_MAX as u32),
+        policy: Policy {
+            level: pool.domain,
+            shards_per_node_max: None,
+            classes: pool.classes.clone(),
         },
-    )
-    .map_err(|refusal| match refusal {
+        excluded: BTreeSet::new(),
+        registered_only: true,
+        seed: request.request,
+    };
+    let placed = placement::propose(&topology, &wanted);
+    if request.patient && width(&placed) < volume.geometry.k {
+        let anywhere = placement::propose(
+            &topology,
+            &placement::Request {
+                registered_only: false,
+                ..wanted
+            },
+        );
+        if width(&anywhere) > width(&placed) {
+            return Err(Refusal::AwaitsRegistration {
+                width: width(&placed),
+                possible: width(&anywhere),
+            });
+        }
+    }
+    let placed = placed.map_err(|refusal| match refusal {
         placement::Refusal::NoSpace { .. } => no_space.clone(),
         placement::Refusal::TooFewDomains {
             in_service,
@@ -113,6 +130,15 @@ pub fn propose_bands(state: &ClusterState, request: &BandRequest) -> Result<Comm
         chunk_size: request.chunk_size,
         proposals,
     })
+}
+
+/// k of the first band, and 0 where there is none.
+fn width(placed: &Result<Vec<placement::Placement>, placement::Refusal>) -> u8 {
+    placed
+        .as_ref()
+        .ok()
+        .and_then(|bands| bands.first())
+        .map_or(0, |band| band.geometry.k)
 }
 
 /// The drives as placement sees them, for bands of `incarnation`.

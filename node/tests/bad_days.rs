@@ -6,7 +6,9 @@ mod common;
 
 use std::fs;
 
-use common::{cluster, connect, expect_chunk, folder, on_host, owner, volume, wait_until_served, write_chunk};
+use common::{
+    cluster, connect, expect_chunk, folder, on_host, owner, volume, wait_until_served, write_chunk,
+};
 
 #[test]
 fn all_agents_killed_at_once_lose_nothing() {

@@ -179,6 +179,9 @@ pub struct RootUpdate {
     pub root: RootPointer,
     /// Bands that no block of the new root refers to: Raft frees them with this command.
     pub freed: Vec<BandId>,
+    /// Chunks of these that a write of unknown outcome may still reach: not to be granted again before the owner's
+    /// incarnation has been fenced there.
+    pub unsettled: Vec<ChunkAddress>,
 }
 
 /// What Raft answers to the grant of a new epoch: everything the new owner needs, as of one log index.

@@ -7,7 +7,7 @@
 //! here, because a row that was skipped is simply never written.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use weft_proto::band::{Band, ChunkAddress, Geometry};
@@ -38,9 +38,8 @@ pub(crate) struct BandState {
     pub(crate) writer: RefCell<Writer>,
     /// Writes sent to its chunks and not answered yet.
     pub(crate) outstanding: Cell<u32>,
-    /// A write to it ended with an unknown outcome: its chunks cannot be reused before this incarnation has been
-    /// fenced.
-    pub(crate) tainted: Cell<bool>,
+    /// Chunks to which a write ended with an unknown outcome: not reused before this incarnation has been fenced there.
+    pub(crate) unsettled: RefCell<BTreeSet<ChunkAddress>>,
     /// Readers hold clones: a band is not freed under one.
     pub(crate) pin: Rc<()>,
     /// Compaction found nothing live in it.
@@ -88,7 +87,7 @@ impl BandState {
             }),
             band: RefCell::new(Rc::new(band)),
             outstanding: Cell::new(0),
-            tainted: Cell::new(false),
+            unsettled: RefCell::default(),
             pin: Rc::new(()),
             evacuated: Cell::new(false),
             order: Cell::new(order),
@@ -107,7 +106,7 @@ impl BandState {
 
     /// Whether nobody reads it or has a write to it unanswered.
     pub(crate) fn is_quiet(&self) -> bool {
-        Rc::strong_count(&self.pin) == 1 && self.outstanding.get() == 0 && !self.tainted.get()
+        Rc::strong_count(&self.pin) == 1 && self.outstanding.get() == 0
     }
 }
 

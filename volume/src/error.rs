@@ -58,13 +58,6 @@ pub enum VolumeError {
         /// w.
         needed: u8,
     },
-    /// A write of this epoch has not been answered by its drive, so the volume cannot be handed over: its next owner has
-    /// to fence this one.
-    #[error("a write to {band} is unanswered")]
-    Unanswered {
-        /// The band.
-        band: BandId,
-    },
     /// The epoch is over: the engine has stopped.
     #[error("fenced: the epoch has ended or the drives refuse this incarnation")]
     Fenced,
@@ -84,11 +77,9 @@ impl VolumeError {
     #[must_use]
     pub fn to_block(&self, lba: Lba) -> BlockError {
         match self {
-            Self::TooManyMissing { .. }
-            | Self::Unanswered { .. }
-            | Self::Fenced
-            | Self::Closed
-            | Self::Directory(_) => BlockError::NotReady,
+            Self::TooManyMissing { .. } | Self::Fenced | Self::Closed | Self::Directory(_) => {
+                BlockError::NotReady
+            }
             Self::Undecodable { .. }
             | Self::RootUnreadable { .. }
             | Self::UnknownBand { .. }

@@ -111,7 +111,7 @@ fn a_volume_that_was_quiesced_opens_without_a_recovery() {
             let epoch = owner.takeover.grant.epoch;
             fabric
                 .world
-                .hand_over(VOLUME, epoch, quiesced.last)
+                .hand_over(VOLUME, epoch, quiesced.last, &quiesced.unsettled)
                 .expect("the current epoch");
             drop(owner);
         }

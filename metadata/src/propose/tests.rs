@@ -15,7 +15,52 @@ fn request(volume: VolumeId, count: u32, purpose: Purpose) -> BandRequest {
         purpose,
         chunk_size: ChunkSize::Mib8,
         count,
+        patient: false,
     }
+}
+
+#[test]
+fn a_patient_owner_waits_for_its_registrations_and_an_impatient_one_does_not() {
+    let mut cluster = Checked::cluster(7, 1024, geometry(4, 2));
+    let volume = cluster.volume("v");
+    cluster.begin(volume, 1).unwrap();
+    for drive in cluster.state.map.drives.values_mut().take(3) {
+        drive.registrations.remove(&IncarnationId(1));
+    }
+    let impatient = request(volume, 1, Purpose::User);
+    let patient = BandRequest {
+        patient: true,
+        ..impatient
+    };
+    assert_eq!(
+        propose_bands(&cluster.state, &patient),
+        Err(Refusal::AwaitsRegistration {
+            width: 2,
+            possible: 4
+        })
+    );
+    let Ok(Command::GrantBands { proposals, .. }) = propose_bands(&cluster.state, &impatient) else {
+        panic!("no bands");
+    };
+    assert_eq!(proposals[0].geometry, geometry(2, 2));
+}
+
+#[test]
+fn patience_does_not_wait_for_nodes_that_are_down() {
+    let mut cluster = Checked::cluster(6, 1024, geometry(4, 2));
+    let volume = cluster.volume("v");
+    cluster.begin(volume, 1).unwrap();
+    cluster.accept(Command::MarkDead {
+        incarnation: IncarnationId(6),
+    });
+    let patient = BandRequest {
+        patient: true,
+        ..request(volume, 1, Purpose::User)
+    };
+    let Ok(Command::GrantBands { proposals, .. }) = propose_bands(&cluster.state, &patient) else {
+        panic!("no bands");
+    };
+    assert_eq!(proposals[0].geometry, geometry(3, 2));
 }
 
 #[test]

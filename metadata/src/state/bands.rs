@@ -219,11 +219,7 @@ impl ClusterState {
         Ok(Reply::Applied)
     }
 
-    pub(super) fn publish_root(
-        &mut self,
-        update: &RootUpdate,
-        quarantine: &[ChunkAddress],
-    ) -> Result<Reply, Refusal> {
+    pub(super) fn publish_root(&mut self, update: &RootUpdate) -> Result<Reply, Refusal> {
         self.owner_at(update.volume, update.epoch)?;
         if !matches!(
             self.volume(update.volume)?.phase,
@@ -232,15 +228,11 @@ impl ClusterState {
             // A root of an epoch that does not serve yet comes with the end of its takeover.
             return Err(Refusal::WrongPhase(update.volume));
         }
-        self.record_root(update, quarantine)
+        self.record_root(update)
     }
 
     /// Compare-and-swap of the root, and the bands freed with it. The caller has checked the epoch.
-    pub(super) fn record_root(
-        &mut self,
-        update: &RootUpdate,
-        quarantine: &[ChunkAddress],
-    ) -> Result<Reply, Refusal> {
+    pub(super) fn record_root(&mut self, update: &RootUpdate) -> Result<Reply, Refusal> {
         if let Some(reply) = self.repeated_root(update) {
             return Ok(reply);
         }
@@ -269,7 +261,7 @@ impl ClusterState {
             if let Some(record) = self.layout_mut(id).bands.get_mut(band) {
                 record.settled |= record.writer == owner.incarnation;
             }
-            self.free_band(id, *band, quarantine);
+            self.free_band(id, *band, &update.unsettled);
         }
         self.layout_mut(id).forget_ended_without_bands();
         Ok(Reply::Root { version })
@@ -285,7 +277,7 @@ impl ClusterState {
 
     /// Takes a band out of the directory; its chunks are free, or in quarantine where a write of its writer may
     /// still be under way.
-    pub(super) fn free_band(&mut self, id: VolumeId, band: BandId, quarantine: &[ChunkAddress]) {
+    pub(super) fn free_band(&mut self, id: VolumeId, band: BandId, unsettled: &[ChunkAddress]) {
         let Some(BandRecord {
             band,
             writer,
@@ -295,7 +287,7 @@ impl ClusterState {
             return;
         };
         for chunk in band.columns {
-            let settled = settled && !quarantine.contains(&chunk);
+            let settled = settled && !unsettled.contains(&chunk);
             if settled || self.map.is_fenced(writer, chunk.drive) {
                 self.release(chunk, band.chunk_size);
             } else {

@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
-use weft_proto::band::{Band, ChunkAddress, ChunkSize, Geometry, RootUpdate};
+use weft_proto::band::{Band, ChunkSize, Geometry, RootUpdate};
 use weft_proto::id::{
     BandId, ClusterId, DriveId, DriveUuid, Epoch, HostId, IncarnationId, NodeId, PoolId, StripeNumber,
     VolumeId,
@@ -159,8 +159,6 @@ pub enum Command {
     PublishRoot {
         /// The checkpoint.
         update: RootUpdate,
-        /// Chunks of freed bands to which a write of the owner is still under way: not reused until it is fenced there.
-        quarantine: Vec<ChunkAddress>,
     },
     /// Gives volumes of a dead owner, or of nobody, to a live incarnation. Replies [`Reply::Takeovers`].
     BeginTakeover {
@@ -475,6 +473,16 @@ pub enum Refusal {
         free_mib: u64,
         /// Kept for rebuild, compaction and takeover.
         reserve_mib: u64,
+    },
+    /// Wider bands will be possible as soon as the owner has registered on more drives, and it asked not to get narrower ones.
+    #[error(
+        "bands of {width} data columns only: the owner has not registered on the drives for {possible} yet"
+    )]
+    AwaitsRegistration {
+        /// k on the drives where it is registered; 0 for none.
+        width: u8,
+        /// k on all drives in service.
+        possible: u8,
     },
     /// The pool has not enough failure domains for the geometry.
     #[error("{available} failure domains available, {needed} needed{}", suggestion(*fits))]

@@ -185,7 +185,7 @@ impl ClusterState {
                 proposals,
             } => self.grant_bands(volume, epoch, request, purpose, chunk_size, &proposals),
             Command::ReturnBands { volume, epoch, bands } => self.return_bands(volume, epoch, &bands),
-            Command::PublishRoot { update, quarantine } => self.publish_root(&update, &quarantine),
+            Command::PublishRoot { update } => self.publish_root(&update),
             Command::BeginTakeover {
                 node,
                 incarnation,

@@ -153,7 +153,7 @@ impl ClusterState {
         if let Some(recovered) = recovered {
             self.check_fenced(id, recovered)?;
         }
-        let reply = self.record_root(update, &[])?;
+        let reply = self.record_root(update)?;
         if let Some(recovered) = recovered {
             self.end_epoch(id, recovered, ended_at);
         }
@@ -213,7 +213,7 @@ impl ClusterState {
                     current: epoch,
                 });
             }
-            self.record_root(update, &[])?;
+            self.record_root(update)?;
         }
         for record in self.layout_mut(id).bands.values_mut() {
             record.settled |= record.band.epoch == epoch && !unsettled.contains(&record.band.id);

@@ -1,8 +1,9 @@
 //! The engine's view of the metadata service. Asks until a leader answers; a lost answer is asked for again with the
 //! same content, and the service recognises it.
 
+use std::cell::Cell;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::FutureExt as _;
 use futures_util::future::LocalBoxFuture;
@@ -16,17 +17,27 @@ use weft_volume::seams::{BandPurpose, Directory, DirectoryError, Env};
 
 /// Between two attempts while there is no leader.
 const RETRY: Duration = Duration::from_millis(50);
+/// How long an owner waits for its registrations before it takes narrower bands, and for how long it then takes
+/// them at once: a drive in service may be out of this node's reach. Guessed.
+const PATIENCE: Duration = Duration::from_secs(2);
+const IMPATIENCE: Duration = Duration::from_secs(10);
 
 /// See the module.
 pub(crate) struct RaftDirectory {
     client: MetadataClient,
     env: Rc<dyn Env>,
+    /// Until when narrower bands are taken at once.
+    impatient_until: Rc<Cell<Option<Instant>>>,
 }
 
 impl RaftDirectory {
     /// A directory over `client`.
     pub(crate) fn new(client: MetadataClient, env: Rc<dyn Env>) -> Self {
-        Self { client, env }
+        Self {
+            client,
+            env,
+            impatient_until: Rc::default(),
+        }
     }
 
     fn propose(&self, command: Command) -> impl Future<Output = Result<Reply, DirectoryError>> + use<> {
@@ -60,18 +71,34 @@ impl Directory for RaftDirectory {
             BandPurpose::User => Purpose::User,
             BandPurpose::Internal => Purpose::Internal,
         };
-        let request = BandRequest {
+        let impatient_until = Rc::clone(&self.impatient_until);
+        let mut request = BandRequest {
             volume,
             epoch,
             request: self.env.random_u64(),
             purpose,
             chunk_size,
             count,
+            patient: true,
         };
         async move {
+            let asked = Instant::now();
             loop {
+                request.patient = impatient_until.get().is_none_or(|until| Instant::now() >= until);
                 match client.grant_bands(request).await {
                     Ok(bands) => return Ok(bands),
+                    Err(ClientError::Refused(refusal @ Refusal::AwaitsRegistration { .. })) => {
+                        if asked.elapsed() >= PATIENCE {
+                            tracing::warn!(%volume, %refusal, "not waiting any longer");
+                            impatient_until.set(Some(Instant::now() + IMPATIENCE));
+                        } else {
+                            tokio::time::sleep(RETRY).await;
+                        }
+                    }
+                    // The state moved on between the proposal and its commit.
+                    Err(ClientError::Refused(Refusal::ProposalConflict { .. })) => {
+                        tokio::time::sleep(RETRY).await;
+                    }
                     Err(ClientError::Refused(refusal)) => return Err(directory_error(refusal)),
                     Err(error) => {
                         tracing::debug!(%error, "no bands yet, asking again");
@@ -84,10 +111,7 @@ impl Directory for RaftDirectory {
     }
 
     fn publish_root(&self, update: RootUpdate) -> LocalBoxFuture<'static, Result<u64, DirectoryError>> {
-        let reply = self.propose(Command::PublishRoot {
-            update,
-            quarantine: Vec::new(),
-        });
+        let reply = self.propose(Command::PublishRoot { update });
         async move { root_version(reply.await?) }.boxed_local()
     }
 

@@ -281,7 +281,7 @@ impl Ownership {
             epoch: owner.epoch,
             last_stripe: quiesced.last,
             update: None,
-            unsettled: Vec::new(),
+            unsettled: quiesced.unsettled.clone(),
             to,
         };
         let mut reply = self.insist(handover(to)).await;

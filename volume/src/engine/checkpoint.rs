@@ -19,7 +19,7 @@ use std::rc::Rc;
 
 use bytes::Bytes;
 use weft_block::BlockError;
-use weft_proto::band::{RootPointer, RootUpdate};
+use weft_proto::band::{ChunkAddress, RootPointer, RootUpdate};
 use weft_proto::id::{BandId, Epoch, Sequence, StripeNumber};
 use weft_proto::units::{BLOCK_BYTES, Lba};
 
@@ -175,6 +175,7 @@ impl Core {
         // No await from the snapshot to the choice of bands to free.
         let snapshot = map.snapshot();
         let freed = self.unreferenced(&capture);
+        let unsettled = self.unsettled(&freed);
         let (expected_version, _) = self.root.get();
         let root = Root {
             cluster: self.identity.cluster,
@@ -206,6 +207,7 @@ impl Core {
             expected_version,
             root: pointer,
             freed: freed.clone(),
+            unsettled,
         };
         let version = self.publish(update, purpose).await?;
         self.root.set((version, Some(pointer)));
@@ -265,7 +267,7 @@ impl Core {
                 let writer = band.writer.borrow();
                 let ours = band.band.borrow().epoch == self.epoch;
                 let ended = !ours || band.phase.get() == Phase::Sealed || purpose == Purpose::Final;
-                let state = if ended && !writer.has_open_stripes() && !band.tainted.get() {
+                let state = if ended && !writer.has_open_stripes() {
                     RootBandState::Sealed
                 } else if writer.is_untouched() && ours {
                     RootBandState::Granted
@@ -300,6 +302,15 @@ impl Core {
             .filter_map(|band| bands.get(band))
             .filter(|band| band.is_quiet() && !self.map().refers_to(band.id))
             .map(|band| band.id)
+            .collect()
+    }
+
+    /// Chunks of these bands that a write of unknown outcome may still reach.
+    fn unsettled(&self, bands: &[BandId]) -> Vec<ChunkAddress> {
+        bands
+            .iter()
+            .filter_map(|band| self.band(*band))
+            .flat_map(|band| band.unsettled.borrow().clone())
             .collect()
     }
 
@@ -421,26 +432,17 @@ impl Core {
             self.changed_or_retry(changed).await;
         }
         self.return_unused().await;
-        self.checkpoint(Purpose::Final).await?;
-        // The next owner may free any band: not under a write of ours that is still on its way.
-        let deadline = self.seams.env.now().after(self.settings.lease);
-        loop {
-            let changed = self.changed.changed();
-            self.alive()?;
-            let unanswered = self
-                .bands
-                .borrow()
-                .values()
-                .find(|band| band.outstanding.get() > 0)
-                .map(|band| band.id);
-            let Some(band) = unanswered else {
-                return Ok(());
-            };
-            if self.seams.env.now() >= deadline {
-                return Err(VolumeError::Unanswered { band });
-            }
-            self.changed_or_retry(changed).await;
-        }
+        self.checkpoint(Purpose::Final).await.map(drop)
+    }
+
+    /// Bands with a write that is still on its way, or may be: the next owner may free them, but not reuse them.
+    pub(crate) fn unsettled_bands(&self) -> Vec<BandId> {
+        self.bands
+            .borrow()
+            .values()
+            .filter(|band| band.outstanding.get() > 0 || !band.unsettled.borrow().is_empty())
+            .map(|band| band.id)
+            .collect()
     }
 }
 

@@ -167,7 +167,6 @@ impl Core {
             .filter(|band| {
                 band.phase.get() == Phase::Sealed
                     && !band.evacuated.get()
-                    && !band.tainted.get()
                     && !band.writer.borrow().has_open_stripes()
             })
             .cloned()

@@ -254,7 +254,7 @@ impl Core {
                             waiting.remove(&column);
                         }
                         Err(error) => {
-                            note_unknown(band, &error);
+                            note_unknown(band, column, &error);
                             tracing::warn!(volume = %self.volume, %drive, stripe = %flight.number, %error, "shard not written");
                             self.drive_error(drive, &error);
                             // Whatever the error says of the drive, this column did not take the shard.
@@ -299,10 +299,10 @@ impl Core {
     fn drain(&self, band: Rc<BandState>, mut writes: FuturesUnordered<Io1>) {
         let changed = Rc::clone(&self.changed);
         self.spawn(async move {
-            while let Some((_, _, result)) = writes.next().await {
+            while let Some((column, _, result)) = writes.next().await {
                 band.outstanding.set(band.outstanding.get() - 1);
                 if let Err(error) = result {
-                    note_unknown(&band, &error);
+                    note_unknown(&band, column, &error);
                 }
             }
             changed.notify();
@@ -474,9 +474,9 @@ impl BlockWork {
 }
 
 /// A write of unknown outcome may land at any time: the chunk must not be reused under it.
-fn note_unknown(band: &BandState, error: &BlockError) {
+fn note_unknown(band: &BandState, column: u8, error: &BlockError) {
     if *error == BlockError::Unknown {
-        band.tainted.set(true);
+        band.unsettled.borrow_mut().extend(band.chunk(column));
     }
 }
 

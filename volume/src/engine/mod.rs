@@ -113,10 +113,12 @@ pub(crate) struct Core {
 pub struct Engine(pub(crate) Rc<Core>);
 
 /// What a planned move hands over.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Quiesced {
     /// The epoch ends here: every stripe up to it is in the root.
     pub last: StripeNumber,
+    /// Bands that a write of this epoch may still reach.
+    pub unsettled: Vec<BandId>,
     /// The version of the final root.
     pub root_version: u64,
     /// The final root.
@@ -196,9 +198,11 @@ impl Engine {
         }
         let (root_version, root) = core.root.get();
         let last = core.numbers.borrow().last();
+        let unsettled = core.unsettled_bands();
         core.stop(Life::Closed);
         Ok(Quiesced {
             last,
+            unsettled,
             root_version,
             root,
         })

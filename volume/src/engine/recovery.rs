@@ -53,7 +53,7 @@ impl Core {
             unreachable!("an engine is opened once");
         }
         if let Some(root) = &root {
-            self.take_over_bands(root, grant.recover);
+            self.take_over_bands(root);
         }
         let core = Rc::clone(self);
         self.spawn(core.append_loop());
@@ -71,8 +71,8 @@ impl Core {
         Ok(())
     }
 
-    /// Ages of bands, and which of them may not be freed by this epoch.
-    fn take_over_bands(&self, root: &Root, recovered: Option<Epoch>) {
+    /// Ages of bands.
+    fn take_over_bands(&self, root: &Root) {
         for listed in &root.bands {
             let Some(band) = self.band(listed.band.id) else {
                 continue;
@@ -80,10 +80,6 @@ impl Core {
             band.order.set(listed.stripe_last.0);
             self.bands_opened
                 .set(self.bands_opened.get().max(listed.stripe_last.0));
-            // Not sealed at the end of an epoch that was not fenced: a write of it may still be under way.
-            if listed.state != RootBandState::Sealed && Some(listed.band.epoch) != recovered {
-                band.tainted.set(true);
-            }
         }
     }
 

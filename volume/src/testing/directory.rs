@@ -92,6 +92,8 @@ struct Volume {
 struct Granted {
     band: Band,
     owner: IncarnationId,
+    /// Handed over with a write still under way.
+    unsettled: bool,
     /// What was sent to each row of each column, for "a row is written once".
     written: BTreeMap<(u8, u32), Bytes>,
 }
@@ -268,6 +270,7 @@ impl Metadata {
         let granted = Granted {
             band: band.clone(),
             owner,
+            unsettled: false,
             written: BTreeMap::new(),
         };
         self.bands.insert(band_id, granted);
@@ -275,14 +278,17 @@ impl Metadata {
     }
 
     /// Gives the chunks of a band back; those that a dead or replaced writer may still reach go to quarantine.
-    fn free_band(&mut self, world: &World, id: BandId) {
+    fn free_band(&mut self, world: &World, id: BandId, unsettled: &[ChunkAddress]) {
         let Some(granted) = self.bands.remove(&id) else {
             return;
         };
         let size = granted.band.chunk_size.mib();
         for chunk in &granted.band.columns {
             let drive = world.drive(chunk.drive);
-            let may_be_written = world.is_dead(granted.owner) || self.is_superseded(granted.owner);
+            let may_be_written = granted.unsettled
+                || unsettled.contains(chunk)
+                || world.is_dead(granted.owner)
+                || self.is_superseded(granted.owner);
             if may_be_written && !drive.is_fenced(granted.owner) {
                 self.quarantine.push((*chunk, granted.owner));
                 continue;
@@ -384,7 +390,9 @@ impl Metadata {
                 world.violation(format!("{id} is freed with its root in it"));
             }
             match self.bands.get(id) {
-                Some(granted) if granted.band.volume == update.volume => self.free_band(world, *id),
+                Some(granted) if granted.band.volume == update.volume => {
+                    self.free_band(world, *id, &update.unsettled);
+                }
                 _ => world.violation(format!("{id} is freed and not a band of {}", update.volume)),
             }
         }
@@ -408,7 +416,7 @@ impl Metadata {
                 world.violation(format!("{band} is returned as never written, and it was"));
                 continue;
             }
-            self.free_band(world, *band);
+            self.free_band(world, *band, &[]);
         }
         Ok(())
     }
@@ -542,7 +550,7 @@ impl World {
                 .map(|granted| granted.band.id)
                 .collect();
             for band in bands {
-                metadata.free_band(self, band);
+                metadata.free_band(self, band, &[]);
             }
         }
         EpochGrant {
@@ -563,11 +571,22 @@ impl World {
     ///
     /// # Errors
     /// [`DirectoryError::Stale`] when it is not the volume's epoch.
-    pub fn hand_over(&self, id: VolumeId, epoch: Epoch, last: StripeNumber) -> Result<(), DirectoryError> {
+    pub fn hand_over(
+        &self,
+        id: VolumeId,
+        epoch: Epoch,
+        last: StripeNumber,
+        unsettled: &[BandId],
+    ) -> Result<(), DirectoryError> {
         let mut metadata = self.metadata.borrow_mut();
         let volume = metadata.volume(id, epoch)?;
         volume.ended.push((epoch, last));
         volume.serving = None;
+        for band in unsettled {
+            if let Some(granted) = metadata.bands.get_mut(band) {
+                granted.unsettled = true;
+            }
+        }
         Ok(())
     }
 

@@ -87,6 +87,7 @@ fn update(epoch: u64, expected_version: u64, root: RootPointer, freed: &[BandId]
         expected_version,
         root,
         freed: freed.to_vec(),
+        unsettled: vec![],
     }
 }
 
@@ -484,7 +485,7 @@ fn a_root_before_the_takeover_is_finished_is_noticed() {
 fn a_clean_hand_over_leaves_nothing_to_recover() {
     let world = volume(1, 3);
     serve(&world, 0);
-    world.hand_over(VOLUME, Epoch(1), StripeNumber(4)).unwrap();
+    world.hand_over(VOLUME, Epoch(1), StripeNumber(4), &[]).unwrap();
     let (second, _) = serve(&world, 0);
     assert_eq!((second.grant.recover, second.grant.root_version), (None, 1));
     assert_eq!(second.grant.ended, [(Epoch(1), StripeNumber(4))]);

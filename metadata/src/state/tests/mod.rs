@@ -174,6 +174,7 @@ impl Checked {
                 stripe: StripeNumber(1),
             },
             freed: freed.to_vec(),
+            unsettled: vec![],
         }
     }
 

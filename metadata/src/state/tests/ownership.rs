@@ -132,7 +132,6 @@ fn every_command_of_a_replaced_owner_is_stale() {
     let late = [
         Command::PublishRoot {
             update: update.clone(),
-            quarantine: vec![],
         },
         Command::ReturnBands {
             volume,
@@ -176,10 +175,7 @@ fn a_dead_owner_cannot_publish_even_before_it_is_replaced() {
         incarnation: IncarnationId(1),
     });
     assert_eq!(
-        cluster.refuse(Command::PublishRoot {
-            update,
-            quarantine: vec![]
-        }),
+        cluster.refuse(Command::PublishRoot { update }),
         Refusal::IncarnationIsDead(IncarnationId(1))
     );
 }
@@ -276,17 +272,13 @@ fn a_root_is_published_by_compare_and_swap() {
     let update = cluster.root(volume, band.id, &[]);
     let publish = Command::PublishRoot {
         update: update.clone(),
-        quarantine: vec![],
     };
     assert_eq!(cluster.accept(publish.clone()), Reply::Root { version: 2 });
     assert_eq!(cluster.accept(publish), Reply::Root { version: 2 });
     let mut other = update;
     other.root.row = 77;
     assert_eq!(
-        cluster.refuse(Command::PublishRoot {
-            update: other,
-            quarantine: vec![]
-        }),
+        cluster.refuse(Command::PublishRoot { update: other }),
         Refusal::RootConflict {
             expected: 1,
             current: 2

@@ -200,6 +200,11 @@ fn draw(random: &mut Seeded, state: &ClusterState, step: u64) -> Command {
                     .copied()
                     .filter(|other| *other != band && random.one_in(2))
                     .collect(),
+                unsettled: bands
+                    .iter()
+                    .filter(|_| random.one_in(4))
+                    .filter_map(|band| Some(state.layouts.get(&volume)?.bands.get(band)?.band.columns[0]))
+                    .collect(),
             };
             match found.map(|volume| volume.phase) {
                 Some(Phase::Recovering { recover, .. }) => Command::FinishTakeover {
@@ -207,10 +212,7 @@ fn draw(random: &mut Seeded, state: &ClusterState, step: u64) -> Command {
                     recovered: recover,
                     ended_at: StripeNumber(step),
                 },
-                _ => Command::PublishRoot {
-                    update,
-                    quarantine: vec![],
-                },
+                _ => Command::PublishRoot { update },
             }
         }
         21 => Command::Handover {

@@ -135,11 +135,9 @@ fn what_the_live_owner_frees_is_free_at_once_but_for_the_chunks_it_lists() {
     let volume = cluster.volume("v");
     let first = cluster.serve(volume, 1);
     let second = cluster.band(volume);
-    let update = cluster.root(volume, second.id, &[first.id]);
-    cluster.accept(Command::PublishRoot {
-        update,
-        quarantine: vec![first.columns[1]],
-    });
+    let mut update = cluster.root(volume, second.id, &[first.id]);
+    update.unsettled = vec![first.columns[1]];
+    cluster.accept(Command::PublishRoot { update });
     let of = |cluster: &Checked, index: usize| {
         cluster.state.chunks[&first.columns[index].drive]
             .space
@@ -162,10 +160,7 @@ fn a_root_outside_of_the_volumes_bands_is_refused() {
         cluster.root(volume, band.id, &[weft_proto::id::BandId(99)]),
     ] {
         assert!(matches!(
-            cluster.refuse(Command::PublishRoot {
-                update,
-                quarantine: vec![]
-            }),
+            cluster.refuse(Command::PublishRoot { update }),
             Refusal::NoSuchBand(_)
         ));
     }

@@ -163,7 +163,7 @@ impl Fixture {
         let engine = self.engine.clone();
         let quiesced = self.run(async move { engine.quiesce().await }).expect("quiesced");
         self.world
-            .hand_over(VOLUME, self.engine.epoch(), quiesced.last)
+            .hand_over(VOLUME, self.engine.epoch(), quiesced.last, &quiesced.unsettled)
             .expect("handed over");
         self.owner = take_over(&self.world, VOLUME).expect("not stopped");
         assert_eq!(self.owner.grant.recover, None);
