@@ -1,13 +1,15 @@
-//! Bad days: drives that vanish, agents that are stopped or killed, one or all. After each, every
+//! Bad days: drives that vanish or rot, agents that are stopped or killed, one or all. After each, every
 //! acknowledged byte is there.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
 
 use std::fs;
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
 
 use common::{
-    cluster, connect, expect_chunk, folder, on_host, owner, volume, wait_until_served, write_chunk,
+    cluster, connect, expect_chunk, folder, metric, on_host, owner, volume, wait_until_served, write_chunk,
 };
 
 #[test]
@@ -101,6 +103,53 @@ fn a_drive_file_that_vanishes_under_the_agent_costs_no_io_error() {
             .unwrap();
         for chunk in 0..16 {
             expect_chunk(&device, chunk, 4).await;
+        }
+    });
+}
+
+/// Flips one bit in every block of the drive's chunk area; a second time undoes it.
+fn rot(drive: &Path) {
+    let file = fs::OpenOptions::new().read(true).write(true).open(drive).unwrap();
+    let mut byte = [0];
+    for offset in ((1 << 20) + 100..(255 << 20)).step_by(4096) {
+        file.read_exact_at(&mut byte, offset).unwrap();
+        file.write_all_at(&[byte[0] ^ 4], offset).unwrap();
+    }
+    file.sync_all().unwrap();
+}
+
+#[test]
+fn a_flipped_bit_is_corrected_repaired_and_counted() {
+    let folder = folder();
+    let agents = cluster(folder.path(), 6, 256);
+    let subnqn = volume(&agents, "v", "64MiB");
+    on_host(async {
+        let device = connect(&agents, &subnqn).await;
+        for chunk in 0..16 {
+            write_chunk(&device, chunk, 1).await.unwrap();
+        }
+        // A drive may hold nothing but parity, which no read looks at: then the rot is undone and the next one has it.
+        let mut counted = false;
+        for agent in &agents.list {
+            let path = &agent.config.drives[0].path;
+            rot(path);
+            for chunk in 0..16 {
+                expect_chunk(&device, chunk, 1).await;
+            }
+            counted = metric(&agents, "weft_volume_checksum_mismatches_total") > 0.0;
+            if counted {
+                break;
+            }
+            rot(path);
+        }
+        assert!(counted, "no mismatch was counted");
+        agents
+            .wait_until("the blocks are repaired", |agents| {
+                metric(agents, "weft_volume_repaired_blocks_total") > 0.0
+            })
+            .unwrap();
+        for chunk in 0..16 {
+            expect_chunk(&device, chunk, 1).await;
         }
     });
 }
