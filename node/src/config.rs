@@ -38,6 +38,9 @@ pub struct Config {
     /// The volume engines of this node.
     #[serde(default)]
     pub engine: EngineConfig,
+    /// The associations of this node with the drives of others.
+    #[serde(default)]
+    pub fabric: FabricConfig,
 }
 
 /// One drive of this server.
@@ -70,6 +73,20 @@ impl Default for EngineConfig {
             log_budget_mib: 64,
             stall_ms: 300,
         }
+    }
+}
+
+/// How this node reaches the drives of others.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FabricConfig {
+    /// Keep-alive time-out of an association with a drive, in milliseconds: after so much silence each side ends it.
+    pub keep_alive_ms: u64,
+}
+
+impl Default for FabricConfig {
+    fn default() -> Self {
+        Self { keep_alive_ms: 1000 }
     }
 }
 
@@ -121,10 +138,12 @@ const KEYS: &[(&str, &[&str])] = &[
             "metrics_listen",
             "drive",
             "engine",
+            "fabric",
         ],
     ),
     ("drive", &["path", "class"]),
     ("engine", &["cache_mib", "log_budget_mib", "stall_ms"]),
+    ("fabric", &["keep_alive_ms"]),
 ];
 
 impl Config {
@@ -180,6 +199,11 @@ impl Config {
             (20..=10_000).contains(&self.engine.stall_ms),
             "engine.stall_ms is {}, expected 20 to 10000",
             self.engine.stall_ms
+        );
+        ensure!(
+            (200..=60_000).contains(&self.fabric.keep_alive_ms),
+            "fabric.keep_alive_ms is {}, expected 200 to 60000",
+            self.fabric.keep_alive_ms
         );
         Ok(())
     }
@@ -280,7 +304,7 @@ mod tests {
         let config = Config::parse(&format!(
             "{SMALLEST}rack = \"r1\"\ncontrol_listen = \"127.0.0.1:1\"\nnvme_listen = \"127.0.0.1:2\"\n\
              discovery_listen = \"127.0.0.1:3\"\nmetrics_listen = \"127.0.0.1:4\"\n\
-             [engine]\ncache_mib = 1\nlog_budget_mib = 2\nstall_ms = 30\n[[drive]]\npath = \"/d\"\nclass = \"qlc\"\n"
+             [engine]\ncache_mib = 1\nlog_budget_mib = 2\nstall_ms = 30\n[fabric]\nkeep_alive_ms = 500\n[[drive]]\npath = \"/d\"\nclass = \"qlc\"\n"
         ))
         .unwrap();
         let shown = toml::Table::try_from(&config).unwrap();

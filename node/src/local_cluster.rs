@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
 
-use crate::config::{Config, DriveConfig, EngineConfig};
+use crate::config::{Config, DriveConfig, EngineConfig, FabricConfig};
 
 /// Clusters that this process has made.
 static CLUSTERS: AtomicU32 = AtomicU32::new(0);
@@ -48,6 +48,8 @@ pub struct Options {
     pub drive_bytes: u64,
     /// As in the configuration.
     pub engine: EngineConfig,
+    /// As in the configuration.
+    pub fabric: FabricConfig,
     /// The address of the first node instead of one from the chosen subnet: a guest's way to this machine ends
     /// at 127.0.0.1. Its ports are free ones then.
     pub first_address: Option<Ipv4Addr>,
@@ -120,6 +122,7 @@ impl Agents {
             metrics_listen,
             drives,
             engine: self.options.engine.clone(),
+            fabric: self.options.fabric.clone(),
         };
         let config_path = folder.join("agent.toml");
         fs::write(

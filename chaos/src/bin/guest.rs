@@ -47,6 +47,7 @@ fn cluster(program: &Path, folder: &Path, nodes: u32) -> anyhow::Result<Agents> 
             drives: 1,
             drive_bytes: 1 << 30,
             engine: EngineConfig::default(),
+            fabric: Default::default(),
             first_address: Some(Ipv4Addr::LOCALHOST),
         },
     )?;

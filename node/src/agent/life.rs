@@ -391,6 +391,7 @@ impl Life {
                 .try_clone()
                 .context("share discovery_listen")?,
             engine: self.config.engine.clone(),
+            fabric: self.config.fabric.clone(),
             data: self.data.clone(),
         };
         std::fs::create_dir_all(&start.reservations_dir)
@@ -614,6 +615,7 @@ struct MemberStart {
     nvme: TcpListener,
     discovery: TcpListener,
     engine: crate::config::EngineConfig,
+    fabric: crate::config::FabricConfig,
     data: DataThread<Plane>,
 }
 
@@ -675,6 +677,7 @@ impl MemberStart {
             nvme: self.nvme,
             discovery: self.discovery,
             engine: self.engine,
+            keep_alive: Duration::from_millis(self.fabric.keep_alive_ms),
         };
         let fenced = fenced.clone();
         self.data

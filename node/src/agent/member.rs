@@ -46,6 +46,8 @@ pub(crate) struct MemberOptions {
     pub(crate) nvme: TcpListener,
     pub(crate) discovery: TcpListener,
     pub(crate) engine: EngineConfig,
+    /// Of associations with drives.
+    pub(crate) keep_alive: Duration,
 }
 
 /// A member's data side.
@@ -56,6 +58,7 @@ pub(crate) struct Member {
     client: MetadataClient,
     map: watch::Receiver<Arc<ClusterMap>>,
     reservations_dir: PathBuf,
+    keep_alive: Duration,
     fabric: Rc<Fabric>,
     presenter: Rc<Presenter>,
     ownership: Rc<Ownership>,
@@ -79,6 +82,7 @@ impl Member {
             nvme,
             discovery,
             engine,
+            keep_alive,
         } = options;
         let first = u16::try_from(node.0)
             .ok()
@@ -111,6 +115,7 @@ impl Member {
             client,
             map,
             reservations_dir,
+            keep_alive,
             fabric,
             presenter,
             ownership,
@@ -314,7 +319,7 @@ impl Member {
                 hostid: self.fabric.identity().host_id,
             };
             let mut options = ConnectOptions::new(address, subnqn, host);
-            options.kato = Duration::from_secs(1);
+            options.kato = self.keep_alive;
             options.connect_timeout = Duration::from_secs(1);
             let remote = RemoteDrive::open(options, nsid);
             self.fabric.add(drive.id, Rc::new(RemoteReach(remote)));

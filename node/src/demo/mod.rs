@@ -116,6 +116,7 @@ async fn demo(args: &DemoArgs, report: &mut Report, json: bool) -> anyhow::Resul
         drives: args.drives,
         drive_bytes: args.drive_size,
         engine: EngineConfig::default(),
+        fabric: Default::default(),
         first_address: None,
     };
     let mut agents = Agents::new(folder.path(), options)?;

@@ -12,7 +12,7 @@ use bytes::Bytes;
 use tempfile::TempDir;
 use weft_block::{BlockError, Device, Durability};
 use weft_initiator::{ConnectOptions, HostIdentity, Multipath, MultipathOptions};
-use weft_node::config::EngineConfig;
+use weft_node::config::{EngineConfig, FabricConfig};
 use weft_node::local_cluster::{Agents, Options};
 use weft_proto::id::HostId;
 use weft_proto::nqn::Nqn;
@@ -32,6 +32,10 @@ pub(crate) fn folder() -> TempDir {
 
 /// Agents that have been started and belong to no cluster yet.
 pub(crate) fn agents(folder: &Path, nodes: u32, drive_mib: u64) -> Agents {
+    agents_with(folder, nodes, drive_mib, FabricConfig::default())
+}
+
+fn agents_with(folder: &Path, nodes: u32, drive_mib: u64, fabric: FabricConfig) -> Agents {
     let options = Options {
         program: PathBuf::from(env!("CARGO_BIN_EXE_weft")),
         keep: false,
@@ -41,6 +45,7 @@ pub(crate) fn agents(folder: &Path, nodes: u32, drive_mib: u64) -> Agents {
             log_budget_mib: 8,
             ..EngineConfig::default()
         },
+        fabric,
         first_address: None,
     };
     let mut agents = Agents::new(folder, options).unwrap();
@@ -53,6 +58,20 @@ pub(crate) fn agents(folder: &Path, nodes: u32, drive_mib: u64) -> Agents {
 /// A cluster of `nodes` nodes with one drive each.
 pub(crate) fn cluster(folder: &Path, nodes: u32, drive_mib: u64) -> Agents {
     let agents = agents(folder, nodes, drive_mib);
+    agents.form(3).unwrap();
+    agents
+}
+
+/// A cluster whose associations with drives outlast a node that is stopped for a while.
+pub(crate) fn patient_cluster(folder: &Path, nodes: u32, drive_mib: u64) -> Agents {
+    let agents = agents_with(
+        folder,
+        nodes,
+        drive_mib,
+        FabricConfig {
+            keep_alive_ms: 60_000,
+        },
+    );
     agents.form(3).unwrap();
     agents
 }
