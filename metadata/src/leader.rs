@@ -59,10 +59,9 @@ pub struct Decisions {
     pub command: Option<Command>,
 }
 
-/// The decisions of one leadership. A new leader begins with a new one.
-#[derive(Debug)]
+/// The decisions of one leadership. A new leader begins with [`LeaderCore::default`].
+#[derive(Debug, Default)]
 pub struct LeaderCore {
-    since: Duration,
     heard: BTreeMap<IncarnationId, Heard>,
     /// When each volume was last given to somebody, so that it is not given twice while the command is under way.
     assigned: BTreeMap<VolumeId, (Epoch, Duration)>,
@@ -70,8 +69,10 @@ pub struct LeaderCore {
     declared: BTreeMap<IncarnationId, Duration>,
 }
 
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 struct Heard {
+    /// When this leader first knew of it: from then on it may be silent for as long as any other.
+    since: Duration,
     /// Of the last heartbeat, `None` before the first.
     at: Option<Duration>,
     /// When it was last probed since its last heartbeat.
@@ -81,40 +82,38 @@ struct Heard {
     refused: bool,
 }
 
-impl LeaderCore {
-    /// A leadership that begins `now`.
-    #[must_use]
-    pub fn new(now: Duration) -> Self {
+impl Heard {
+    fn new(since: Duration) -> Self {
         Self {
-            since: now,
-            heard: BTreeMap::new(),
-            assigned: BTreeMap::new(),
-            deleted: BTreeMap::new(),
-            declared: BTreeMap::new(),
+            since,
+            at: None,
+            probed_at: None,
+            broken: false,
+            refused: false,
         }
     }
+}
 
+impl LeaderCore {
     /// A heartbeat came.
     pub fn heartbeat(&mut self, now: Duration, incarnation: IncarnationId) {
-        self.heard.insert(
-            incarnation,
-            Heard {
-                at: Some(now),
-                ..Heard::default()
-            },
-        );
+        let heard = Heard {
+            at: Some(now),
+            ..Heard::new(now)
+        };
+        self.heard.insert(incarnation, heard);
     }
 
     /// A session broke.
-    pub fn broken(&mut self, incarnation: IncarnationId) {
-        let heard = self.heard.entry(incarnation).or_default();
+    pub fn broken(&mut self, now: Duration, incarnation: IncarnationId) {
+        let heard = self.heard.entry(incarnation).or_insert(Heard::new(now));
         heard.broken = true;
         heard.probed_at = None;
     }
 
     /// A probe was answered: the control port refused, or not.
-    pub fn probed(&mut self, incarnation: IncarnationId, refused: bool) {
-        let heard = self.heard.entry(incarnation).or_default();
+    pub fn probed(&mut self, now: Duration, incarnation: IncarnationId, refused: bool) {
+        let heard = self.heard.entry(incarnation).or_insert(Heard::new(now));
         // A heartbeat that came after the probe was sent has the last word.
         heard.refused = refused && heard.probed_at.is_some();
     }
@@ -134,7 +133,7 @@ impl LeaderCore {
             if incarnation.state == IncarnationState::Dead {
                 continue;
             }
-            let heard = self.heard.entry(incarnation.id).or_default();
+            let heard = self.heard.entry(incarnation.id).or_insert(Heard::new(now));
             let address = map
                 .nodes
                 .get(&incarnation.node)
@@ -149,7 +148,7 @@ impl LeaderCore {
             }
             let cause = if heard.refused {
                 Some(Cause::Refused)
-            } else if now.saturating_sub(heard.at.unwrap_or(self.since)) > SILENCE {
+            } else if now.saturating_sub(heard.at.unwrap_or(heard.since)) > SILENCE {
                 Some(Cause::Silent)
             } else {
                 None

@@ -78,7 +78,7 @@ fn volume(map: &mut ClusterMap, id: u64, owner: Option<u32>) -> VolumeId {
 
 /// A leader that has heard everybody at `now`.
 fn settled(map: &ClusterMap, now: Duration) -> LeaderCore {
-    let mut core = LeaderCore::new(now);
+    let mut core = LeaderCore::default();
     map.incarnations
         .keys()
         .for_each(|incarnation| core.heartbeat(now, *incarnation));
@@ -98,14 +98,14 @@ fn commands(decisions: &Decisions) -> Vec<Command> {
 fn a_broken_session_and_a_refusing_port_are_death_at_once() {
     let map = map(3);
     let mut core = settled(&map, ms(0));
-    core.broken(IncarnationId(2));
+    core.broken(ms(0), IncarnationId(2));
     let decisions = core.decide(ms(10), &map);
     assert_eq!(decisions.probes, [(IncarnationId(2), "127.0.0.1:2".to_owned())]);
     assert_eq!(
         decisions.command, None,
         "a connection may break for other reasons"
     );
-    core.probed(IncarnationId(2), true);
+    core.probed(ms(0), IncarnationId(2), true);
     let decisions = core.decide(ms(20), &map);
     assert_eq!(decisions.deaths, [(IncarnationId(2), Cause::Refused)]);
     assert_eq!(
@@ -117,13 +117,32 @@ fn a_broken_session_and_a_refusing_port_are_death_at_once() {
 }
 
 #[test]
+fn an_incarnation_that_has_just_started_gets_its_time_from_any_leader() {
+    let mut map = map(3);
+    let newcomer = map.incarnations.remove(&IncarnationId(3)).unwrap();
+    let mut core = settled(&map, ms(0));
+    let others = |core: &mut LeaderCore, now| {
+        for id in [1, 2] {
+            core.heartbeat(now, IncarnationId(id));
+        }
+    };
+    others(&mut core, ms(9000));
+    map.incarnations.insert(newcomer.id, newcomer);
+    let decisions = core.decide(ms(9000), &map);
+    assert_eq!(decisions.deaths, [], "its session has not had time to begin");
+    others(&mut core, ms(10_001));
+    let decisions = core.decide(ms(10_001), &map);
+    assert_eq!(decisions.deaths, [(IncarnationId(3), Cause::Silent)]);
+}
+
+#[test]
 fn a_session_that_comes_back_outlives_its_probe() {
     let map = map(2);
     let mut core = settled(&map, ms(0));
-    core.broken(IncarnationId(2));
+    core.broken(ms(0), IncarnationId(2));
     assert_eq!(core.decide(ms(10), &map).probes.len(), 1);
     core.heartbeat(ms(15), IncarnationId(2));
-    core.probed(IncarnationId(2), true);
+    core.probed(ms(0), IncarnationId(2), true);
     assert_eq!(core.decide(ms(20), &map).deaths, []);
 }
 
@@ -131,13 +150,13 @@ fn a_session_that_comes_back_outlives_its_probe() {
 fn a_port_that_still_listens_is_asked_again() {
     let map = map(2);
     let mut core = settled(&map, ms(0));
-    core.broken(IncarnationId(2));
+    core.broken(ms(0), IncarnationId(2));
     assert_eq!(core.decide(ms(10), &map).probes.len(), 1);
     // The process is on its way out: its listener is closed a moment after its session.
-    core.probed(IncarnationId(2), false);
+    core.probed(ms(0), IncarnationId(2), false);
     assert_eq!(core.decide(ms(20), &map).probes, []);
     assert_eq!(core.decide(ms(110), &map).probes.len(), 1);
-    core.probed(IncarnationId(2), true);
+    core.probed(ms(0), IncarnationId(2), true);
     assert_eq!(
         core.decide(ms(120), &map).deaths,
         [(IncarnationId(2), Cause::Refused)]
@@ -169,13 +188,13 @@ fn silence_is_death_after_a_second() {
 #[test]
 fn a_new_leader_gives_sessions_a_second_and_asks_every_port_at_once() {
     let map = map(3);
-    let mut core = LeaderCore::new(ms(5000));
+    let mut core = LeaderCore::default();
     let decisions = core.decide(ms(5000), &map);
     assert_eq!(decisions.probes.len(), 3);
     assert_eq!(decisions.deaths, []);
     // The former leader's process is gone, the others are merely slow to come.
-    core.probed(IncarnationId(1), true);
-    core.probed(IncarnationId(2), false);
+    core.probed(ms(0), IncarnationId(1), true);
+    core.probed(ms(0), IncarnationId(2), false);
     assert_eq!(
         core.decide(ms(5050), &map).deaths,
         [(IncarnationId(1), Cause::Refused)]
@@ -195,9 +214,9 @@ fn the_volumes_of_the_dead_are_spread_over_the_living_in_one_batch() {
         volume(&mut map, id, Some(1));
     }
     let mut core = settled(&map, ms(0));
-    core.broken(IncarnationId(1));
+    core.broken(ms(0), IncarnationId(1));
     let _ = core.decide(ms(5), &map);
-    core.probed(IncarnationId(1), true);
+    core.probed(ms(0), IncarnationId(1), true);
     let commands = commands(&core.decide(ms(10), &map));
     assert_eq!(
         commands[0],
@@ -230,7 +249,7 @@ fn a_volume_without_owner_goes_where_it_is_wished_or_preferred_or_to_whoever_has
     map.volumes.get_mut(&preferring).unwrap().preferred = Some(NodeId(3));
     let moving = volume(&mut map, 4, None);
     map.volumes.get_mut(&moving).unwrap().move_to = Some(NodeId(1));
-    let mut core = LeaderCore::new(ms(0));
+    let mut core = LeaderCore::default();
     for id in 1..=3 {
         core.heartbeat(ms(0), IncarnationId(id));
     }
@@ -250,7 +269,7 @@ fn a_volume_without_owner_goes_where_it_is_wished_or_preferred_or_to_whoever_has
 fn nobody_is_given_a_volume_before_it_is_heard() {
     let mut map = map(2);
     volume(&mut map, 1, None);
-    let mut core = LeaderCore::new(ms(0));
+    let mut core = LeaderCore::default();
     assert_eq!(core.decide(ms(10), &map).command, None);
     core.heartbeat(ms(20), IncarnationId(2));
     assert!(matches!(

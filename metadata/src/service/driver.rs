@@ -71,7 +71,7 @@ impl Driver {
             let term = self.leading_term().await;
             match (&leading, term) {
                 (Some((known, _)), Some(term)) if *known == term => {}
-                (_, Some(term)) => leading = Some((term, LeaderCore::new(started.elapsed()))),
+                (_, Some(term)) => leading = Some((term, LeaderCore::default())),
                 (_, None) => leading = None,
             }
             let Some((_, core)) = &mut leading else {
@@ -81,8 +81,8 @@ impl Driver {
             for event in received {
                 match event {
                     Event::Heartbeat(incarnation) => core.heartbeat(now, incarnation),
-                    Event::Broken(incarnation) => core.broken(incarnation),
-                    Event::Probed(incarnation, refused) => core.probed(incarnation, refused),
+                    Event::Broken(incarnation) => core.broken(now, incarnation),
+                    Event::Probed(incarnation, refused) => core.probed(now, incarnation, refused),
                 }
             }
             if under_way {

@@ -13,7 +13,7 @@ use rand::RngCore as _;
 use tokio::io::AsyncReadExt as _;
 use tokio::sync::{mpsc, watch};
 use weft_metadata::client::{ClientError, MetadataClient};
-use weft_metadata::service::MetadataService;
+use weft_metadata::service::{self, MetadataService};
 use weft_metadata::state::Command;
 use weft_metadata::state::command::{NewDrive, NewNode, NewPool, Refusal, Reply};
 use weft_metadata::state::map::{Cluster, ClusterMap, DomainLevel, DriveClass, DriveHome, Settings};
@@ -224,9 +224,8 @@ impl Life {
             .try_clone()
             .context("share control_listen")?;
         let listener = tokio::net::TcpListener::from_std(listener).context("control_listen")?;
-        let mut router = tonic::transport::Server::builder()
-            .tcp_nodelay(true)
-            .add_service(AdminServer::new(self.admin.clone()));
+        let mut router =
+            tonic::transport::Server::builder().add_service(AdminServer::new(self.admin.clone()));
         if let Some(service) = service {
             let (clients, members) = service.services();
             router = router.add_service(clients).add_service(members);
@@ -235,9 +234,8 @@ impl Life {
         // The former server, if any, finishes the request it is answering and lets go of its clone of the listener.
         self.server = Some(stop);
         tokio::spawn(async move {
-            let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
             let ended = router
-                .serve_with_incoming_shutdown(incoming, stopped.map(drop))
+                .serve_with_incoming_shutdown(service::incoming(listener), stopped.map(drop))
                 .await;
             if let Err(error) = ended {
                 tracing::error!(%error, "the control service has failed");
