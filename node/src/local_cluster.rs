@@ -251,6 +251,11 @@ impl Agents {
             })?;
         }
         self.wait_for_drives(self.list.len() * self.options.drives as usize)?;
+        self.wait_until("the voters vote", |agents| {
+            agents
+                .weft_json(&["status"])
+                .is_ok_and(|status| status["voters"].as_array().map_or(0, Vec::len) >= voters as usize)
+        })?;
         // Bands are granted on drives where the owner is on record only: before that they would be narrower.
         let nodes = self.list.len();
         self.wait_until("every agent is registered on every drive", |agents| {

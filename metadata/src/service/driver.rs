@@ -138,8 +138,13 @@ impl Driver {
     pub(super) async fn run_membership(self) {
         let mut ticks = tokio::time::interval(MEMBERSHIP_TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        // A group that has just formed hangs on its first member: one step follows the other at once.
+        let mut go_on = false;
         loop {
-            ticks.tick().await;
+            if !go_on {
+                ticks.tick().await;
+            }
+            go_on = false;
             if self.leading_term().await.is_none() {
                 continue;
             }
@@ -173,8 +178,9 @@ impl Driver {
                     self.raft.change_membership(change, false).await.map(drop)
                 }
             };
-            if let Err(error) = changed {
-                tracing::debug!(%error, "membership not changed");
+            match changed {
+                Ok(()) => go_on = true,
+                Err(error) => tracing::debug!(%error, "membership not changed"),
             }
         }
     }

@@ -70,7 +70,17 @@ impl Session {
             let text = |key: &str| status[key].as_str().unwrap_or_default().to_owned();
             let number = |key: &str| status[key].as_u64().unwrap_or_default();
             let mut lines = format!("cluster  {} ({})\n", text("name"), text("cluster"));
-            lines += &format!("leader   {}\n", text("leader"));
+            let voters: Vec<&str> = status["voters"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .filter_map(|voter| voter.as_str())
+                .collect();
+            lines += &format!(
+                "leader   {} of the voters {}\n",
+                text("leader"),
+                voters.join(", ")
+            );
             lines += &format!("nodes    {} of {} up\n", number("nodes_up"), number("nodes"));
             lines += &format!(
                 "drives   {} of {} online\n",
@@ -114,6 +124,9 @@ impl Session {
             "cluster": cluster.map(|cluster| cluster.id.to_string()),
             "name": cluster.map(|cluster| cluster.name.clone()),
             "leader": map.nodes.get(&status.leader).map_or_else(|| status.leader.to_string(), |node| node.name.clone()),
+            "voters": status.voters.iter().map(|voter| {
+                map.nodes.get(voter).map_or_else(|| voter.to_string(), |node| node.name.clone())
+            }).collect::<Vec<_>>(),
             "nodes": map.nodes.len(),
             "nodes_up": map.nodes.values().filter(|node| crate::view::node_is_up(node)).count(),
             "drives": crate::view::drives(&map).count(),

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use weft_metadata::client::MetadataClient;
-use weft_metadata::state::map::{Phase, Volume};
+use weft_metadata::state::map::{Drive, Phase, Volume};
 use weft_metadata::state::{ClusterMap, Command as Proposal};
 use weft_proto::grpc::admin::admin_client::AdminClient;
 use weft_proto::grpc::admin::{InitRequest, JoinRequest};
@@ -134,14 +134,14 @@ async fn demo(args: &DemoArgs, report: &mut Report, json: bool) -> anyhow::Resul
     }
     let addresses = agents.control_addresses();
     let client = MetadataClient::new(addresses.clone());
-    form_cluster(&addresses).await?;
-    wait_for(&client, "all drives are online", |map| {
-        crate::view::drives(map)
-            .filter(|drive| map.in_service(drive))
-            .count()
-            == (args.nodes * args.drives) as usize
+    let voters = form_cluster(&addresses).await?;
+    wait_for(&client, "every agent is registered on every drive", |map| {
+        let registered =
+            |drive: &&Drive| map.in_service(drive) && drive.registrations.len() >= args.nodes as usize;
+        crate::view::drives(map).filter(registered).count() == (args.nodes * args.drives) as usize
     })
     .await?;
+    wait_for_voters(&client, voters as usize).await?;
     let volume = create_volume(&client, input.bytes()).await?;
     let host = Host::connect(&volume, &agents).await?;
     let probe_block = load::span_bytes(input.bytes()) / 4096;
@@ -424,19 +424,40 @@ impl Demo<'_> {
     }
 }
 
-/// `weft init` on the first agent and `weft join` on the others.
-async fn form_cluster(addresses: &[String]) -> anyhow::Result<()> {
-    let voters = u32::try_from(addresses.len().min(5)).unwrap_or(5) | 1;
+/// `weft init` on the first agent and `weft join` on the others; answers how many members shall vote.
+async fn form_cluster(addresses: &[String]) -> anyhow::Result<u32> {
+    let voters = match addresses.len() {
+        0..3 => 1,
+        3 | 4 => 3,
+        _ => 5,
+    };
     let request = InitRequest {
         cluster_name: "demo".to_owned(),
-        voters: voters.min(5),
+        voters,
         force: false,
     };
     admin(&addresses[0]).await?.init(request).await.context("init")?;
     for address in &addresses[1..] {
         join(address, &addresses[..1]).await?;
     }
-    Ok(())
+    Ok(voters)
+}
+
+/// The members that join become voters one after the other: before that the first one cannot be spared.
+async fn wait_for_voters(client: &MetadataClient, count: usize) -> anyhow::Result<()> {
+    let deadline = Instant::now() + STEP_LIMIT;
+    loop {
+        let voters = client.status().await.map_or(0, |status| status.voters.len());
+        if voters >= count {
+            return Ok(());
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "{voters} of {count} members vote after {} s",
+            STEP_LIMIT.as_secs()
+        );
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 async fn join(agent: &str, members: &[String]) -> anyhow::Result<()> {
