@@ -3,32 +3,7 @@
 use std::time::Duration;
 
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
-
-/// What a metric is, for `weft metrics list` and for the test of the dashboards.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Metric {
-    /// As Prometheus sees it.
-    pub name: &'static str,
-    /// Counter, gauge or histogram.
-    pub kind: Kind,
-    /// Of a value; a count of things is named for the things.
-    pub unit: &'static str,
-    /// Names of its labels.
-    pub labels: &'static [&'static str],
-    /// What it says, in a sentence.
-    pub help: &'static str,
-}
-
-/// How a metric's values relate.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// Only grows, until the process restarts.
-    Counter,
-    /// Goes up and down.
-    Gauge,
-    /// Counts observations by size.
-    Histogram,
-}
+use weft_proto::metric::{Kind, Metric};
 
 /// Every metric of this crate.
 pub const METRICS: &[Metric] = &[

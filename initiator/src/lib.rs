@@ -37,7 +37,7 @@ mod status;
 pub use association::Events;
 pub use controller::{Controller, ControllerInfo};
 pub use discovery::{DiscoverError, discover};
-pub use metrics::{METRICS, Metric};
+pub use metrics::METRICS;
 pub use multipath::{Multipath, MultipathOptions, PathStatus};
 pub use namespace::Namespace;
 pub use options::{AdminError, ConnectError, ConnectOptions, HostIdentity};

@@ -6,21 +6,7 @@
 use std::time::Duration;
 
 use metrics::{Counter, Histogram, counter, gauge, histogram};
-
-/// One metric, for the printed list.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Metric {
-    /// As Prometheus sees it.
-    pub name: &'static str,
-    /// `counter`, `gauge` or `histogram`.
-    pub kind: &'static str,
-    /// Unit of the value.
-    pub unit: &'static str,
-    /// Label names.
-    pub labels: &'static [&'static str],
-    /// What it counts, in a sentence.
-    pub help: &'static str,
-}
+use weft_proto::metric::{Kind, Metric};
 
 const COMMANDS: &str = "weft_initiator_commands_total";
 const COMMAND_ERRORS: &str = "weft_initiator_command_errors_total";
@@ -36,63 +22,63 @@ const HOST_ERRORS: &str = "weft_initiator_host_errors_total";
 pub const METRICS: &[Metric] = &[
     Metric {
         name: COMMANDS,
-        kind: "counter",
+        kind: Kind::Counter,
         unit: "commands",
         labels: &["op"],
         help: "I/O commands answered by a controller or lost with a connection, whatever their status.",
     },
     Metric {
         name: COMMAND_ERRORS,
-        kind: "counter",
+        kind: Kind::Counter,
         unit: "commands",
         labels: &["op"],
         help: "I/O commands lost, or answered with a status other than success.",
     },
     Metric {
         name: COMMAND_SECONDS,
-        kind: "histogram",
+        kind: Kind::Histogram,
         unit: "seconds",
         labels: &["op"],
         help: "Time from submission to the answer, waiting for a free slot included.",
     },
     Metric {
         name: BYTES,
-        kind: "counter",
+        kind: Kind::Counter,
         unit: "bytes",
         labels: &["op"],
         help: "Payload of I/O commands that succeeded.",
     },
     Metric {
         name: CONTROLLERS,
-        kind: "gauge",
+        kind: Kind::Gauge,
         unit: "controllers",
         labels: &[],
         help: "Controllers this agent is connected to.",
     },
     Metric {
         name: CONNECTS,
-        kind: "counter",
+        kind: Kind::Counter,
         unit: "attempts",
         labels: &["result"],
         help: "Attempts to connect to a controller, by result: connected or failed.",
     },
     Metric {
         name: DISCONNECTS,
-        kind: "counter",
+        kind: Kind::Counter,
         unit: "associations",
         labels: &["reason"],
         help: "Associations that ended, by reason.",
     },
     Metric {
         name: HOST_RETRIES,
-        kind: "counter",
+        kind: Kind::Counter,
         unit: "retries",
         labels: &[],
         help: "Operations that a multipath device sent again after a path failed.",
     },
     Metric {
         name: HOST_ERRORS,
-        kind: "counter",
+        kind: Kind::Counter,
         unit: "operations",
         labels: &[],
         help: "Operations that a multipath device gave up on or that failed on every path.",

@@ -1,32 +1,7 @@
 //! The metrics of this crate: one table, and the functions that count.
 
 use std::time::Duration;
-
-/// A metric as it is declared.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Metric {
-    /// Prometheus name.
-    pub name: &'static str,
-    /// What it counts.
-    pub kind: MetricKind,
-    /// Of its value; empty for counts.
-    pub unit: &'static str,
-    /// Label names, from closed sets.
-    pub labels: &'static [&'static str],
-    /// One sentence.
-    pub help: &'static str,
-}
-
-/// The Prometheus kinds in use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum MetricKind {
-    /// Only grows.
-    Counter,
-    /// Goes up and down.
-    Gauge,
-    /// A distribution.
-    Histogram,
-}
+use weft_proto::metric::{Kind, Metric};
 
 macro_rules! metrics {
     ($($const:ident = $name:literal, $kind:ident, $unit:literal, [$($label:literal),*], $help:literal;)*) => {
@@ -35,7 +10,7 @@ macro_rules! metrics {
         /// Every metric of this crate.
         pub const METRICS: &[Metric] = &[$(Metric {
             name: $name,
-            kind: MetricKind::$kind,
+            kind: Kind::$kind,
             unit: $unit,
             labels: &[$($label),*],
             help: $help,

@@ -4,45 +4,19 @@ use std::net::SocketAddr;
 
 use anyhow::Context as _;
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder};
-use serde::Serialize;
-
-/// One metric, as `weft metrics list` prints it.
-#[derive(Clone, Debug, Serialize)]
-pub struct Metric {
-    /// As Prometheus sees it.
-    pub name: &'static str,
-    /// counter, gauge or histogram.
-    pub kind: String,
-    /// Of a value.
-    pub unit: &'static str,
-    /// Names of its labels.
-    pub labels: &'static [&'static str],
-    /// What it says, in a sentence.
-    pub meaning: &'static str,
-}
+use weft_proto::metric::{Kind, Metric};
 
 /// Every metric that an agent can export, by name.
 #[must_use]
 pub fn list() -> Vec<Metric> {
-    let mut metrics = Vec::new();
-    macro_rules! add {
-        ($($table:path),*) => {$(
-            metrics.extend($table.iter().map(|metric| Metric {
-                name: metric.name,
-                kind: format!("{:?}", metric.kind).trim_matches('"').to_lowercase(),
-                unit: metric.unit,
-                labels: metric.labels,
-                meaning: metric.help,
-            }));
-        )*};
-    }
-    add!(
+    let tables = [
         weft_block::metrics::METRICS,
         weft_initiator::METRICS,
         weft_metadata::metrics::METRICS,
         weft_target::metrics::METRICS,
-        weft_volume::metrics::METRICS
-    );
+        weft_volume::metrics::METRICS,
+    ];
+    let mut metrics = tables.concat();
     metrics.sort_by_key(|metric| metric.name);
     metrics
 }
@@ -64,10 +38,10 @@ pub(crate) fn serve(listen: SocketAddr) -> anyhow::Result<()> {
         .install()
         .with_context(|| format!("metrics_listen = \"{listen}\": cannot listen"))?;
     for metric in list() {
-        match metric.kind.as_str() {
-            "counter" => metrics::describe_counter!(metric.name, metric.meaning),
-            "gauge" => metrics::describe_gauge!(metric.name, metric.meaning),
-            _ => metrics::describe_histogram!(metric.name, metric.meaning),
+        match metric.kind {
+            Kind::Counter => metrics::describe_counter!(metric.name, metric.help),
+            Kind::Gauge => metrics::describe_gauge!(metric.name, metric.help),
+            Kind::Histogram => metrics::describe_histogram!(metric.name, metric.help),
         }
     }
     Ok(())

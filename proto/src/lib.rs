@@ -1,6 +1,7 @@
 //! Wire formats and the words every crate shares. No I/O, no clock, no policy.
 //!
 //! - [`id`], [`units`], [`nqn`]: newtypes for whatever could be mistaken for something else;
+//! - [`metric`]: what a metric is;
 //! - [`band`]: where a volume's bytes lie, as metadata grants it and the volume engine writes it;
 //! - [`nvme`], [`fabrics`], `tcp`: the public specifications' structures, each with its section cited;
 //! - `grpc` (feature `grpc`): the control services.
@@ -13,6 +14,7 @@ pub mod fabrics;
 #[cfg(feature = "grpc")]
 pub mod grpc;
 pub mod id;
+pub mod metric;
 pub mod nqn;
 pub mod nvme;
 pub mod tcp;

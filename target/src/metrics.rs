@@ -6,21 +6,7 @@
 use std::time::Duration;
 
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
-
-/// One metric, for the printed list.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Metric {
-    /// As Prometheus sees it.
-    pub name: &'static str,
-    /// `counter`, `gauge` or `histogram`.
-    pub kind: &'static str,
-    /// Unit of the value.
-    pub unit: &'static str,
-    /// Label names.
-    pub labels: &'static [&'static str],
-    /// What it counts, in a sentence.
-    pub help: &'static str,
-}
+use weft_proto::metric::{Kind, Metric};
 
 const COMMANDS: &str = "weft_target_commands_total";
 const COMMAND_ERRORS: &str = "weft_target_command_errors_total";
@@ -37,70 +23,70 @@ const RESERVATION_CONFLICTS: &str = "weft_target_reservation_conflicts_total";
 pub const METRICS: &[Metric] = &[
     Metric {
         name: COMMANDS,
-        kind: "counter",
+        kind: Kind::Counter,
         unit: "commands",
         labels: &["op"],
         help: "Commands completed, whatever their status.",
     },
     Metric {
         name: COMMAND_ERRORS,
-        kind: "counter",
+        kind: Kind::Counter,
         unit: "commands",
         labels: &["op"],
         help: "Commands completed with a status other than success.",
     },
     Metric {
         name: COMMAND_SECONDS,
-        kind: "histogram",
+        kind: Kind::Histogram,
         unit: "seconds",
         labels: &["op"],
         help: "Time from a command's arrival, with its data, to its completion being queued.",
     },
     Metric {
         name: BYTES,
-        kind: "counter",
+        kind: Kind::Counter,
         unit: "bytes",
         labels: &["op"],
         help: "Payload moved for commands that succeeded.",
     },
     Metric {
         name: INFLIGHT,
-        kind: "gauge",
+        kind: Kind::Gauge,
         unit: "commands",
         labels: &[],
         help: "Commands received and not yet completed, over all connections.",
     },
     Metric {
         name: CONNECTIONS,
-        kind: "gauge",
+        kind: Kind::Gauge,
         unit: "connections",
         labels: &[],
         help: "NVMe/TCP connections open.",
     },
     Metric {
         name: CONNECTIONS_TERMINATED,
-        kind: "counter",
+        kind: Kind::Counter,
         unit: "connections",
         labels: &[],
         help: "Connections that this side ended with a TermReq.",
     },
     Metric {
         name: CONTROLLERS,
-        kind: "gauge",
+        kind: Kind::Gauge,
         unit: "controllers",
         labels: &[],
         help: "Controllers with a host.",
     },
     Metric {
         name: KEEP_ALIVE_EXPIRED,
-        kind: "counter",
+        kind: Kind::Counter,
         unit: "controllers",
         labels: &[],
         help: "Controllers that ended because their host was silent past its keep-alive timeout.",
     },
     Metric {
         name: RESERVATION_CONFLICTS,
-        kind: "counter",
+        kind: Kind::Counter,
         unit: "commands",
         labels: &[],
         help: "Operations refused because of a reservation: late writes of a fenced host among them.",
@@ -247,7 +233,7 @@ mod tests {
             assert!(metric.name.starts_with("weft_target_"), "{}", metric.name);
             assert!(metric.help.ends_with('.'), "{}", metric.name);
             assert_eq!(
-                metric.kind == "counter",
+                metric.kind == Kind::Counter,
                 metric.name.ends_with("_total"),
                 "{}",
                 metric.name

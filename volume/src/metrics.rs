@@ -6,7 +6,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
-pub use weft_block::metrics::{Kind, Metric};
+use weft_proto::metric::{Kind, Metric};
 
 /// Every metric of this crate.
 pub const METRICS: &[Metric] = &[

@@ -141,10 +141,10 @@ impl Session {
             .rows(&["NAME", "KIND", "UNIT", "LABELS", "MEANING"], &rows, |metric| {
                 vec![
                     metric.name.to_owned(),
-                    metric.kind.clone(),
+                    metric.kind.to_string(),
                     metric.unit.to_owned(),
                     metric.labels.join(","),
-                    metric.meaning.to_owned(),
+                    metric.help.to_owned(),
                 ]
             });
     }
