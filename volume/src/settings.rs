@@ -44,6 +44,8 @@ pub struct Settings {
     pub chunk_size_max: ChunkSize,
     /// Share of dead blocks in the sealed bands above which idle compaction starts.
     pub garbage_max: f64,
+    /// The same while the pool is tight.
+    pub garbage_max_tight: f64,
     /// How long a write waits for compaction to find space in a full pool before it fails with Capacity Exceeded: well
     /// below the 30 s after which a Linux host gives a command up.
     pub space_wait: Duration,
@@ -66,6 +68,7 @@ impl Default for Settings {
             log_budget_bytes: 128 * MIB,
             chunk_size_max: ChunkSize::Mib64,
             garbage_max: 0.5,
+            garbage_max_tight: 0.15,
             space_wait: Duration::from_secs(15),
             compaction_blocks: 512,
             map: MapSettings::default(),

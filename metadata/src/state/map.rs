@@ -235,6 +235,8 @@ pub struct Pool {
     pub domain: DomainLevel,
     /// Classes its bands may use.
     pub classes: BTreeSet<DriveClass>,
+    /// Little is left of what host writes may use: owners compact ahead of need, each for all of them.
+    pub tight: bool,
 }
 
 /// A volume: what hosts see, and who owns it.

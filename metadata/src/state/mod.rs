@@ -136,7 +136,13 @@ impl ClusterState {
         if self.map.cluster.is_none() && !matches!(command, Command::Init { .. }) {
             return Reply::Refused(Refusal::NotInitialised);
         }
-        self.dispatch(command).unwrap_or_else(Reply::Refused)
+        match self.dispatch(command) {
+            Ok(reply) => {
+                self.note_tightness();
+                reply
+            }
+            Err(refusal) => Reply::Refused(refusal),
+        }
     }
 
     fn dispatch(&mut self, command: Command) -> Result<Reply, Refusal> {

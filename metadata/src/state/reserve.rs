@@ -19,6 +19,12 @@ const INTERNAL_CHUNK_MIB: u64 = 8;
 /// The engine's own part in percent of the capacity, at least and at most. Guessed.
 const INTERNAL_PERCENT: std::ops::RangeInclusive<u64> = 2..=10;
 
+/// A pool with less than one part in so many left to hosts is tight, until one in [`ROOMY_SHARE`] is left. Guessed: early enough
+/// to compact beside the writes, late enough not to move what would die by itself.
+const TIGHT_SHARE: u64 = 8;
+/// The other end of that hysteresis.
+const ROOMY_SHARE: u64 = 6;
+
 /// How full a pool is: over its drives in service, in MiB of raw capacity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PoolSpace {
@@ -54,6 +60,29 @@ impl PoolSpace {
 }
 
 impl ClusterState {
+    /// Brings every pool's `tight` up to date.
+    pub(super) fn note_tightness(&mut self) {
+        let changed: Vec<_> = self
+            .map
+            .pools
+            .values()
+            .filter_map(|pool| {
+                let space = self.pool_space(pool);
+                let usable = space.capacity_mib.saturating_sub(space.reserve_mib());
+                let left = space.free_mib.saturating_sub(space.reserve_mib());
+                let share = if pool.tight { ROOMY_SHARE } else { TIGHT_SHARE };
+                let tight = usable > 0 && left * share < usable;
+                (tight != pool.tight).then_some((pool.id, tight))
+            })
+            .collect();
+        for (id, tight) in changed {
+            if let Some(pool) = self.map.pools.get_mut(&id) {
+                pool.tight = tight;
+            }
+            self.map_changed();
+        }
+    }
+
     /// The pool's space now.
     #[must_use]
     pub fn pool_space(&self, pool: &Pool) -> PoolSpace {

@@ -44,6 +44,7 @@ impl ClusterState {
                 geometry,
                 domain,
                 classes,
+                tight: false,
             },
         );
         self.map_changed();

@@ -218,7 +218,14 @@ impl Ownership {
     async fn serve(&self, volume: VolumeId, owner: Owner, engine: &Engine) {
         let mut map = self.map.clone();
         loop {
-            let found = map.borrow_and_update().volumes.get(&volume).cloned();
+            let (found, tight) = {
+                let map = map.borrow_and_update();
+                let found = map.volumes.get(&volume).cloned();
+                let pool = found.as_ref().and_then(|found| map.pools.get(&found.pool));
+                let tight = pool.is_some_and(|pool| pool.tight);
+                (found, tight)
+            };
+            engine.set_tight(tight);
             let mut moving = None;
             match found {
                 Some(found) if found.phase.owner() == Some(owner) => {

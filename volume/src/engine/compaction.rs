@@ -7,7 +7,7 @@
 //! next checkpoint.
 //!
 //! When it runs: as soon as a grant was refused for want of space; otherwise when the share of garbage passes a
-//! setting. It goes on beside user I/O, in its own stripes, which may use the pool's reserve.
+//! setting, which is lower while the pool is tight: one volume's garbage may be all the space another one needs. It goes on beside user I/O, in its own stripes, which may use the pool's reserve.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -91,8 +91,13 @@ impl Core {
             capacity += band.capacity_blocks();
             live += self.map().references(band.id).min(band.capacity_blocks());
         }
+        let garbage_max = if self.space.tight.get() {
+            self.settings.garbage_max_tight
+        } else {
+            self.settings.garbage_max
+        };
         count >= SEALED_BANDS_MIN
-            && (capacity - live) as f64 > self.settings.garbage_max * capacity as f64
+            && (capacity - live) as f64 > garbage_max * capacity as f64
             && self.victim(GAIN_MIN_IDLE, u64::MAX).is_some()
     }
 

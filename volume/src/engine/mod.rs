@@ -228,6 +228,13 @@ impl Engine {
         self.0.refresh_bands().await;
     }
 
+    /// Says whether the pool has little space left: then dead blocks are not left lying until this volume itself is refused.
+    pub fn set_tight(&self, tight: bool) {
+        if self.0.space.tight.replace(tight) != tight {
+            self.0.worth_compacting.notify();
+        }
+    }
+
     /// The volume has grown to `size_bytes`.
     pub fn grow(&self, size_bytes: u64) {
         self.0.size_bytes.set(self.0.size_bytes.get().max(size_bytes));

@@ -13,6 +13,8 @@ use crate::band::BandState;
 pub(crate) struct Space {
     wanted: Cell<bool>,
     exhausted: Cell<bool>,
+    /// The pool has little left, for any volume.
+    pub(crate) tight: Cell<bool>,
     /// Compaction is at work.
     pub(crate) busy: Cell<bool>,
 }

@@ -245,3 +245,43 @@ fn a_dead_owners_deleted_volume_leaves_its_chunks_in_quarantine() {
             .all(|chunks| chunks.space.allocated_mib() == 0)
     );
 }
+
+#[test]
+fn a_pool_is_tight_before_hosts_are_refused_and_roomy_again_when_bands_are_freed() {
+    let mut cluster = Checked::cluster(4, 256, geometry(1, 1));
+    let volume = cluster.volume("v");
+    let first = cluster.serve(volume, 1);
+    let pool = cluster.state.map.volumes[&volume].pool;
+    let mut granted = Vec::new();
+    let mut noticed_after = None;
+    for request in 0.. {
+        let drives = [1 + request as u32 % 4, 1 + (request as u32 + 1) % 4];
+        let reply = cluster.state.apply(Command::GrantBands {
+            volume,
+            epoch: Epoch(1),
+            request: 1000 + request,
+            purpose: Purpose::User,
+            chunk_size: ChunkSize::Mib8,
+            proposals: vec![BandProposal {
+                geometry: geometry(1, 1),
+                drives: drives.into_iter().map(DriveId).collect(),
+            }],
+        });
+        match reply {
+            Reply::Bands(bands) => granted.extend(bands.into_iter().map(|band| band.id)),
+            Reply::Refused(Refusal::NoSpace { .. }) => break,
+            reply => panic!("{reply:?}"),
+        }
+        if cluster.state.map.pools[&pool].tight {
+            noticed_after.get_or_insert(granted.len());
+        }
+    }
+    let noticed_after = noticed_after.expect("the pool was never tight");
+    assert!(noticed_after < granted.len(), "only when it was full");
+    assert!(noticed_after > granted.len() / 2, "when it was half empty");
+    let before = cluster.state.map.version;
+    let update = cluster.root(volume, first.id, &granted);
+    cluster.accept(Command::PublishRoot { update });
+    assert!(!cluster.state.map.pools[&pool].tight);
+    assert!(cluster.state.map.version > before, "watchers are told");
+}

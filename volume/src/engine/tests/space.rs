@@ -177,3 +177,40 @@ fn a_trim_that_comes_during_a_checkpoint_is_not_freed_with_its_band() {
     fixture.fail_over();
     fixture.check_all();
 }
+
+#[test]
+fn a_tight_pool_makes_a_volume_give_up_garbage_that_it_would_keep() {
+    let mut settings = tight();
+    settings.map.runs_max = 1; // merged at every checkpoint, so that band counts are exact
+    let mut fixture = Fixture::with(6, 128, GEOMETRY, 256 * MIB, settings);
+    let write = |fixture: &mut Fixture, from: u64, version: u64| {
+        for start in (from..from + 8_192).step_by(64) {
+            let writes: Vec<(u64, u64)> = (start..start + 64)
+                .map(|lba| (lba, version * 1_000_000 + lba + 1))
+                .collect();
+            fixture.write_all(&writes);
+        }
+    };
+    write(&mut fixture, 0, 1);
+    // A third of what was written is dead, spread over all bands.
+    let overwrites: Vec<(u64, u64)> = (0..8_192).step_by(3).map(|lba| (lba, 2_000_000 + lba)).collect();
+    for writes in overwrites.chunks(64) {
+        fixture.write_all(writes);
+    }
+    fixture.checkpoint();
+    fixture.world.run_for(std::time::Duration::from_secs(2)).unwrap();
+    let kept = fixture.engine.stats();
+    assert_eq!(kept.compacted_blocks, 0, "{kept:?}");
+    fixture.engine.set_tight(true);
+    fixture.world.run_for(std::time::Duration::from_secs(5)).unwrap();
+    fixture.checkpoint();
+    let given_up = fixture.engine.stats();
+    assert!(given_up.compacted_blocks > 0, "{given_up:?}");
+    assert!(
+        given_up.allocated_bytes < kept.allocated_bytes,
+        "{} of {} bytes are still held",
+        given_up.allocated_bytes,
+        kept.allocated_bytes
+    );
+    fixture.check_all();
+}
