@@ -73,7 +73,7 @@ fn a_full_pool_refuses_what_needs_space_and_takes_it_again_after_trim() {
 #[test]
 fn a_small_pool_survives_five_times_its_capacity_and_kills_at_80_percent_full() {
     let folder = folder();
-    let mut agents = cluster(folder.path(), 7, 128);
+    let mut agents = cluster(folder.path(), 7, 72);
     let subnqn = volume(&agents, "v", "1GiB");
     let status = agents.weft_json(&["status"]).unwrap();
     let usable = status["pools"][0]["usable_bytes"].as_u64().unwrap();
