@@ -1,45 +1,39 @@
 //! The control side of an agent, from its first start to its end.
 
+mod drives;
+mod incarnation;
+
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::net::TcpListener;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 use futures_util::FutureExt as _;
 use rand::RngCore as _;
 use tokio::io::AsyncReadExt as _;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use weft_metadata::client::{ClientError, MetadataClient};
 use weft_metadata::service::{self, MetadataService};
 use weft_metadata::state::Command;
-use weft_metadata::state::command::{NewDrive, NewNode, NewPool, Refusal, Reply};
-use weft_metadata::state::map::{Cluster, ClusterMap, DomainLevel, DriveClass, DriveHome, Settings};
+use weft_metadata::state::command::{NewNode, NewPool, Reply};
+use weft_metadata::state::map::{Cluster, DomainLevel, DriveClass, Settings};
 use weft_proto::band::Geometry;
 use weft_proto::grpc::admin::admin_server::AdminServer;
-use weft_proto::grpc::admin::{
-    AddDriveReply, AddDriveRequest, InitReply, InitRequest, InspectReply, JoinReply, JoinRequest,
-    add_drive_request,
-};
-use weft_proto::id::{ClusterId, DriveId, DriveUuid, HostId, IncarnationId, NodeId};
+use weft_proto::grpc::admin::{InitReply, InitRequest, InspectReply, JoinReply, JoinRequest};
+use weft_proto::id::{ClusterId, HostId, NodeId};
 
 use super::control::{AdminService, Order, Refused};
-use super::fabric;
 use super::identity::{DataDir, Identity};
-use super::local_drives::{self, LocalDrive};
-use super::member::{self, Member, MemberOptions};
-use super::third_party;
+use super::local_drives::LocalDrive;
+use super::member::{self, Member};
 use super::thread::DataThread;
-use crate::config::{Config, DriveConfig};
-use crate::view;
+use crate::config::Config;
+use incarnation::MemberStart;
 
 /// How long `init` and `join` wait for a leader.
 const LEADER_WAIT: Duration = Duration::from_secs(20);
-
-/// Registrants that a drive of ours takes: many more than a cluster has agents.
-const REGISTRANTS_MAX: u32 = 1000;
 
 /// The pool every cluster begins with.
 const DEFAULT_POOL: &str = "default";
@@ -405,170 +399,6 @@ impl Life {
         Ok(())
     }
 
-    async fn check_drives(&self, cluster: &Cluster, force: bool) -> anyhow::Result<()> {
-        let cluster = cluster.clone();
-        self.data
-            .call(move |plane| {
-                async move {
-                    plane
-                        .drives
-                        .borrow()
-                        .iter()
-                        .try_for_each(|drive| drive.check(&cluster, force))
-                }
-                .boxed_local()
-            })
-            .await?
-    }
-
-    /// Labels the drives of the configuration and adds them to the cluster.
-    async fn label_drives(
-        &self,
-        client: &MetadataClient,
-        cluster: &Cluster,
-        node: NodeId,
-        force: bool,
-    ) -> anyhow::Result<()> {
-        let count = self
-            .data
-            .call(|plane| async move { plane.drives.borrow().len() }.boxed_local())
-            .await?;
-        for index in 0..count {
-            self.label_drive(client, cluster, node, index, force).await?;
-        }
-        Ok(())
-    }
-
-    async fn label_drive(
-        &self,
-        client: &MetadataClient,
-        cluster: &Cluster,
-        node: NodeId,
-        index: usize,
-        force: bool,
-    ) -> anyhow::Result<(DriveId, String, u64)> {
-        let label_cluster = cluster.clone();
-        let (label, name, bytes) = self
-            .data
-            .call(move |plane| {
-                async move {
-                    let drive = plane.drives.borrow()[index].clone();
-                    let label = drive.label(&label_cluster, force).await?;
-                    anyhow::Ok((label, local_drives::metric_name(&drive.path), drive.bytes()))
-                }
-                .boxed_local()
-            })
-            .await??;
-        let name = format!("{}-{name}", self.config.name);
-        let new = NewDrive {
-            uuid: label.drive_uuid,
-            name: name.clone(),
-            home: DriveHome::Node(node),
-            class: label.class,
-            start_mib: label.chunks_start_mib,
-            end_mib: label.chunks_end_mib,
-            registrants_max: REGISTRANTS_MAX,
-        };
-        let drive = add_drive(client, new).await?;
-        self.data
-            .call(move |plane| {
-                async move {
-                    let local = plane.drives.borrow()[index].clone();
-                    local.record_id(drive, node).await
-                }
-                .boxed_local()
-            })
-            .await??;
-        Ok((drive, name, bytes))
-    }
-
-    async fn add_drive(&self, request: AddDriveRequest) -> anyhow::Result<AddDriveReply> {
-        let membership = self
-            .membership
-            .as_ref()
-            .context("this agent belongs to no cluster yet")?;
-        let client = &membership.client;
-        let map = client.map().await.context("read the cluster map")?;
-        let cluster = map
-            .cluster
-            .clone()
-            .context("the cluster has not been initialised")?;
-        let (drive, name, bytes) = match request.source.context("no drive was named")? {
-            add_drive_request::Source::Path(path) => {
-                let config = DriveConfig {
-                    path: path.into(),
-                    class: request.class,
-                };
-                self.add_local_drive(client, &cluster, membership.identity.node, config, request.force)
-                    .await?
-            }
-            add_drive_request::Source::ThirdParty(source) => {
-                let host = weft_initiator::HostIdentity {
-                    hostnqn: view::node_host_nqn(cluster.id, &self.config.name),
-                    hostid: cluster.fencing_host_id,
-                };
-                let class = request.class;
-                let prove_cluster = cluster.clone();
-                let force = request.force;
-                let new = self
-                    .data
-                    .call(move |_| {
-                        async move { third_party::prove(source, &class, &prove_cluster, host, force).await }
-                            .boxed_local()
-                    })
-                    .await??;
-                let (name, bytes) = (new.name.clone(), u64::from(new.end_mib - new.start_mib) << 20);
-                (add_drive(client, new).await?, name, bytes)
-            }
-        };
-        Ok(AddDriveReply {
-            drive_id: drive.0,
-            name,
-            bytes,
-        })
-    }
-
-    async fn add_local_drive(
-        &self,
-        client: &MetadataClient,
-        cluster: &Cluster,
-        node: NodeId,
-        config: DriveConfig,
-        force: bool,
-    ) -> anyhow::Result<(DriveId, String, u64)> {
-        let check = cluster.clone();
-        let index = self
-            .data
-            .call(move |plane| {
-                async move {
-                    let drive = LocalDrive::open(&config).await?;
-                    drive.check(&check, force)?;
-                    plane.drives.borrow_mut().push(drive);
-                    anyhow::Ok(plane.drives.borrow().len() - 1)
-                }
-                .boxed_local()
-            })
-            .await??;
-        let added = self.label_drive(client, cluster, node, index, force).await?;
-        let wanted = added.0;
-        self.data
-            .call(move |plane| {
-                async move {
-                    let member = plane
-                        .member
-                        .borrow()
-                        .clone()
-                        .context("the agent is starting; try again")?;
-                    let local = plane.drives.borrow()[index].clone();
-                    member.wait_for_drive(wanted).await;
-                    member.add_local(local).await
-                }
-                .boxed_local()
-            })
-            .await??;
-        Ok(added)
-    }
-
     async fn inspect(&self) -> anyhow::Result<InspectReply> {
         let tree = self
             .data
@@ -602,149 +432,8 @@ impl Life {
     }
 }
 
-/// What is needed to start an incarnation.
-struct MemberStart {
-    client: MetadataClient,
-    /// Of the data thread: connections belong to the runtime that made them.
-    data_client: MetadataClient,
-    node: NodeId,
-    new_node: NewNode,
-    reservations_dir: std::path::PathBuf,
-    nvme: TcpListener,
-    discovery: TcpListener,
-    engine: crate::config::EngineConfig,
-    fabric: crate::config::FabricConfig,
-    data: DataThread<Plane>,
-}
-
-impl MemberStart {
-    /// Starts the incarnation and returns when it has been fenced or declared dead.
-    async fn run(self, fenced: &mpsc::Sender<()>) -> anyhow::Result<()> {
-        let map = insist(|| self.client.map())
-            .await
-            .context("read the cluster map")?;
-        let cluster = map.cluster.clone().context("the cluster has no identity")?;
-        let node = map.nodes.get(&self.node).with_context(|| {
-            format!(
-                "node {} is not in the cluster any more; remove its data_dir and join again",
-                self.node
-            )
-        })?;
-        ensure!(
-            node.name == self.new_node.name,
-            "name = \"{}\": this data_dir belongs to node {}; a node keeps its name",
-            self.new_node.name,
-            node.name
-        );
-        let update = Command::UpdateNode {
-            node: self.node,
-            update: self.new_node.clone(),
-        };
-        insist(|| self.client.propose(update.clone()))
-            .await
-            .context("update the node's addresses")?;
-        let mut host_id = [0; 16];
-        rand::rng().fill_bytes(&mut host_id);
-        let (host_id, key) = (HostId(host_id), member::draw_key());
-        let start = Command::StartIncarnation {
-            node: self.node,
-            host_id,
-            key: key.0,
-        };
-        let reply = insist(|| self.client.propose(start.clone()))
-            .await
-            .context("start an incarnation")?;
-        let Reply::Incarnation(incarnation) = reply else {
-            bail!("a new incarnation was answered with something else than its number");
-        };
-        tracing::info!(node = %self.node, %incarnation, "incarnation started");
-        let mut live = self.client.session(incarnation);
-        let map = self.follow_map(incarnation).await?;
-        let options = MemberOptions {
-            cluster,
-            node: self.node,
-            node_name: self.new_node.name,
-            identity: fabric::Identity {
-                incarnation,
-                host_id,
-                key,
-            },
-            client: self.data_client,
-            map,
-            reservations_dir: self.reservations_dir,
-            nvme: self.nvme,
-            discovery: self.discovery,
-            engine: self.engine,
-            keep_alive: Duration::from_millis(self.fabric.keep_alive_ms),
-        };
-        let fenced = fenced.clone();
-        self.data
-            .call(move |plane| {
-                async move {
-                    let drives = plane.drives.borrow().clone();
-                    let member = Member::start(options, &drives).await?;
-                    *plane.member.borrow_mut() = Some(member.clone());
-                    tokio::task::spawn_local(async move {
-                        member.wait_until_fenced().await;
-                        let _ = fenced.send(()).await;
-                    });
-                    anyhow::Ok(())
-                }
-                .boxed_local()
-            })
-            .await??;
-        // The session ends only with the runtime.
-        let _ = live.wait_for(|live| !*live).await;
-        tracing::error!(%incarnation, "the leader has declared this incarnation dead");
-        Ok(())
-    }
-
-    /// The cluster map from the version that knows this incarnation on.
-    async fn follow_map(
-        &self,
-        incarnation: IncarnationId,
-    ) -> anyhow::Result<watch::Receiver<Arc<ClusterMap>>> {
-        let mut map = self.client.watch();
-        map.wait_for(|map| map.incarnations.contains_key(&incarnation))
-            .await
-            .context("follow the cluster map")?;
-        Ok(map)
-    }
-}
-
-/// Asks until there is an answer.
-async fn insist<T, F>(ask: impl Fn() -> F) -> Result<T, Refusal>
-where
-    F: Future<Output = Result<T, ClientError>>,
-{
-    loop {
-        match ask().await {
-            Ok(answer) => return Ok(answer),
-            Err(ClientError::Refused(refusal)) => return Err(refusal),
-            Err(error) => {
-                tracing::debug!(%error, "no answer from the metadata service yet");
-                tokio::time::sleep(Duration::from_millis(50)).await;
-            }
-        }
-    }
-}
-
 async fn propose(client: &MetadataClient, command: Command) -> anyhow::Result<Reply> {
     Ok(client.clone().with_deadline(LEADER_WAIT).propose(command).await?)
-}
-
-/// Adds a drive, or finds the one that was added before a crash.
-async fn add_drive(client: &MetadataClient, new: NewDrive) -> anyhow::Result<DriveId> {
-    match client
-        .clone()
-        .with_deadline(LEADER_WAIT)
-        .propose(Command::AddDrive(new))
-        .await
-    {
-        Ok(Reply::Drive(drive)) | Err(ClientError::Refused(Refusal::DriveKnown { drive, .. })) => Ok(drive),
-        Ok(other) => bail!("a new drive was answered with {other:?}"),
-        Err(error) => Err(error.into()),
-    }
 }
 
 fn refused(error: anyhow::Error) -> Refused {
@@ -782,11 +471,4 @@ fn draw_cluster(name: String, voters: u8) -> Cluster {
             ..Settings::default()
         },
     }
-}
-
-/// A drive identity, drawn.
-pub(crate) fn draw_drive_uuid() -> DriveUuid {
-    let mut bytes = [0; 16];
-    rand::rng().fill_bytes(&mut bytes);
-    DriveUuid(bytes)
 }

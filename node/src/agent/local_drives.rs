@@ -13,8 +13,6 @@ use weft_metadata::state::map::Cluster;
 use weft_proto::band::DriveClass;
 use weft_proto::id::{DriveId, DriveUuid, NodeId};
 
-use super::life::draw_drive_uuid;
-
 use crate::config::DriveConfig;
 
 /// A drive of this server that is open and locked.
@@ -135,7 +133,7 @@ pub(crate) fn new_label(cluster: &Cluster, class: DriveClass, bytes: u64) -> Res
     Label::new(
         cluster.id,
         AuthenticationKey(cluster.authentication_key),
-        draw_drive_uuid(),
+        DriveUuid(rand::random()),
         class,
         bytes,
     )
