@@ -16,8 +16,10 @@ use weft_proto::units::{BLOCK_BYTES, Lba, LbaRange};
 
 use super::input::Input;
 
-/// Bytes of one command of the sequential writer: a common size for a host's large writes.
-const CHUNK_BYTES: u64 = 128 << 10;
+/// Bytes of one command of the sequential writer: a common size for a host's large writes …
+const CHUNK_BYTES_MAX: u64 = 128 << 10;
+/// … but a small input is cut into so many that there is always something outstanding.
+const CHUNKS_WISHED: u64 = 256;
 /// Writes of the input in flight.
 const WRITERS: usize = 8;
 /// Checking reads in flight.
@@ -29,6 +31,8 @@ const REWRITERS: usize = 2;
 pub(crate) struct Load {
     device: Device,
     input: Input,
+    /// Whole blocks, the same for all chunks.
+    chunk_bytes: u64,
     /// Chunks of the input, the last one padded.
     chunks: u64,
     /// Next chunk to write for the first time.
@@ -54,10 +58,12 @@ pub(crate) struct Load {
 impl Load {
     /// A load of `input` on `device`; nothing starts yet.
     pub(crate) fn new(device: Device, input: Input) -> Rc<Self> {
-        let chunks = input.bytes().div_ceil(CHUNK_BYTES);
+        let chunk_bytes = chunk_bytes(input.bytes());
+        let chunks = input.bytes().div_ceil(chunk_bytes);
         Rc::new(Self {
             device,
             input,
+            chunk_bytes,
             chunks,
             next: Cell::new(0),
             quota: Cell::new(0),
@@ -94,7 +100,7 @@ impl Load {
 
     /// Lets the writers go on up to `percent` of the input, and waits until they are there.
     pub(crate) async fn write_up_to(&self, percent: u64) {
-        let quota = self.chunks * percent / 100;
+        let quota = self.quota_of(percent);
         self.quota.set(quota.max(self.quota.get()));
         self.changed.notify_waiters();
         while (self.done.borrow().len() as u64) < quota && self.failure().is_none() {
@@ -108,14 +114,13 @@ impl Load {
 
     /// Lets the writers go on up to `percent` and returns at once.
     pub(crate) fn allow_up_to(&self, percent: u64) {
-        self.quota
-            .set((self.chunks * percent / 100).max(self.quota.get()));
+        self.quota.set(self.quota_of(percent).max(self.quota.get()));
         self.changed.notify_waiters();
     }
 
     /// Bytes of the input written so far.
     pub(crate) fn written_bytes(&self) -> u64 {
-        (self.done.borrow().len() as u64 * CHUNK_BYTES).min(self.input.bytes())
+        (self.done.borrow().len() as u64 * self.chunk_bytes).min(self.input.bytes())
     }
 
     /// Why the load cannot be called good: an error or a difference.
@@ -165,12 +170,13 @@ impl Load {
         use futures_util::StreamExt as _;
         let mut hasher = Sha256::new();
         let mut chunks = futures_util::stream::iter(0..self.chunks)
-            .map(|chunk| device.read(chunk_range(chunk)))
+            .map(|chunk| device.read(self.range(chunk)))
             .buffered(WRITERS);
         let mut at = 0;
         while let Some(data) = chunks.next().await {
             let data = data?;
-            let within = usize::try_from((self.input.bytes() - at).min(CHUNK_BYTES)).unwrap_or(data.len());
+            let within =
+                usize::try_from((self.input.bytes() - at).min(self.chunk_bytes)).unwrap_or(data.len());
             hasher.update(&data[..within]);
             at += within as u64;
             progress(at);
@@ -188,12 +194,12 @@ impl Load {
             self.next.set(chunk + 1);
             let data = self.expected(chunk);
             // Chunks are taken in order on one thread with no await since, so the hash sees them in order.
-            let within = (self.input.bytes() - chunk * CHUNK_BYTES).min(CHUNK_BYTES);
+            let within = (self.input.bytes() - chunk * self.chunk_bytes).min(self.chunk_bytes);
             self.hasher
                 .borrow_mut()
                 .update(&data[..usize::try_from(within).unwrap_or(data.len())]);
             self.busy.borrow_mut().insert(chunk);
-            if self.write(chunk_range(chunk).start, data).await {
+            if self.write(self.range(chunk).start, data).await {
                 self.done.borrow_mut().push(chunk);
             }
             self.busy.borrow_mut().remove(&chunk);
@@ -207,7 +213,7 @@ impl Load {
                 tokio::time::sleep(Duration::from_millis(5)).await;
                 continue;
             };
-            let range = chunk_range(chunk);
+            let range = self.range(chunk);
             self.reads_outstanding.set(self.reads_outstanding.get() + 1);
             let start = Instant::now();
             let answer = self.device.read(range).await;
@@ -239,10 +245,10 @@ impl Load {
                 tokio::time::sleep(Duration::from_millis(5)).await;
                 continue;
             };
-            let block = self.draw() % (CHUNK_BYTES / BLOCK_BYTES as u64);
+            let block = self.draw() % (self.chunk_bytes / BLOCK_BYTES as u64);
             let at = usize::try_from(block).unwrap_or(0) * BLOCK_BYTES;
             let data = self.expected(chunk).slice(at..at + BLOCK_BYTES);
-            self.write(Lba(chunk_range(chunk).start.0 + block), data).await;
+            self.write(Lba(self.range(chunk).start.0 + block), data).await;
             self.busy.borrow_mut().remove(&chunk);
         }
     }
@@ -267,9 +273,23 @@ impl Load {
         }
     }
 
+    /// Chunks in `percent` of the input; of a short one at least the first.
+    fn quota_of(&self, percent: u64) -> u64 {
+        (self.chunks * percent).div_ceil(100)
+    }
+
+    /// The blocks of a chunk.
+    fn range(&self, chunk: u64) -> LbaRange {
+        let count = self.chunk_bytes / BLOCK_BYTES as u64;
+        LbaRange {
+            start: Lba(chunk * count),
+            count,
+        }
+    }
+
     fn expected(&self, chunk: u64) -> Bytes {
-        let mut data = vec![0; usize::try_from(CHUNK_BYTES).expect("a chunk fits in memory")];
-        if let Err(error) = self.input.read_at(chunk * CHUNK_BYTES, &mut data) {
+        let mut data = vec![0; usize::try_from(self.chunk_bytes).expect("a chunk fits in memory")];
+        if let Err(error) = self.input.read_at(chunk * self.chunk_bytes, &mut data) {
             self.fail(format!("{error:#}"));
         }
         data.into()
@@ -298,17 +318,16 @@ impl Load {
     }
 }
 
-fn chunk_range(chunk: u64) -> LbaRange {
-    let count = CHUNK_BYTES / BLOCK_BYTES as u64;
-    LbaRange {
-        start: Lba(chunk * count),
-        count,
-    }
+/// Bytes of a chunk of an input of so many.
+fn chunk_bytes(input_bytes: u64) -> u64 {
+    (input_bytes / CHUNKS_WISHED)
+        .next_multiple_of(BLOCK_BYTES as u64)
+        .clamp(BLOCK_BYTES as u64, CHUNK_BYTES_MAX)
 }
 
 /// Bytes of volume that a load of `input_bytes` uses, without the probe's blocks.
 pub(crate) fn span_bytes(input_bytes: u64) -> u64 {
-    input_bytes.div_ceil(CHUNK_BYTES) * CHUNK_BYTES
+    input_bytes.next_multiple_of(chunk_bytes(input_bytes))
 }
 
 fn hex(bytes: &[u8]) -> String {
