@@ -23,6 +23,9 @@ use weft_proto::units::{Lba, LbaRange};
 /// How long a command may wait for a route: long enough for a planned move, far below any host's patience.
 const ROUTE_WAIT: Duration = Duration::from_millis(150);
 
+/// Between two attempts to reach an owner that could not be reached.
+const RECONNECT_PAUSE: Duration = Duration::from_millis(5);
+
 /// Keep alive of forwarding associations: a forwarder's right lapses before the host's own keep-alive does.
 const FORWARD_KATO: Duration = Duration::from_secs(1);
 
@@ -78,6 +81,7 @@ impl Slot {
             host,
             forward: RefCell::default(),
             connecting: tokio::sync::Mutex::new(()),
+            refused_at: Cell::default(),
         })))
     }
 
@@ -99,6 +103,8 @@ struct Route {
     host: HostIdentity,
     forward: RefCell<Option<Forward>>,
     connecting: tokio::sync::Mutex<()>,
+    /// When the owner could last not be reached.
+    refused_at: Cell<Option<Instant>>,
 }
 
 impl Route {
@@ -124,6 +130,11 @@ impl Route {
         if let Some(device) = self.forward_to(address) {
             return Some(device);
         }
+        // Every command that waits comes here in its turn: while an owner is down, they do not all try.
+        let refused_at = self.refused_at.get();
+        if refused_at.is_some_and(|at| at.elapsed() < RECONNECT_PAUSE) {
+            return None;
+        }
         let former = self.forward.borrow_mut().take();
         drop(former);
         let mut options = ConnectOptions::new(address, self.slot.owner_subnqn.clone(), self.host.clone());
@@ -131,7 +142,10 @@ impl Route {
         options.connect_timeout = Duration::from_secs(1);
         let controller = Controller::connect(options)
             .await
-            .inspect_err(|error| tracing::debug!(%address, %error, "the owner cannot be reached yet"))
+            .inspect_err(|error| {
+                tracing::debug!(%address, %error, "the owner cannot be reached yet");
+                self.refused_at.set(Some(Instant::now()));
+            })
             .ok()?;
         let device: Device = controller.namespace(1).await.ok()?;
         *self.forward.borrow_mut() = Some(Forward {
@@ -155,7 +169,7 @@ impl Route {
             if let Served::By(address) = self.slot.served() {
                 match tokio::time::timeout_at(deadline, self.connect(address)).await {
                     Ok(Some(device)) => return Ok(device),
-                    Ok(None) => tokio::time::sleep(Duration::from_millis(5)).await,
+                    Ok(None) => tokio::time::sleep(RECONNECT_PAUSE).await,
                     Err(_) => {}
                 }
             } else {
