@@ -62,6 +62,8 @@ pub struct EngineConfig {
     pub cache_mib: u32,
     /// Bytes of log after which a volume writes a checkpoint, in MiB.
     pub log_budget_mib: u32,
+    /// Bytes of log of all volumes of this node, in MiB: beyond it the volume with the longest writes a checkpoint.
+    pub node_log_budget_mib: u32,
     /// A column that has not answered for this long is skipped, in milliseconds.
     pub stall_ms: u64,
 }
@@ -71,6 +73,7 @@ impl Default for EngineConfig {
         Self {
             cache_mib: 64,
             log_budget_mib: 64,
+            node_log_budget_mib: 2048,
             stall_ms: 300,
         }
     }
@@ -142,7 +145,10 @@ const KEYS: &[(&str, &[&str])] = &[
         ],
     ),
     ("drive", &["path", "class"]),
-    ("engine", &["cache_mib", "log_budget_mib", "stall_ms"]),
+    (
+        "engine",
+        &["cache_mib", "log_budget_mib", "node_log_budget_mib", "stall_ms"],
+    ),
     ("fabric", &["keep_alive_ms"]),
 ];
 
@@ -194,6 +200,10 @@ impl Config {
         ensure!(
             self.engine.log_budget_mib >= 1,
             "engine.log_budget_mib is 0, at least 1 is needed"
+        );
+        ensure!(
+            self.engine.node_log_budget_mib >= 1,
+            "engine.node_log_budget_mib is 0, at least 1 is needed"
         );
         ensure!(
             (20..=10_000).contains(&self.engine.stall_ms),
@@ -304,7 +314,7 @@ mod tests {
         let config = Config::parse(&format!(
             "{SMALLEST}rack = \"r1\"\ncontrol_listen = \"127.0.0.1:1\"\nnvme_listen = \"127.0.0.1:2\"\n\
              discovery_listen = \"127.0.0.1:3\"\nmetrics_listen = \"127.0.0.1:4\"\n\
-             [engine]\ncache_mib = 1\nlog_budget_mib = 2\nstall_ms = 30\n[fabric]\nkeep_alive_ms = 500\n[[drive]]\npath = \"/d\"\nclass = \"qlc\"\n"
+             [engine]\ncache_mib = 1\nlog_budget_mib = 2\nnode_log_budget_mib = 3\nstall_ms = 30\n[fabric]\nkeep_alive_ms = 500\n[[drive]]\npath = \"/d\"\nclass = \"qlc\"\n"
         ))
         .unwrap();
         let shown = toml::Table::try_from(&config).unwrap();

@@ -133,6 +133,7 @@ impl Member {
         tokio::task::spawn_local(weft_target::serve(discovery, registry));
         tokio::task::spawn_local(member.clone().follow());
         tokio::task::spawn_local(member.clone().record_registrations());
+        tokio::task::spawn_local(member.ownership.clone().bound_log());
         Ok(member)
     }
 

@@ -41,6 +41,9 @@ const RETRY: Duration = Duration::from_millis(50);
 /// Between two attempts to open a volume that cannot be read: an operator has to act.
 const UNREADABLE_RETRY: Duration = Duration::from_secs(5);
 
+/// Between two looks at the log of all volumes.
+const LOG_LOOK: Duration = Duration::from_millis(200);
+
 /// A successor serves one lease and its drift after its fence is complete.
 const LEASE_AND_DRIFT: Duration = Duration::from_millis(1010);
 
@@ -54,6 +57,7 @@ pub(crate) struct Ownership {
     presenter: Rc<Presenter>,
     map: watch::Receiver<Arc<ClusterMap>>,
     settings: Settings,
+    node_log_budget_bytes: u64,
     /// Epochs that have a task.
     tasks: RefCell<BTreeMap<VolumeId, Owner>>,
     engines: RefCell<BTreeMap<VolumeId, Engine>>,
@@ -88,6 +92,7 @@ impl Ownership {
             presenter,
             map,
             settings,
+            node_log_budget_bytes: u64::from(engine.node_log_budget_mib) << 20,
             tasks: RefCell::default(),
             engines: RefCell::default(),
         })
@@ -103,6 +108,27 @@ impl Ownership {
             if owner.incarnation == own && self.tasks.borrow().get(id) != Some(&owner) {
                 self.tasks.borrow_mut().insert(*id, owner);
                 tokio::task::spawn_local(self.clone().own(*id, owner));
+            }
+        }
+    }
+
+    /// Keeps the log of all volumes of this node within its budget, so that a takeover of all of them stays within its time.
+    /// For as long as the incarnation lives.
+    pub(crate) async fn bound_log(self: Rc<Self>) {
+        loop {
+            tokio::time::sleep(LOG_LOOK).await;
+            let longest = {
+                let engines = self.engines.borrow();
+                let sum: u64 = engines.values().map(Engine::log_bytes).sum();
+                let longest = engines.iter().max_by_key(|(_, engine)| engine.log_bytes());
+                longest
+                    .filter(|_| sum > self.node_log_budget_bytes)
+                    .map(|(volume, engine)| (*volume, engine.clone()))
+            };
+            if let Some((volume, engine)) = longest
+                && let Err(error) = engine.checkpoint().await
+            {
+                tracing::debug!(%volume, %error, "no checkpoint");
             }
         }
     }

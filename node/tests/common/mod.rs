@@ -32,19 +32,30 @@ pub(crate) fn folder() -> TempDir {
 
 /// Agents that have been started and belong to no cluster yet.
 pub(crate) fn agents(folder: &Path, nodes: u32, drive_mib: u64) -> Agents {
-    agents_with(folder, nodes, drive_mib, FabricConfig::default())
+    agents_with(folder, nodes, drive_mib, engine(), FabricConfig::default())
 }
 
-fn agents_with(folder: &Path, nodes: u32, drive_mib: u64, fabric: FabricConfig) -> Agents {
+/// What the engines of these tests are bound by.
+pub(crate) fn engine() -> EngineConfig {
+    EngineConfig {
+        log_budget_mib: 8,
+        ..EngineConfig::default()
+    }
+}
+
+fn agents_with(
+    folder: &Path,
+    nodes: u32,
+    drive_mib: u64,
+    engine: EngineConfig,
+    fabric: FabricConfig,
+) -> Agents {
     let options = Options {
         program: PathBuf::from(env!("CARGO_BIN_EXE_weft")),
         keep: false,
         drives: 1,
         drive_bytes: drive_mib << 20,
-        engine: EngineConfig {
-            log_budget_mib: 8,
-            ..EngineConfig::default()
-        },
+        engine,
         fabric,
         first_address: None,
     };
@@ -64,14 +75,17 @@ pub(crate) fn cluster(folder: &Path, nodes: u32, drive_mib: u64) -> Agents {
 
 /// A cluster whose associations with drives outlast a node that is stopped for a while.
 pub(crate) fn patient_cluster(folder: &Path, nodes: u32, drive_mib: u64) -> Agents {
-    let agents = agents_with(
-        folder,
-        nodes,
-        drive_mib,
-        FabricConfig {
-            keep_alive_ms: 60_000,
-        },
-    );
+    let fabric = FabricConfig {
+        keep_alive_ms: 60_000,
+    };
+    let agents = agents_with(folder, nodes, drive_mib, engine(), fabric);
+    agents.form(3).unwrap();
+    agents
+}
+
+/// A cluster whose engines are bound otherwise.
+pub(crate) fn cluster_with(folder: &Path, nodes: u32, drive_mib: u64, engine: EngineConfig) -> Agents {
+    let agents = agents_with(folder, nodes, drive_mib, engine, FabricConfig::default());
     agents.form(3).unwrap();
     agents
 }

@@ -68,6 +68,11 @@ impl Default for Checkpoints {
 }
 
 impl Checkpoints {
+    /// Bytes written to drives since the last capture.
+    pub(crate) fn log_bytes(&self) -> u64 {
+        self.bytes.get()
+    }
+
     /// Counts towards the log budget.
     pub(crate) fn written(&self, bytes: u64, core: &Core) {
         let before = self.bytes.get();
@@ -111,7 +116,7 @@ impl Core {
             if self.life.get() != Life::Serving {
                 return;
             }
-            if self.checkpoints.bytes.get() >= self.settings.log_budget_bytes {
+            if self.checkpoints.log_bytes() >= self.settings.log_budget_bytes {
                 if let Err(error) = self.checkpoint(Purpose::Ordinary).await {
                     tracing::warn!(volume = %self.volume, %error, "checkpoint put off");
                     self.sleep(self.settings.retry * 10).await;

@@ -222,6 +222,12 @@ impl Engine {
         self.0.checkpoint_now().await
     }
 
+    /// Bytes sent to drives since the last checkpoint began: what a takeover has to scan.
+    #[must_use]
+    pub fn log_bytes(&self) -> u64 {
+        self.0.checkpoints.log_bytes()
+    }
+
     /// Asks the directory where the bands' chunks are now: a rebuild has moved some. Reads that have to reconstruct ask by
     /// themselves from time to time.
     pub async fn refresh_bands(&self) {
