@@ -289,6 +289,7 @@ pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
         ("MiB", 1 << 20),
         ("GiB", 1 << 30),
         ("TiB", 1 << 40),
+        ("PiB", 1 << 50),
         ("K", 1 << 10),
         ("M", 1 << 20),
         ("G", 1 << 30),
@@ -303,7 +304,7 @@ pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
         .parse::<u64>()
         .ok()
         .and_then(|count| count.checked_mul(unit))
-        .ok_or_else(|| format!("`{text}` is not a size; write a number with KiB, MiB, GiB or TiB"))?;
+        .ok_or_else(|| format!("`{text}` is not a size; write a number with KiB, MiB, GiB, TiB or PiB"))?;
     if bytes == 0 || bytes % weft_proto::units::MIB != 0 {
         return Err(format!("`{text}` is {bytes} bytes, not a multiple of 1 MiB"));
     }
