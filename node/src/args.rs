@@ -284,7 +284,7 @@ pub(crate) fn parse_geometry(text: &str) -> Result<weft_proto::band::Geometry, S
 
 /// Parses a size in bytes with an optional binary unit; a multiple of 1 MiB.
 pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
-    const UNITS: [(&str, u64); 8] = [
+    const UNITS: [(&str, u64); 10] = [
         ("KiB", 1 << 10),
         ("MiB", 1 << 20),
         ("GiB", 1 << 30),
@@ -294,6 +294,7 @@ pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
         ("M", 1 << 20),
         ("G", 1 << 30),
         ("T", 1 << 40),
+        ("P", 1 << 50),
     ];
     let (digits, unit) = UNITS
         .iter()
