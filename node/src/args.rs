@@ -87,6 +87,8 @@ pub(crate) enum Command {
     Metrics(MetricsCommand),
     /// The whole story on one machine: a cluster, a volume, kills, a move, a new node, every byte compared.
     Demo(DemoArgs),
+    /// How fast each stage of the data path is beside the floor it cannot beat, on this machine.
+    Bench(BenchArgs),
 }
 
 /// `weft node …`
@@ -272,6 +274,32 @@ pub(crate) struct DemoArgs {
     /// Leave the cluster up and print how to connect a real host.
     #[arg(long)]
     pub(crate) keep: bool,
+}
+
+/// `weft bench …`
+#[derive(Clone, Debug, Args)]
+pub(crate) struct BenchArgs {
+    /// The stage. Default: all of them.
+    pub(crate) stage: Option<BenchStage>,
+    /// Shorter windows: within a minute for all stages, with wider intervals.
+    #[arg(long)]
+    pub(crate) quick: bool,
+}
+
+/// A stage of the data path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum BenchStage {
+    /// An NVMe/TCP target with a memory drive.
+    Target,
+    /// The volume engine over six memory devices.
+    Engine,
+    /// The codec.
+    Erasure,
+}
+
+impl BenchStage {
+    /// In the order they are run.
+    pub(crate) const ALL: [Self; 3] = [Self::Target, Self::Engine, Self::Erasure];
 }
 
 /// Parses `K+M`.

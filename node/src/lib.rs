@@ -4,12 +4,14 @@
 //! - `agent`: one server's life: drives, incarnation, ownership, presentation, control;
 //! - `cli`: commands that ask the cluster;
 //! - `demo`: the whole story on one machine;
+//! - `bench`: each stage of the data path beside its floor;
 //! - [`local_cluster`]: agents as processes, for the demo and for tests.
 //!
 //! Architecture invariant: nothing depends on this crate but tests.
 
 mod agent;
 mod args;
+mod bench;
 mod cli;
 pub mod config;
 mod demo;
@@ -44,6 +46,7 @@ pub fn main() -> ExitCode {
             config,
             exit_with_stdin,
         } => agent::main(&config, exit_with_stdin),
+        Command::Bench(args) => bench::run(&args, cli.json),
         Command::Demo(args) => on_this_thread(demo::run(args, cli.json)),
         _ => on_this_thread(cli::run(cli)),
     };

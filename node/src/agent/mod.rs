@@ -11,7 +11,7 @@
 
 mod control;
 mod directory;
-mod env;
+pub(crate) mod env;
 mod fabric;
 mod identity;
 mod life;

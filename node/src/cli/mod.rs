@@ -102,7 +102,9 @@ impl Session {
                 self.metrics_list();
                 Ok(())
             }
-            Command::Agent { .. } | Command::Demo(_) => unreachable!("main runs these itself"),
+            Command::Agent { .. } | Command::Bench(_) | Command::Demo(_) => {
+                unreachable!("main runs these itself")
+            }
         }
     }
 

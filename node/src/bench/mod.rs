@@ -1,0 +1,124 @@
+//! `weft bench`: each stage of the data path beside the floor it cannot beat, measured in the same run.
+//!
+//! A ratio holds on any machine where a rate does not, so every row is a number of pairs: floor and subject in turn,
+//! for a short window each, in one process on the same cores. The row's ratio is the median of the pairs' ratios, and
+//! it fails only if the whole interval of that median lies on the wrong side of what is required.
+//!
+//! - `pairs`, `statistics`, `histogram`: how it is measured;
+//! - `report`: rows, the table, JSON;
+//! - `host`, `echo`, `wire`: the load generator, its floor, and the bytes that both handle alike;
+//! - `floor`, `world`: memory floors; what an engine needs from outside, at its cheapest;
+//! - one file per stage.
+//!
+//! What it does not do: compare with other software, or say anything about a machine that is busy. It prints how idle
+//! the machine was before and after. `docs/performance.md` has the figures and what was learnt from them.
+
+mod echo;
+mod engine;
+mod erasure;
+mod floor;
+mod histogram;
+mod host;
+mod machine;
+mod pairs;
+mod report;
+mod statistics;
+mod target;
+mod wire;
+mod world;
+
+use std::time::{Duration, Instant};
+
+use crate::args::{BenchArgs, BenchStage};
+use report::{Report, Row};
+
+/// How long and how often.
+struct Plan {
+    /// Of one side of a pair.
+    window: Duration,
+    /// Pairs of a row, at least 9.
+    pairs: usize,
+}
+
+/// Where rows go while the run goes on.
+struct Output {
+    rows: Vec<Row>,
+    json: bool,
+}
+
+impl Output {
+    fn row(&mut self, row: Row) {
+        if !self.json {
+            row.print();
+        }
+        self.rows.push(row);
+    }
+}
+
+/// Runs the stages that were asked for and prints the report. Returns the exit code: 0 if every row passes, 1 if one
+/// does not or could not be measured.
+pub(crate) fn run(args: &BenchArgs, json: bool) -> u8 {
+    let plan = if args.quick {
+        Plan {
+            window: Duration::from_millis(40),
+            pairs: 9,
+        }
+    } else {
+        Plan {
+            window: Duration::from_millis(200),
+            pairs: 15,
+        }
+    };
+    let began = Instant::now();
+    let mut output = Output {
+        rows: Vec::new(),
+        json,
+    };
+    let mut errors = Vec::new();
+    let idle_before = machine::idle_share();
+    if !json {
+        Report::print_head();
+    }
+    let stages = args
+        .stage
+        .map_or_else(|| BenchStage::ALL.to_vec(), |stage| vec![stage]);
+    for stage in stages {
+        // A thread of its own, so that a stage's pinning ends with it.
+        let outcome = std::thread::scope(|scope| {
+            let (plan, output) = (&plan, &mut output);
+            scope.spawn(move || run_stage(stage, plan, output)).join()
+        });
+        match outcome {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => errors.push(format!("{stage:?}: {error:#}")),
+            Err(_) => errors.push(format!("{stage:?}: panicked")),
+        }
+    }
+    let report = Report {
+        machine: machine::Machine::here(),
+        quick: args.quick,
+        optimised: !cfg!(debug_assertions),
+        idle_before,
+        idle_after: machine::idle_share(),
+        seconds: began.elapsed().as_secs_f64(),
+        rows: output.rows,
+        errors,
+    };
+    if json {
+        match serde_json::to_string(&report) {
+            Ok(text) => println!("{text}"),
+            Err(error) => eprintln!("weft: {error}"),
+        }
+    } else {
+        report.print_foot();
+    }
+    u8::from(!report.passes())
+}
+
+fn run_stage(stage: BenchStage, plan: &Plan, output: &mut Output) -> anyhow::Result<()> {
+    match stage {
+        BenchStage::Target => target::run(plan, output),
+        BenchStage::Engine => engine::run(plan, output),
+        BenchStage::Erasure => erasure::run(plan, output),
+    }
+}

@@ -1,0 +1,281 @@
+//! What an engine needs from outside, at its cheapest: a directory in memory that grants bands on a fixed set of
+//! devices and takes freed ones back, and a lease that always holds. No fencing, no failures, nothing durable.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use futures_util::FutureExt as _;
+use futures_util::future::{LocalBoxFuture, ready};
+use weft_block::Device;
+use weft_proto::band::{
+    Band, ChunkAddress, ChunkSize, EpochGrant, Geometry, RootUpdate, WINDOW_ROWS_DEFAULT,
+};
+use weft_proto::id::{BandId, ClusterId, DriveId, Epoch, LayerId, StripeNumber, VolumeId};
+use weft_proto::units::MIB;
+use weft_volume::engine::Engine;
+use weft_volume::format::header::HeaderKey;
+use weft_volume::seams::{BandPurpose, Directory, DirectoryError, Drives, Env, Lease, Seams, Timestamp};
+use weft_volume::settings::{Identity, Settings};
+
+use crate::agent::env::TokioEnv;
+
+const VOLUME: VolumeId = VolumeId(1);
+const EPOCH: Epoch = Epoch(1);
+
+/// MiB of each drive that internal bands may use and user bands may not.
+const RESERVE_MIB: u32 = 48;
+
+/// See the module.
+pub(super) struct World {
+    env: Rc<TokioEnv>,
+    devices: Vec<Device>,
+    state: RefCell<State>,
+}
+
+#[derive(Default)]
+struct State {
+    geometry: Option<Geometry>,
+    /// Of each drive alike: every band has a chunk at the same offset of every drive.
+    free: BTreeMap<u32, u32>,
+    granted: BTreeMap<BandId, Band>,
+    last_band: u64,
+    root_version: u64,
+}
+
+impl World {
+    /// With `count` devices of one size.
+    pub(super) fn new(count: usize, device: impl Fn(usize) -> Device) -> Rc<Self> {
+        let devices: Vec<Device> = (0..count).map(device).collect();
+        let mib = devices.first().map_or(0, |device| device.info().bytes() / MIB) as u32;
+        Rc::new(Self {
+            env: Rc::new(TokioEnv::new()),
+            devices,
+            state: RefCell::new(State {
+                // The first MiB is a label's.
+                free: BTreeMap::from([(1, mib - 1)]),
+                ..State::default()
+            }),
+        })
+    }
+
+    /// Creates the volume and opens its engine. Within a `LocalSet`.
+    ///
+    /// # Errors
+    /// The engine's.
+    pub(super) async fn open(self: &Rc<Self>, k: u8, m: u8, size_bytes: u64) -> anyhow::Result<Engine> {
+        let geometry = Geometry::new(k, m).ok_or_else(|| anyhow::anyhow!("{k}+{m} is no geometry"))?;
+        self.state.borrow_mut().geometry = Some(geometry);
+        let seams = Seams {
+            env: Rc::clone(&self.env) as Rc<dyn Env>,
+            drives: Rc::clone(self) as Rc<dyn Drives>,
+            lease: Rc::clone(self) as Rc<dyn Lease>,
+            directory: Rc::clone(self) as Rc<dyn Directory>,
+        };
+        let identity = Identity {
+            cluster: ClusterId([7; 16]),
+            key: HeaderKey([9; 32]),
+            name: "bench".into(),
+        };
+        let grant = EpochGrant {
+            volume: VOLUME,
+            layer: LayerId(1),
+            epoch: EPOCH,
+            recover: None,
+            size_bytes,
+            geometry,
+            root_version: 0,
+            root: None,
+            bands: Vec::new(),
+            ended: Vec::new(),
+        };
+        Ok(Engine::open(seams, Settings::default(), identity, grant).await?)
+    }
+
+    fn publish(&self, update: &RootUpdate) -> Result<u64, DirectoryError> {
+        let mut state = self.state.borrow_mut();
+        if update.expected_version != state.root_version {
+            return Err(DirectoryError::RootConflict {
+                expected: update.expected_version,
+                current: state.root_version,
+            });
+        }
+        state.root_version += 1;
+        for band in &update.freed {
+            state.give_back(*band);
+        }
+        Ok(state.root_version)
+    }
+}
+
+impl State {
+    /// First fit: one volume and three sizes leave no fragments worth a thought.
+    fn take(&mut self, mib: u32, reserve: u32) -> Option<u32> {
+        let free: u32 = self.free.values().sum();
+        if free < mib + reserve {
+            return None;
+        }
+        let (offset, length) = self
+            .free
+            .iter()
+            .find(|(_, length)| **length >= mib)
+            .map(|(o, l)| (*o, *l))?;
+        self.free.remove(&offset);
+        if length > mib {
+            self.free.insert(offset + mib, length - mib);
+        }
+        Some(offset)
+    }
+
+    fn give_back(&mut self, id: BandId) {
+        let Some(band) = self.granted.remove(&id) else {
+            return;
+        };
+        let (mut offset, mut length) = (band.columns[0].offset_mib, band.chunk_size.mib());
+        if let Some(after) = self.free.remove(&(offset + length)) {
+            length += after;
+        }
+        if let Some((before, before_length)) = self.free.range(..offset).next_back().map(|(o, l)| (*o, *l))
+            && before + before_length == offset
+        {
+            self.free.remove(&before);
+            offset = before;
+            length += before_length;
+        }
+        self.free.insert(offset, length);
+    }
+}
+
+impl Drives for World {
+    fn device(&self, drive: DriveId) -> Option<Device> {
+        self.devices
+            .get(usize::try_from(drive.0).ok()?.checked_sub(1)?)
+            .cloned()
+    }
+}
+
+impl Lease for World {
+    fn confirmed_at(&self, _: DriveId) -> Option<Timestamp> {
+        Some(self.env.now())
+    }
+}
+
+impl Directory for World {
+    fn grant_bands(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        chunk_size: ChunkSize,
+        count: u32,
+        purpose: BandPurpose,
+    ) -> LocalBoxFuture<'static, Result<Vec<Band>, DirectoryError>> {
+        let mut state = self.state.borrow_mut();
+        let reserve = if purpose == BandPurpose::User {
+            RESERVE_MIB
+        } else {
+            0
+        };
+        let mut bands = Vec::new();
+        for _ in 0..count {
+            let (Some(geometry), Some(offset_mib)) = (state.geometry, state.take(chunk_size.mib(), reserve))
+            else {
+                break;
+            };
+            state.last_band += 1;
+            let drives = 1..=self.devices.len() as u32;
+            let band = Band {
+                id: BandId(state.last_band),
+                volume,
+                layer: LayerId(1),
+                epoch,
+                geometry,
+                chunk_size,
+                window_rows: WINDOW_ROWS_DEFAULT,
+                version: 1,
+                columns: drives
+                    .take(usize::from(geometry.n()))
+                    .map(|drive| ChunkAddress {
+                        drive: DriveId(drive),
+                        offset_mib,
+                    })
+                    .collect(),
+            };
+            state.granted.insert(band.id, band.clone());
+            bands.push(band);
+        }
+        let answer = if bands.is_empty() {
+            Err(DirectoryError::NoSpace)
+        } else {
+            Ok(bands)
+        };
+        ready(answer).boxed_local()
+    }
+
+    fn publish_root(&self, update: RootUpdate) -> LocalBoxFuture<'static, Result<u64, DirectoryError>> {
+        ready(self.publish(&update)).boxed_local()
+    }
+
+    fn finish_takeover(
+        &self,
+        update: RootUpdate,
+        _: Option<Epoch>,
+        _: StripeNumber,
+    ) -> LocalBoxFuture<'static, Result<u64, DirectoryError>> {
+        ready(self.publish(&update)).boxed_local()
+    }
+
+    fn bands(&self, _: VolumeId) -> LocalBoxFuture<'static, Result<Vec<Band>, DirectoryError>> {
+        let bands = self.state.borrow().granted.values().cloned().collect();
+        ready(Ok(bands)).boxed_local()
+    }
+
+    fn return_bands(
+        &self,
+        _: VolumeId,
+        _: Epoch,
+        bands: Vec<BandId>,
+    ) -> LocalBoxFuture<'static, Result<(), DirectoryError>> {
+        let mut state = self.state.borrow_mut();
+        for band in bands {
+            state.give_back(band);
+        }
+        ready(Ok(())).boxed_local()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn space_that_is_given_back_is_whole_again() {
+        let mut state = State {
+            free: BTreeMap::from([(1, 100)]),
+            ..State::default()
+        };
+        let band = |id, offset_mib, chunk_size| Band {
+            id: BandId(id),
+            volume: VOLUME,
+            layer: LayerId(1),
+            epoch: EPOCH,
+            geometry: Geometry::new(1, 1).unwrap(),
+            chunk_size,
+            window_rows: 1,
+            version: 1,
+            columns: vec![ChunkAddress {
+                drive: DriveId(1),
+                offset_mib,
+            }],
+        };
+        for (id, size) in [(1, ChunkSize::Mib8), (2, ChunkSize::Mib1), (3, ChunkSize::Mib64)] {
+            let offset = state.take(size.mib(), 0).unwrap();
+            state.granted.insert(BandId(id), band(id, offset, size));
+        }
+        assert_eq!(state.take(64, 0), None, "27 are left");
+        assert_eq!(state.take(20, 10), None, "and some of them reserved");
+        for id in [2, 1, 3] {
+            state.give_back(BandId(id));
+        }
+        assert_eq!(state.free, BTreeMap::from([(1, 100)]));
+    }
+}
