@@ -89,6 +89,12 @@ pub(crate) enum Command {
     Demo(DemoArgs),
     /// How fast each stage of the data path is beside the floor it cannot beat, on this machine.
     Bench(BenchArgs),
+    /// One process of the cluster that `bench` measures: an owner of these drives, or a drive. Ends with its input.
+    #[command(hide = true)]
+    BenchPeer {
+        /// Where the drives listen.
+        drives: Vec<SocketAddr>,
+    },
 }
 
 /// `weft node …`
@@ -291,15 +297,25 @@ pub(crate) struct BenchArgs {
 pub(crate) enum BenchStage {
     /// An NVMe/TCP target with a memory drive.
     Target,
+    /// A drive file through io_uring.
+    Drive,
     /// The volume engine over six memory devices.
     Engine,
     /// The codec.
     Erasure,
+    /// Six targets, an owner and a host.
+    Cluster,
 }
 
 impl BenchStage {
     /// In the order they are run.
-    pub(crate) const ALL: [Self; 3] = [Self::Target, Self::Engine, Self::Erasure];
+    pub(crate) const ALL: [Self; 5] = [
+        Self::Target,
+        Self::Drive,
+        Self::Engine,
+        Self::Erasure,
+        Self::Cluster,
+    ];
 }
 
 /// Parses `K+M`.

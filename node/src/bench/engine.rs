@@ -3,24 +3,21 @@
 
 use std::cell::RefCell;
 use std::rc::Rc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, ensure};
-use bytes::Bytes;
-use futures_util::StreamExt as _;
-use futures_util::stream::FuturesUnordered;
+use anyhow::Context as _;
 use rand::rngs::SmallRng;
 use rand::{Rng as _, SeedableRng as _};
 use tokio::task::LocalSet;
-use weft_block::{BlockDevice as _, Durability, Io};
-use weft_proto::units::{Lba, LbaRange, MIB};
-use weft_volume::engine::Engine;
+use weft_block::memory::MemoryDrive;
+use weft_proto::units::MIB;
+use weft_volume::engine::Stats;
 
 use super::floor::{BLOCK, StripeFloor, noise};
-use super::histogram::Histogram;
+use super::load::{Clock, Load, Pattern};
 use super::machine::{self, CpuClock};
 use super::pairs::{Window, measure};
-use super::report::{CpuPerIo, Heading, Required, Row};
+use super::report::{Heading, Required, Row};
 use super::world::World;
 use super::{Output, Plan};
 
@@ -31,16 +28,25 @@ const M: u8 = 2;
 /// Of the volume: larger than the caches, and small enough to be written over many times.
 const VOLUME_BYTES: u64 = 256 * MIB;
 
-/// Of each device: five volumes fit, so that overwriting compacts as a half-full pool does.
+/// Of each device. Four of six hold data: eight volumes' worth, so that most bands that are compacted are nearly dead.
 const DEVICE_BYTES: u64 = 512 * MIB;
 
-const DEPTH: usize = 128;
+const RANDOM_WRITE: Pattern = Pattern {
+    read: false,
+    random: true,
+    depth: 128,
+};
+const RANDOM_READ: Pattern = Pattern {
+    read: true,
+    ..RANDOM_WRITE
+};
+const SEQUENTIAL_WRITE: Pattern = Pattern {
+    read: false,
+    random: false,
+    depth: 8,
+};
 
-/// 128 KiB writes outstanding.
-const SEQUENTIAL_DEPTH: usize = 8;
-const SEQUENTIAL_BLOCKS: u64 = 32;
-
-/// Rows of a full stripe of a batch of [`DEPTH`] blocks: what the floor is given.
+/// Rows of a shard of a full stripe: what the floor is given.
 const FLOOR_ROWS: usize = 8;
 
 /// Measures the engine.
@@ -53,246 +59,113 @@ pub(super) fn run(plan: &Plan, output: &mut Output) -> anyhow::Result<()> {
         .enable_all()
         .build()?;
     let local = LocalSet::new();
-    let on = |work: &mut dyn FnMut() -> futures_util::future::LocalBoxFuture<
-        'static,
-        anyhow::Result<Window>,
-    >| { local.block_on(&runtime, work()) };
-    let world = World::new(usize::from(K + M), |_| {
-        weft_block::memory::MemoryDrive::device(DEVICE_BYTES)
-    });
+    let devices = (0..K + M).map(|_| MemoryDrive::device(DEVICE_BYTES)).collect();
+    let world = World::new(devices);
     let engine = local.block_on(&runtime, world.open(K, M, VOLUME_BYTES))?;
-    let load = Rc::new(Load {
-        engine: engine.clone(),
-        payload: Bytes::from(noise(4 << 20)),
-        random: RefCell::new(SmallRng::seed_from_u64(1)),
-    });
+    let load = Load::new(Rc::new(engine.clone()), Clock::Cpu);
     // Everything is mapped, and background work has begun, before anything is measured.
-    let fill = Rc::clone(&load);
-    local.block_on(&runtime, async move { fill.fill().await })?;
+    local.block_on(&runtime, load.fill())?;
 
-    let floor =
-        RefCell::new(StripeFloor::new(K, M, FLOOR_ROWS, 128 << 20).context("a codec of two parities")?);
-    let payload = load.payload.clone();
-    let write_floor = |block_bytes: usize| {
-        let (floor, payload, window) = (&floor, &payload, plan.window);
-        move || {
-            Ok(floor_of_writes(
-                &mut floor.borrow_mut(),
-                payload,
-                window,
-                block_bytes,
-            ))
+    let floor = StripeFloor::new(K, M, FLOOR_ROWS, 128 << 20).context("a codec of two parities")?;
+    let floor = RefCell::new(floor);
+    let payload = noise(4 << 20);
+    for (name, pattern, required) in [
+        ("4+2, 4 KiB random write, depth 128", RANDOM_WRITE, 400e3),
+        ("4+2, 4 KiB random read, depth 128", RANDOM_READ, 600e3),
+        ("4+2, 128 KiB sequential write, depth 8", SEQUENTIAL_WRITE, 2.5),
+    ] {
+        let before = engine.stats();
+        let paired = measure(
+            plan.pairs,
+            || {
+                Ok(floor_window(
+                    &mut floor.borrow_mut(),
+                    &payload,
+                    pattern,
+                    plan.window,
+                ))
+            },
+            || local.block_on(&runtime, load.run(pattern, plan.window)),
+        )?;
+        let heading = |required| Heading {
+            stage: "engine",
+            workload: name.to_owned(),
+            unit: pattern.unit(),
+            floor_is: if pattern.read {
+                "one copy out of a device and its crc32c"
+            } else {
+                "copies in and out, crc32c of block and shard, headers, parity of a full stripe"
+            },
+            required,
+            processes: 1,
+            drive_kind: "memory",
+        };
+        if pattern == RANDOM_WRITE {
+            output.row(Row::new(heading(Required::RatioAtLeast(0.4)), &paired));
         }
-    };
-    let subject = |kind: Kind, depth: usize| {
-        let (load, window) = (Rc::clone(&load), plan.window);
-        let on = &on;
-        move || {
-            on(&mut || {
-                let load = Rc::clone(&load);
-                Box::pin(async move { load.window(kind, depth, window).await })
-            })
+        output.row(Row::new(heading(Required::ValueAtLeast(required)), &paired));
+        if !pattern.read {
+            output.note(format!("{name}: {}", drive_side(&before, &engine.stats())));
         }
-    };
-
-    let heading = |workload: &str, unit, floor_is, required| Heading {
-        stage: "engine",
-        workload: workload.to_owned(),
-        unit,
-        floor_is,
-        required,
-        processes: 1,
-        drive_kind: "memory",
-    };
-    const WRITE_FLOOR: &str =
-        "copies in and out, crc32c of block and shard, headers, parity of a full stripe";
-    const READ_FLOOR: &str = "one copy out of a device and its crc32c";
-    let paired = measure(plan.pairs, write_floor(BLOCK), subject(Kind::Write, DEPTH))?;
-    let name = "4+2, 4 KiB random write, depth 128";
-    output.row(Row::new(
-        heading(name, "IOPS", WRITE_FLOOR, Required::RatioAtLeast(0.4)),
-        &paired,
-    ));
-    output.row(Row::new(
-        heading(name, "IOPS", WRITE_FLOOR, Required::ValueAtLeast(400e3)),
-        &paired,
-    ));
-
-    let read_floor = || Ok(floor_of_reads(&floor.borrow(), plan.window));
-    let paired = measure(plan.pairs, read_floor, subject(Kind::Read, DEPTH))?;
-    let name = "4+2, 4 KiB random read, depth 128";
-    output.row(Row::new(
-        heading(name, "IOPS", READ_FLOOR, Required::ValueAtLeast(600e3)),
-        &paired,
-    ));
-
-    let paired = measure(
-        plan.pairs,
-        write_floor(SEQUENTIAL_BLOCKS as usize * BLOCK),
-        subject(Kind::Sequential, SEQUENTIAL_DEPTH),
-    )?;
-    let name = "4+2, 128 KiB sequential write, depth 8";
-    output.row(Row::new(
-        heading(name, "GB/s", WRITE_FLOOR, Required::ValueAtLeast(2.5)),
-        &paired,
-    ));
+    }
     engine.abort();
     Ok(())
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Write,
-    Read,
-    Sequential,
-}
-
-struct Load {
-    engine: Engine,
-    payload: Bytes,
-    random: RefCell<SmallRng>,
-}
-
-impl Load {
-    async fn fill(&self) -> anyhow::Result<()> {
-        let step = 128u64;
-        for start in (0..VOLUME_BYTES / BLOCK as u64).step_by(step as usize) {
-            let data = self.payload.slice(..step as usize * BLOCK);
-            self.engine
-                .write(Lba(start), vec![data], Durability::Durable)
-                .await?;
-        }
-        Ok(())
-    }
-
-    async fn window(&self, kind: Kind, depth: usize, window: std::time::Duration) -> anyhow::Result<Window> {
-        let blocks_each = if kind == Kind::Sequential {
-            SEQUENTIAL_BLOCKS
-        } else {
-            1
-        };
-        let places = VOLUME_BYTES / BLOCK as u64 / blocks_each;
-        let mut next = 0;
-        let mut start_one = || {
-            let place = if kind == Kind::Sequential {
-                next = (next + 1) % places;
-                next
-            } else {
-                self.random.borrow_mut().random_range(0..places)
-            };
-            self.start(kind, place, blocks_each)
-        };
-        let mut running: FuturesUnordered<_> = (0..depth).map(|_| start_one()).collect();
-        let mut latency = Histogram::default();
-        let (clock, start) = (CpuClock::now(), Instant::now());
-        let mut done = 0u64;
-        while let Some(finished) = running.next().await {
-            let elapsed: u64 = finished?;
-            latency.record(elapsed);
-            done += 1;
-            if done.is_multiple_of(16) && start.elapsed() >= window {
-                break;
-            }
-            running.push(start_one());
-        }
-        let (seconds, cpu) = (start.elapsed().as_secs_f64(), clock.elapsed().0);
-        while let Some(finished) = running.next().await {
-            finished?;
-        }
-        ensure!(done > 0, "nothing completed");
-        let value = if kind == Kind::Sequential {
-            (done * blocks_each * BLOCK as u64) as f64 / seconds / 1e9
-        } else {
-            done as f64 / seconds
-        };
-        let target = Some(cpu.as_secs_f64() * 1e6 / done as f64);
-        Ok(Window {
-            value,
-            latency,
-            cpu: CpuPerIo { host: None, target },
-        })
-    }
-
-    /// Starts one I/O; answers its nanoseconds.
-    fn start(
-        &self,
-        kind: Kind,
-        place: u64,
-        blocks: u64,
-    ) -> impl Future<Output = anyhow::Result<u64>> + use<> {
-        let range = LbaRange {
-            start: Lba(place * blocks),
-            count: blocks,
-        };
-        let began = Instant::now();
-        let (mut read, mut write): (Option<Io<Bytes>>, Option<Io<()>>) = (None, None);
-        if kind == Kind::Read {
-            read = Some(self.engine.read(range));
-        } else {
-            let bytes = blocks as usize * BLOCK;
-            let at = (place as usize * BLOCK) % (self.payload.len() - bytes + 1);
-            let data = self.payload.slice(at..at + bytes);
-            write = Some(self.engine.write(range.start, vec![data], Durability::Durable));
-        }
-        async move {
-            if let Some(read) = read {
-                let data = read.await?;
-                ensure!(data.len() == blocks as usize * BLOCK, "a short read");
-            }
-            if let Some(write) = write {
-                write.await?;
-            }
-            Ok(began.elapsed().as_nanos() as u64)
+/// What the engine made of writes: the shape of its stripes, and what it wrote for each user byte.
+fn drive_side(before: &Stats, after: &Stats) -> String {
+    let (mut stripes, mut blocks, mut full) = (0, 0, 0);
+    for ((w, d), count) in &after.stripes {
+        let count = count - before.stripes.get(&(*w, *d)).unwrap_or(&0);
+        let carried = count * u64::from(*w) * u64::from(*d);
+        stripes += count;
+        blocks += carried;
+        if *w == K && *d >= FLOOR_ROWS as u32 {
+            full += carried;
         }
     }
+    let user = (after.user_bytes - before.user_bytes).max(1) as f64;
+    let per_user = |bytes: fn(&Stats) -> u64| (bytes(after) - bytes(before)) as f64 / user;
+    format!(
+        "{:.1} blocks a stripe, {:.0} % of them in stripes of w = {K} and d ≥ {FLOOR_ROWS}; {:.2} drive bytes a user byte \
+         ({:.2} payload, {:.2} parity, {:.2} headers, {:.2} copied by compaction, {:.2} map); {} checkpoints",
+        blocks as f64 / stripes.max(1) as f64,
+        full as f64 * 100.0 / blocks.max(1) as f64,
+        per_user(|stats| stats.drive_bytes),
+        per_user(|stats| stats.drive_user_bytes),
+        per_user(|stats| stats.drive_parity_bytes),
+        per_user(|stats| stats.drive_header_bytes),
+        per_user(|stats| stats.drive_copy_bytes),
+        per_user(|stats| stats.drive_map_bytes),
+        after.checkpoints - before.checkpoints,
+    )
 }
 
-/// IOPS of single blocks, or GB/s of longer writes.
-fn floor_of_writes(
-    floor: &mut StripeFloor,
-    payload: &Bytes,
-    window: std::time::Duration,
-    write_bytes: usize,
-) -> Window {
+/// The same work without an engine, by the CPU time of this thread as for the engine.
+fn floor_window(floor: &mut StripeFloor, payload: &[u8], pattern: Pattern, window: Duration) -> Window {
     let mut random = SmallRng::seed_from_u64(2);
-    let per_stripe = floor.blocks();
-    let start = Instant::now();
+    let mut out = vec![0; BLOCK];
+    let (clock, start) = (CpuClock::now(), Instant::now());
     let mut blocks = 0;
     while start.elapsed() < window {
-        let sources: Vec<&[u8]> = (0..per_stripe)
-            .map(|_| {
-                let at = random.random_range(0..payload.len() / BLOCK) * BLOCK;
-                &payload[at..at + BLOCK]
-            })
-            .collect();
-        floor.write(&sources);
-        blocks += per_stripe;
-    }
-    let seconds = start.elapsed().as_secs_f64();
-    let value = if write_bytes == BLOCK {
-        blocks as f64 / seconds
-    } else {
-        (blocks * BLOCK) as f64 / seconds / 1e9
-    };
-    Window {
-        value,
-        ..Window::default()
-    }
-}
-
-fn floor_of_reads(floor: &StripeFloor, window: std::time::Duration) -> Window {
-    let mut random = SmallRng::seed_from_u64(3);
-    let mut out = vec![0; BLOCK];
-    let start = Instant::now();
-    let mut blocks = 0u64;
-    while start.elapsed() < window {
-        for _ in 0..32 {
-            floor.read(random.random(), &mut out);
+        if pattern.read {
+            for _ in 0..32 {
+                floor.read(random.random(), &mut out);
+            }
+            blocks += 32;
+        } else {
+            let sources: Vec<&[u8]> = (0..floor.blocks())
+                .map(|_| {
+                    let at = random.random_range(0..payload.len() / BLOCK) * BLOCK;
+                    &payload[at..at + BLOCK]
+                })
+                .collect();
+            floor.write(&sources);
+            blocks += sources.len() as u64;
         }
-        blocks += 32;
     }
     Window {
-        value: blocks as f64 / start.elapsed().as_secs_f64(),
+        value: pattern.rate(blocks / pattern.blocks(), clock.elapsed().0.as_secs_f64()),
         ..Window::default()
     }
 }

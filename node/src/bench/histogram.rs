@@ -40,6 +40,11 @@ impl Histogram {
         self.total += other.total;
     }
 
+    /// How many were counted.
+    pub(super) fn count(&self) -> u64 {
+        self.total
+    }
+
     /// The upper edge, in microseconds, of the bucket that holds this quantile (0 to 1); `None` where nothing was
     /// counted.
     pub(super) fn quantile_us(&self, quantile: f64) -> Option<f64> {

@@ -7,21 +7,26 @@
 //! - `pairs`, `statistics`, `histogram`: how it is measured;
 //! - `report`: rows, the table, JSON;
 //! - `host`, `echo`, `wire`: the load generator, its floor, and the bytes that both handle alike;
+//! - `load`, `ring_floor`: load on a device of this thread; io_uring without a drive around it;
 //! - `floor`, `world`: memory floors; what an engine needs from outside, at its cheapest;
 //! - one file per stage.
 //!
 //! What it does not do: compare with other software, or say anything about a machine that is busy. It prints how idle
 //! the machine was before and after. `docs/performance.md` has the figures and what was learnt from them.
 
+mod cluster;
+mod drive;
 mod echo;
 mod engine;
 mod erasure;
 mod floor;
 mod histogram;
 mod host;
+mod load;
 mod machine;
 mod pairs;
 mod report;
+mod ring_floor;
 mod statistics;
 mod target;
 mod wire;
@@ -31,6 +36,8 @@ use std::time::{Duration, Instant};
 
 use crate::args::{BenchArgs, BenchStage};
 use report::{Report, Row};
+
+pub(crate) use cluster::peer;
 
 /// How long and how often.
 struct Plan {
@@ -43,6 +50,7 @@ struct Plan {
 /// Where rows go while the run goes on.
 struct Output {
     rows: Vec<Row>,
+    notes: Vec<String>,
     json: bool,
 }
 
@@ -52,6 +60,10 @@ impl Output {
             row.print();
         }
         self.rows.push(row);
+    }
+
+    fn note(&mut self, note: String) {
+        self.notes.push(note);
     }
 }
 
@@ -72,6 +84,7 @@ pub(crate) fn run(args: &BenchArgs, json: bool) -> u8 {
     let began = Instant::now();
     let mut output = Output {
         rows: Vec::new(),
+        notes: Vec::new(),
         json,
     };
     let mut errors = Vec::new();
@@ -102,6 +115,7 @@ pub(crate) fn run(args: &BenchArgs, json: bool) -> u8 {
         idle_after: machine::idle_share(),
         seconds: began.elapsed().as_secs_f64(),
         rows: output.rows,
+        notes: output.notes,
         errors,
     };
     if json {
@@ -118,6 +132,8 @@ pub(crate) fn run(args: &BenchArgs, json: bool) -> u8 {
 fn run_stage(stage: BenchStage, plan: &Plan, output: &mut Output) -> anyhow::Result<()> {
     match stage {
         BenchStage::Target => target::run(plan, output),
+        BenchStage::Drive => drive::run(plan, output),
+        BenchStage::Cluster => cluster::run(plan, output),
         BenchStage::Engine => engine::run(plan, output),
         BenchStage::Erasure => erasure::run(plan, output),
     }

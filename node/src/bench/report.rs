@@ -131,6 +131,8 @@ pub(super) struct Report {
     pub(super) idle_after: Option<f64>,
     pub(super) seconds: f64,
     pub(super) rows: Vec<Row>,
+    /// What rows do not tell, in sentences.
+    pub(super) notes: Vec<String>,
     /// Stages that could not be measured at all, and why.
     pub(super) errors: Vec<String>,
 }
@@ -164,6 +166,9 @@ impl Report {
 
     /// What stands below the table.
     pub(super) fn print_foot(&self) {
+        for note in &self.notes {
+            println!("{note}");
+        }
         for error in &self.errors {
             println!("not measured: {error}");
         }

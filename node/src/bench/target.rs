@@ -229,14 +229,14 @@ pub(super) fn drive(device: Device) -> anyhow::Result<Source> {
 }
 
 /// A target with a memory drive, on a thread of its own.
-struct Target {
-    address: SocketAddr,
+pub(super) struct Target {
+    pub(super) address: SocketAddr,
     stop: Option<oneshot::Sender<()>>,
     join: Option<JoinHandle<anyhow::Result<()>>>,
 }
 
 impl Target {
-    fn start() -> anyhow::Result<Self> {
+    pub(super) fn start() -> anyhow::Result<Self> {
         let (ready, is_ready) = std::sync::mpsc::channel();
         let (stop, stopped) = oneshot::channel();
         let join = std::thread::Builder::new().name("target".into()).spawn(move || {

@@ -44,9 +44,8 @@ struct State {
 }
 
 impl World {
-    /// With `count` devices of one size.
-    pub(super) fn new(count: usize, device: impl Fn(usize) -> Device) -> Rc<Self> {
-        let devices: Vec<Device> = (0..count).map(device).collect();
+    /// With devices of one size.
+    pub(super) fn new(devices: Vec<Device>) -> Rc<Self> {
         let mib = devices.first().map_or(0, |device| device.info().bytes() / MIB) as u32;
         Rc::new(Self {
             env: Rc::new(TokioEnv::new()),

@@ -1,0 +1,246 @@
+//! `weft bench cluster`: six targets with memory drives, the owner of a 4+2 volume on them, and a host, each a process
+//! of its own on the same cores, over loopback; beside one target of `weft bench target`.
+//!
+//! The processes are the data path of agents without their control side: targets, initiator and engine as agents use
+//! them, with a directory in memory. No metadata service, no fencing.
+
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::net::SocketAddr;
+use std::process::{Child, Command, Stdio};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use rustix::thread::CpuSet;
+use weft_block::memory::MemoryDrive;
+use weft_block::{BlockDevice as _, Device};
+use weft_initiator::{ConnectOptions, HostIdentity, RemoteDrive};
+use weft_proto::id::HostId;
+use weft_proto::units::MIB;
+use weft_target::{Source, serve};
+
+use super::floor::noise;
+use super::host::{Host, Idle, Workload};
+use super::load::{Clock, Load};
+use super::pairs::{Window, measure};
+use super::report::{Heading, Required, Row};
+use super::target::{Target, drive, present, random, subnqn};
+use super::world::World;
+use super::{Output, Plan, machine};
+
+const K: u8 = 4;
+const M: u8 = 2;
+const DRIVES: usize = 6;
+const DRIVE_BYTES: u64 = 512 * MIB;
+
+/// Larger than the part of it that the host uses, which is that of the single target.
+const VOLUME_BYTES: u64 = 64 * MIB;
+
+/// Measures the cluster.
+///
+/// # Errors
+/// A process does not start, a command fails.
+pub(super) fn run(plan: &Plan, output: &mut Output) -> anyhow::Result<()> {
+    // Children inherit it: here the scheduler decides.
+    let mut all = CpuSet::new();
+    (0..std::thread::available_parallelism()?.get()).for_each(|core| all.set(core));
+    rustix::thread::sched_setaffinity(None, &all)?;
+    let cluster = Cluster::start()?;
+    let target = Target::start()?;
+    let payload: Arc<[u8]> = noise(128 << 10).into();
+    let mut single = Host::to_target(target.address, &subnqn(), 1, &payload)?;
+    let mut whole = Host::to_target(cluster.owner.address, &subnqn(), 1, &payload)?;
+    whole.idle = Idle::Sleep;
+
+    for (reads, name, required) in [(0, "write", 0.25), (100, "read", 0.35)] {
+        let workload = random(reads, 128);
+        let paired = measure(
+            plan.pairs,
+            || on_host_core(&all, || single.run(&workload, plan.window)),
+            || cluster.window(&mut whole, &workload, plan.window),
+        )?;
+        let floor_is = "one NVMe/TCP target with a memory drive, polling load generator";
+        output.row(Row::new(
+            heading(
+                format!("4+2, 4 KiB random {name}, depth 128"),
+                "IOPS",
+                floor_is,
+                Required::RatioAtLeast(required),
+            ),
+            &paired,
+        ));
+    }
+    single.idle = Idle::Sleep;
+    let workload = random(0, 1);
+    let p50 = |window: anyhow::Result<Window>| {
+        let mut window = window?;
+        window.value = window.latency.quantile_us(0.5).unwrap_or(f64::NAN);
+        Ok(window)
+    };
+    let paired = measure(
+        plan.pairs,
+        || p50(single.run(&workload, plan.window)),
+        || p50(cluster.window(&mut whole, &workload, plan.window)),
+    )?;
+    output.row(Row::new(
+        heading(
+            "4+2, 4 KiB random write, depth 1, p50".to_owned(),
+            "µs",
+            "one NVMe/TCP hop, both ends sleep",
+            Required::RatioAtMost(3.0),
+        ),
+        &paired,
+    ));
+    Ok(())
+}
+
+fn heading(workload: String, unit: &'static str, floor_is: &'static str, required: Required) -> Heading {
+    Heading {
+        stage: "cluster",
+        workload,
+        unit,
+        floor_is,
+        required,
+        processes: DRIVES as u32 + 2,
+        drive_kind: "memory",
+    }
+}
+
+/// The single target is measured as its own stage measures it: it and the host on a core each.
+fn on_host_core<T>(all: &CpuSet, run: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
+    machine::pin(machine::host_core())?;
+    let outcome = run();
+    rustix::thread::sched_setaffinity(None, all)?;
+    outcome
+}
+
+struct Cluster {
+    owner: Peer,
+    drives: Vec<Peer>,
+}
+
+impl Cluster {
+    fn start() -> anyhow::Result<Self> {
+        let drives = (0..DRIVES)
+            .map(|_| Peer::start(&[]))
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        let addresses: Vec<SocketAddr> = drives.iter().map(|peer| peer.address).collect();
+        let owner = Peer::start(&addresses).context("owner")?;
+        Ok(Self { owner, drives })
+    }
+
+    /// A window of the host, with the CPU of all other processes as the target's.
+    fn window(&self, host: &mut Host, workload: &Workload, window: Duration) -> anyhow::Result<Window> {
+        let before = self.cpu();
+        let mut measured = host.run(workload, window)?;
+        let operations: f64 = measured.latency.count() as f64;
+        measured.cpu.target = before
+            .zip(self.cpu())
+            .map(|(before, after)| (after - before).as_secs_f64() * 1e6 / operations);
+        Ok(measured)
+    }
+
+    fn cpu(&self) -> Option<Duration> {
+        self.drives.iter().chain([&self.owner]).map(Peer::cpu).sum()
+    }
+}
+
+/// A process of the cluster. It ends with this value.
+struct Peer {
+    address: SocketAddr,
+    child: Child,
+}
+
+impl Peer {
+    fn start(drives: &[SocketAddr]) -> anyhow::Result<Self> {
+        let mut child = Command::new(std::env::current_exe()?)
+            .arg("bench-peer")
+            .args(drives.iter().map(SocketAddr::to_string))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("cannot start a process of the cluster")?;
+        let mut line = String::new();
+        if let Some(stdout) = child.stdout.take() {
+            BufReader::new(stdout).read_line(&mut line)?;
+        }
+        match line.trim().parse() {
+            Ok(address) => Ok(Self { address, child }),
+            Err(_) => {
+                drop(child.stdin.take());
+                child.wait()?;
+                anyhow::bail!("a process of the cluster did not start")
+            }
+        }
+    }
+
+    /// CPU time of its one data thread.
+    fn cpu(&self) -> Option<Duration> {
+        let text = std::fs::read_to_string(format!("/proc/{}/schedstat", self.child.id())).ok()?;
+        text.split_whitespace()
+            .next()?
+            .parse()
+            .ok()
+            .map(Duration::from_nanos)
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        drop(self.child.stdin.take());
+        // It ends by itself; there is nobody to tell how.
+        let _ = self.child.wait();
+    }
+}
+
+/// A process of the cluster: a drive, or the owner of these drives. Prints its address, serves until its standard input
+/// ends. Returns an exit code.
+pub(crate) async fn peer(drives: Vec<SocketAddr>) -> u8 {
+    std::thread::spawn(|| {
+        // Whatever it was that ended the input, the parent is gone.
+        let _ = std::io::stdin().read_to_end(&mut Vec::new());
+        std::process::exit(0);
+    });
+    match serve_peer(drives).await {
+        Ok(()) => 0,
+        Err(error) => {
+            eprintln!("weft: {error:#}");
+            1
+        }
+    }
+}
+
+async fn serve_peer(addresses: Vec<SocketAddr>) -> anyhow::Result<()> {
+    let source = if addresses.is_empty() {
+        drive(MemoryDrive::device(DRIVE_BYTES))?
+    } else {
+        volume(addresses).await?
+    };
+    let (listener, registry) = present(source).await?;
+    println!("{}", listener.local_addr()?);
+    serve(listener, registry).await?;
+    Ok(())
+}
+
+/// A filled 4+2 volume on these drives.
+async fn volume(addresses: Vec<SocketAddr>) -> anyhow::Result<Source> {
+    let mut devices: Vec<Device> = Vec::new();
+    for address in addresses {
+        let host = HostIdentity {
+            hostnqn: "nqn.2026-01.io.weft:bench-owner".parse()?,
+            hostid: HostId([0x0e; 16]),
+        };
+        let drive = RemoteDrive::open(ConnectOptions::new(address, subnqn(), host), 1);
+        drive.connected().await;
+        ensure!(
+            drive.info().bytes() == DRIVE_BYTES,
+            "{address} is no drive of the benchmark"
+        );
+        devices.push(drive);
+    }
+    let engine = World::new(devices).open(K, M, VOLUME_BYTES).await?;
+    let device: Device = Rc::new(engine);
+    Load::new(Rc::clone(&device), Clock::Wall).fill().await?;
+    Ok(Source::PerAssociation(Rc::new(move |_| Rc::clone(&device))))
+}
