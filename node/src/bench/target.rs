@@ -187,7 +187,7 @@ pub(super) fn subnqn() -> Nqn {
     "nqn.2026-01.io.weft:bench".parse().expect("a well-formed NQN")
 }
 
-/// Serves `device` as namespace 1 until it is dropped. Within a `LocalSet`.
+/// A registry with `source` as its one namespace, and a listener for it. Within a `LocalSet`.
 ///
 /// # Errors
 /// The address, or the registry's.
