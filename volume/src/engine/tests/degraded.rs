@@ -132,3 +132,16 @@ fn recovery_needs_all_but_m_columns_and_says_which_are_missing() {
         }
     }
 }
+
+#[test]
+fn a_drive_that_is_away_does_not_make_the_owner_hoard_bands() {
+    let mut fixture = Fixture::new(6, 256, Geometry { k: 4, m: 2 }, 64 * MIB);
+    fixture.write(0, &[1]).unwrap();
+    fixture.set_health(2, Health::Dead);
+    for lba in 0..300 {
+        fixture.write(lba, &[lba + 2]).unwrap();
+    }
+    let bands = fixture.engine.stats().bands;
+    assert!(bands <= 12, "{bands} bands for 300 blocks");
+    fixture.check_all();
+}
