@@ -201,7 +201,8 @@ impl SimDrive {
     /// Most commands it had in flight at once since this was asked last.
     pub fn take_in_flight_peak(&self) -> usize {
         let mut state = self.state.borrow_mut();
-        std::mem::replace(&mut state.in_flight_peak, state.in_flight.len())
+        let now = state.in_flight.len();
+        std::mem::replace(&mut state.in_flight_peak, now)
     }
 
     // Faults.
@@ -503,7 +504,8 @@ impl SimDrive {
                 overdue: false,
             };
             state.in_flight.insert(id, command);
-            state.in_flight_peak = state.in_flight_peak.max(state.in_flight.len());
+            let now = state.in_flight.len();
+            state.in_flight_peak = state.in_flight_peak.max(now);
             (id, latency)
         };
         self.settle_later(id, latency);
