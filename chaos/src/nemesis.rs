@@ -78,6 +78,8 @@ pub struct Nemesis {
     moves: Vec<JoinHandle<bool>>,
     /// Faults so far, by kind.
     pub faults: BTreeMap<&'static str, u64>,
+    /// Moves that were seen to their end.
+    pub moved: usize,
     /// What must not happen and did.
     pub failures: Vec<String>,
 }
@@ -110,6 +112,7 @@ impl Nemesis {
             poller: Some(poller),
             moves: Vec::new(),
             faults: BTreeMap::new(),
+            moved: 0,
             failures: Vec::new(),
         }
     }
@@ -161,8 +164,8 @@ impl Nemesis {
         }
         let moves = std::mem::take(&mut self.moves);
         let done = moves.into_iter().filter_map(|thread| thread.join().ok());
-        let finished = done.filter(|finished| *finished).count();
-        self.say(&format!("whole again; {finished} moves were seen to their end"));
+        self.moved = done.filter(|finished| *finished).count();
+        self.say("whole again");
         Ok(())
     }
 
@@ -229,7 +232,7 @@ impl Nemesis {
         }
         let (volume, to) = (volume.name.clone(), self.name(to).to_owned());
         self.fault("move", &format!("{volume} to {to}"));
-        let mut command = weft(&self.agents, &["volume", "move", &volume, &to]);
+        let mut command = weft(&self.agents, &["volume", "move", &volume, "--to", &to]);
         // Whether it gets there is not promised: its target may be the next victim.
         command.stdout(Stdio::null());
         let wait = move || command.status().is_ok_and(|status| status.success());

@@ -79,6 +79,7 @@ fn main() -> ExitCode {
 #[derive(Default)]
 struct Report {
     faults: BTreeMap<&'static str, u64>,
+    moves_finished: usize,
     harvest: Harvest,
     violations: Vec<Violation>,
     /// What else must not happen: agents that end, a cluster that does not heal.
@@ -157,6 +158,7 @@ fn torment(args: &Args, folder: &std::path::Path, began: Instant) -> anyhow::Res
         Err(error) => report.failures.push(format!("{error:#}")),
     }
     report.failures.append(&mut nemesis.failures);
+    report.moves_finished = nemesis.moved;
     report.faults = std::mem::take(&mut nemesis.faults);
     report.violations = checker::check(&report.harvest.history);
     Ok(report)
@@ -235,6 +237,7 @@ fn print(args: &Args, report: &Report, folder: &std::path::Path) {
         "seed": args.seed,
         "minutes": args.minutes,
         "faults": report.faults,
+        "moves_finished": report.moves_finished,
         "commands": harvest.commands,
         "operations_checked": harvest.history.len(),
         "unknown_outcomes": harvest.unknown,
