@@ -10,7 +10,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, mpsc};
@@ -24,6 +24,7 @@ use serde_json::Value as Json;
 use weft_node::local_cluster::Agents;
 
 use crate::clients::Volume;
+use crate::history::BLOCK_BYTES;
 
 /// How long a cluster without faults may take to serve everything again. Generous: a slow machine is not a failure.
 const HEAL_LIMIT: Duration = Duration::from_secs(180);
@@ -486,27 +487,34 @@ fn owner(volume: &Json) -> Option<&Json> {
 
 /// Flips one bit in about one of eight blocks of the chunk area that hold anything. Returns how many.
 ///
-/// The page cache carries the flips to the file, so a block that the agent writes in the same moment may be lost or keep
-/// older bytes: no more than a drive may do that counts as hurt.
+/// Past the page cache, as the agent reads and writes: dirty pages in its way would fail its flushes. A block that the agent
+/// writes in the same moment may keep older bytes: no more than a drive may do that counts as hurt.
 ///
 /// # Errors
 /// The file's.
 fn flip_bits(drive: &Path, random: &mut SmallRng) -> anyhow::Result<u64> {
-    let file = fs::OpenOptions::new().read(true).write(true).open(drive)?;
+    let direct = i32::try_from(rustix::fs::OFlags::DIRECT.bits()).context("O_DIRECT")?;
+    let file = fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(direct)
+        .open(drive)
+        .with_context(|| format!("open {}", drive.display()))?;
     let end = file.metadata()?.len() - LABEL_BYTES;
-    let mut block = [0; 4096];
+    // Direct I/O takes aligned memory only.
+    let mut memory = vec![0; 2 * BLOCK_BYTES];
+    let aligned = memory.as_ptr().align_offset(BLOCK_BYTES);
+    let block = &mut memory[aligned..aligned + BLOCK_BYTES];
     let mut flipped = 0;
-    for offset in (LABEL_BYTES..end).step_by(block.len()) {
-        file.read_exact_at(&mut block, offset)?;
+    for offset in (LABEL_BYTES..end).step_by(BLOCK_BYTES) {
+        file.read_exact_at(block, offset)?;
         if block.iter().all(|byte| *byte == 0) || random.random_range(0..8) != 0 {
             continue;
         }
-        let at = random.random_range(0..block.len());
-        let byte = block[at] ^ 1 << random.random_range(0..8);
-        file.write_all_at(&[byte], offset + at as u64)?;
+        block[random.random_range(0..BLOCK_BYTES)] ^= 1 << random.random_range(0..8);
+        file.write_all_at(block, offset)?;
         flipped += 1;
     }
-    file.sync_all()?;
     Ok(flipped)
 }
 
@@ -516,7 +524,8 @@ mod tests {
 
     #[test]
     fn flips_hit_blocks_that_hold_something_and_no_label() {
-        let file = tempfile::NamedTempFile::new().unwrap();
+        // Beside the sources: a temporary folder may be in memory, where direct I/O does not go.
+        let file = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let bytes = LABEL_BYTES * 2 + 64 * 4096;
         file.as_file().set_len(bytes).unwrap();
         file.as_file().write_all_at(&[7; 32 * 4096], LABEL_BYTES).unwrap();
