@@ -186,6 +186,7 @@ impl Core {
                 }
             }
             if healthy < needed {
+                self.look_again(stream);
                 return Opening::Wait;
             }
             let writer = band.writer.borrow();
@@ -209,6 +210,8 @@ impl Core {
     fn no_band(self: &Rc<Self>, stream: &Stream) -> Opening {
         if stream.ready.borrow().len() < READY_MAX {
             self.ask_for_bands(stream);
+        } else {
+            self.look_again(stream);
         }
         // Without a band for internal work, nothing can be compacted either.
         let stuck = self.internal.no_space.get() && self.internal.current.borrow().is_none();
@@ -224,6 +227,20 @@ impl Core {
             return Opening::Full;
         }
         Opening::Wait
+    }
+
+    /// Drives come back without a word to the engine: looks again in a moment, unless a grant is awaited anyway.
+    fn look_again(self: &Rc<Self>, stream: &Stream) {
+        if stream.asking.replace(true) {
+            return;
+        }
+        let core = Rc::clone(self);
+        let purpose = stream.purpose;
+        self.spawn(async move {
+            core.sleep(core.settings.retry * 5).await;
+            core.stream(purpose).asking.set(false);
+            core.pump.notify();
+        });
     }
 
     /// Opens the ready band with the most columns in service, if it has more than `better_than`.
