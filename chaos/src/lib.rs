@@ -2,7 +2,13 @@
 //!
 //! - `guest` (`src/bin/guest.rs`): the Linux kernel as a host of a volume, and its nvmet as a third-party drive, in
 //!   QEMU guests ([`guest`]).
+//! - `chaos` (`src/bin/chaos.rs`): real agents under a seeded [`nemesis`], [`clients`] that record a [`history`], and a
+//!   [`checker`] that says whether any correct volume could have answered so.
 //!
-//! The deterministic simulator and the nemesis for real processes will live here too.
+//! The deterministic simulator will live here too.
 
+pub mod checker;
+pub mod clients;
 pub mod guest;
+pub mod history;
+pub mod nemesis;

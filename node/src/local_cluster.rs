@@ -195,13 +195,18 @@ impl Agents {
     /// # Errors
     /// The program cannot be started.
     pub fn weft(&self, arguments: &[&str]) -> anyhow::Result<Output> {
-        Command::new(&self.options.program)
+        self.command(arguments).output().context("run weft")
+    }
+
+    /// `weft --cluster <all agents> ARGUMENTS`, for whoever does not want to wait for it.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(&self.options.program);
+        command
             .arg("--cluster")
             .arg(self.control_addresses().join(","))
             .args(arguments)
-            .stdin(Stdio::null())
-            .output()
-            .context("run weft")
+            .stdin(Stdio::null());
+        command
     }
 
     /// As [`Agents::weft`], for a command that has to succeed. Returns its standard output.

@@ -20,6 +20,10 @@ use crate::entry::ColumnSet;
 use crate::format::header::{BLOCKS_MAX, StripeHeader};
 use crate::seams::{BandPurpose, Timestamp};
 
+/// Bands that a stream holds unopened before it asks for no more, while what it has passes over drives: one that was asked for
+/// ahead, and one that was granted since the drives went away. When they are used up, others are asked for.
+const READY_MAX: usize = 2;
+
 /// One queue of work with the band it goes to. Host and internal work are apart because only the latter may use
 /// the pool's reserve, and because blocks that survived a compaction should not lie among hot ones.
 pub(crate) struct Stream {
@@ -172,13 +176,17 @@ impl Core {
             let healthy = band.geometry.n() - skipped.count();
             let needed = band.geometry.m + 1;
             if skipped != ColumnSet::NONE {
-                // Narrow stripes are costly: a band on other drives is better, if there is one.
-                self.ask_for_bands(stream);
+                // Narrow stripes are costly: a band on other drives is better, if there is one. This runs for every stripe,
+                // and what is granted may pass over as many: without a bound the whole pool would end up here.
+                if stream.ready.borrow().len() < READY_MAX {
+                    self.ask_for_bands(stream);
+                }
                 if self.open_ready(stream, healthy) {
                     continue;
                 }
             }
             if healthy < needed {
+                self.look_again(stream);
                 return Opening::Wait;
             }
             let writer = band.writer.borrow();
@@ -200,7 +208,11 @@ impl Core {
     }
 
     fn no_band(self: &Rc<Self>, stream: &Stream) -> Opening {
-        self.ask_for_bands(stream);
+        if stream.ready.borrow().len() < READY_MAX {
+            self.ask_for_bands(stream);
+        } else {
+            self.look_again(stream);
+        }
         // Without a band for internal work, nothing can be compacted either.
         let stuck = self.internal.no_space.get() && self.internal.current.borrow().is_none();
         if stream.purpose != BandPurpose::User || !stream.no_space.get() {
@@ -215,6 +227,20 @@ impl Core {
             return Opening::Full;
         }
         Opening::Wait
+    }
+
+    /// Drives come back without a word to the engine: looks again in a moment, unless a grant is awaited anyway.
+    fn look_again(self: &Rc<Self>, stream: &Stream) {
+        if stream.asking.replace(true) {
+            return;
+        }
+        let core = Rc::clone(self);
+        let purpose = stream.purpose;
+        self.spawn(async move {
+            core.sleep(core.settings.retry * 5).await;
+            core.stream(purpose).asking.set(false);
+            core.pump.notify();
+        });
     }
 
     /// Opens the ready band with the most columns in service, if it has more than `better_than`.

@@ -84,6 +84,8 @@ impl Core {
             core.health.suspects.borrow_mut().remove(&drive);
             core.counters.suspects.decrement(1.0);
             core.changed.notify();
+            // Stripes may have waited for enough columns.
+            core.pump.notify();
         });
     }
 

@@ -15,7 +15,7 @@
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
-use futures_util::future::join_all;
+use futures_util::StreamExt as _;
 use weft_proto::band::{EpochGrant, RootPointer};
 use weft_proto::id::{Epoch, StripeNumber};
 
@@ -30,6 +30,11 @@ use crate::map::{
     BandState as RootBandState, HOST_LBA_END, MapError, MapIdentity, Mapping, PageMap, Root, RootHead,
 };
 use crate::seams::BandPurpose;
+
+/// Bands that recovery scans at once. Each has a piece of every column in flight, a megabyte or so; with all bands at once
+/// the reads wait for each other longer than a drive may take, sound drives are passed over, and recovery begins
+/// again, for ever. A guess: enough to keep n drives busy, and few enough to be answered within a stall.
+const SCANS: usize = 2;
 
 impl Core {
     pub(crate) async fn open(self: &Rc<Self>, grant: EpochGrant) -> Result<(), VolumeError> {
@@ -203,8 +208,9 @@ impl Core {
             };
             Some(self.scan_band(band, walk))
         });
+        let mut scans = futures_util::stream::iter(scans).buffered(SCANS);
         let mut stripes = BTreeMap::new();
-        for scan in join_all(scans).await {
+        while let Some(scan) = scans.next().await {
             stripes.extend(scan?);
         }
         Ok(stripes)

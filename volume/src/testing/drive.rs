@@ -97,6 +97,8 @@ struct State {
     /// Bytes written over its life, for write amplification.
     bytes_written: u64,
     reads: u64,
+    /// Most commands in flight at once.
+    in_flight_peak: usize,
 }
 
 struct Command {
@@ -151,6 +153,7 @@ impl SimDrive {
                 read_errors: BTreeSet::new(),
                 slowness: 1,
                 bytes_written: 0,
+                in_flight_peak: 0,
                 reads: 0,
             }),
         })
@@ -193,6 +196,13 @@ impl SimDrive {
     #[must_use]
     pub fn reads(&self) -> u64 {
         self.state.borrow().reads
+    }
+
+    /// Most commands it had in flight at once since this was asked last.
+    pub fn take_in_flight_peak(&self) -> usize {
+        let mut state = self.state.borrow_mut();
+        let now = state.in_flight.len();
+        std::mem::replace(&mut state.in_flight_peak, now)
     }
 
     // Faults.
@@ -494,6 +504,8 @@ impl SimDrive {
                 overdue: false,
             };
             state.in_flight.insert(id, command);
+            let now = state.in_flight.len();
+            state.in_flight_peak = state.in_flight_peak.max(now);
             (id, latency)
         };
         self.settle_later(id, latency);

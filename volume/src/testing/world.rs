@@ -519,7 +519,7 @@ impl World {
     }
 
     /// Does `event` at `time`; unless `owner` has crashed by then.
-    pub(super) fn at(
+    pub(crate) fn at(
         &self,
         time: Timestamp,
         owner: Option<IncarnationId>,

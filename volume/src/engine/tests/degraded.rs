@@ -132,3 +132,36 @@ fn recovery_needs_all_but_m_columns_and_says_which_are_missing() {
         }
     }
 }
+
+#[test]
+fn a_drive_that_is_away_does_not_make_the_owner_hoard_bands() {
+    let mut fixture = Fixture::new(6, 256, Geometry { k: 4, m: 2 }, 64 * MIB);
+    fixture.write(0, &[1]).unwrap();
+    fixture.set_health(2, Health::Dead);
+    for lba in 0..300 {
+        fixture.write(lba, &[lba + 2]).unwrap();
+    }
+    let bands = fixture.engine.stats().bands;
+    assert!(bands <= 12, "{bands} bands for 300 blocks");
+    fixture.check_all();
+}
+
+#[test]
+fn writes_go_on_when_drives_come_back_after_too_many_were_away() {
+    let mut fixture = Fixture::new(6, 256, Geometry { k: 4, m: 2 }, 64 * MIB);
+    fixture.write(0, &[1]).unwrap();
+    for round in 0..4 {
+        for drive in 1..=4 {
+            fixture.set_health(drive, Health::Stalled);
+        }
+        let world = fixture.world.clone();
+        let back = world.now().after(std::time::Duration::from_secs(5));
+        world.at(back, None, |world| {
+            for drive in 1..=4 {
+                world.drive(DriveId(drive)).set_health(Health::Serving);
+            }
+        });
+        fixture.write(round, &[round + 2]).unwrap();
+    }
+    fixture.check_all();
+}

@@ -1,0 +1,545 @@
+//! The nemesis: hurts a cluster of real agents on a seeded schedule, never more of it at once than the volumes'
+//! redundancy covers, and heals everything at the end.
+//!
+//! A node is *hurt* from the moment it is killed or stopped until the cluster shows it up, its drive online and its
+//! incarnation registered everywhere again. A node whose drive has rotted or vanished is *scarred*: it stays hurt for the
+//! rest of the run, since nothing rebuilds what the drive held yet. At most `m` nodes are hurt at once.
+//!
+//! The seed decides which fault comes next, on whom, for how long and after which pause; when a node has healed is for the
+//! cluster to say, so two runs of one seed differ in time.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex, mpsc};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use rand::rngs::SmallRng;
+use rand::{Rng as _, SeedableRng as _};
+use serde_json::Value as Json;
+use weft_node::local_cluster::Agents;
+
+use crate::clients::Volume;
+use crate::history::BLOCK_BYTES;
+
+/// How long a cluster without faults may take to serve everything again. Generous: a slow machine is not a failure.
+const HEAL_LIMIT: Duration = Duration::from_secs(180);
+
+/// Bytes at either end of a drive that are not its chunk area.
+const LABEL_BYTES: u64 = 1 << 20;
+
+/// What lasting harm a run does to one drive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Scar {
+    /// Bits flip in what the drive holds.
+    Rot,
+    /// Its file is removed while the agent has it open.
+    Removed,
+}
+
+/// Where a node stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Health {
+    Sound,
+    /// Killed; started again then.
+    Killed(Instant),
+    /// Stopped; resumed then.
+    Stopped(Instant),
+    /// Started or resumed at that time, and not in full service yet.
+    Healing(Instant),
+}
+
+/// The cluster as its own command line shows it.
+#[derive(Clone, Debug)]
+struct View {
+    /// When it was asked for.
+    asked: Instant,
+    nodes: Json,
+    drives: Json,
+    volumes: Json,
+}
+
+/// See the module.
+pub struct Nemesis {
+    agents: Agents,
+    volumes: Vec<Volume>,
+    random: SmallRng,
+    began: Instant,
+    health: Vec<Health>,
+    /// The node whose drive gets a scar, which one, and when.
+    scar: Option<(usize, Scar, Instant)>,
+    scarred: bool,
+    hurt_max: usize,
+    view: Arc<Mutex<Option<View>>>,
+    poller: Option<(mpsc::Sender<()>, JoinHandle<()>)>,
+    moves: Vec<JoinHandle<bool>>,
+    /// Faults so far, by kind.
+    pub faults: BTreeMap<&'static str, u64>,
+    /// Moves that were seen to their end.
+    pub moved: usize,
+    /// What must not happen and did.
+    pub failures: Vec<String>,
+}
+
+impl Nemesis {
+    /// A nemesis of `agents`, for a run that ends at `until`.
+    pub fn new(agents: Agents, volumes: &[Volume], seed: u64, began: Instant, until: Instant) -> Self {
+        let mut random = SmallRng::seed_from_u64(seed);
+        let nodes = agents.list.len();
+        // From a third of the run on: before, as many nodes are killed and stopped at once as redundancy covers.
+        let from = Instant::now() + (until - Instant::now()) / 3;
+        let scar = match random.random_range(0..4) {
+            0 => None,
+            1 | 2 => Some(Scar::Rot),
+            _ => Some(Scar::Removed),
+        }
+        .map(|scar| (random.random_range(0..nodes), scar, from));
+        let view = Arc::new(Mutex::new(None));
+        let poller = poll(&agents, view.clone());
+        Self {
+            health: vec![Health::Sound; nodes],
+            agents,
+            volumes: volumes.to_vec(),
+            random,
+            began,
+            scar,
+            scarred: false,
+            hurt_max: 2,
+            view,
+            poller: Some(poller),
+            moves: Vec::new(),
+            faults: BTreeMap::new(),
+            moved: 0,
+            failures: Vec::new(),
+        }
+    }
+
+    /// Hurts the cluster until `until`; calls `tick` now and then, and ends early when that says so.
+    ///
+    /// # Errors
+    /// A process cannot be started or signalled.
+    pub fn rage(&mut self, until: Instant, mut tick: impl FnMut() -> bool) -> anyhow::Result<()> {
+        let mut next = Instant::now() + Duration::from_secs(2);
+        while Instant::now() < until && tick() {
+            self.heal_due()?;
+            self.expect_all_alive()?;
+            if Instant::now() >= next {
+                self.strike()?;
+                next = Instant::now() + self.draw_ms(300, 6_000);
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+
+    /// Ends all faults and waits until the cluster is whole, but for scars.
+    ///
+    /// # Errors
+    /// It does not become whole.
+    pub fn heal(&mut self) -> anyhow::Result<()> {
+        self.say("the end: everything is healed");
+        for health in &mut self.health {
+            if let Health::Killed(due) | Health::Stopped(due) = health {
+                *due = Instant::now();
+            }
+        }
+        let deadline = Instant::now() + HEAL_LIMIT;
+        loop {
+            self.heal_due()?;
+            self.expect_all_alive()?;
+            let missing = self.missing();
+            if missing.is_empty() {
+                break;
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "{} s after the last fault: {}",
+                HEAL_LIMIT.as_secs(),
+                missing.join(", ")
+            );
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        let moves = std::mem::take(&mut self.moves);
+        let done = moves.into_iter().filter_map(|thread| thread.join().ok());
+        self.moved = done.filter(|finished| *finished).count();
+        self.say("whole again");
+        Ok(())
+    }
+
+    /// Addresses of all nodes' NVMe/TCP listeners.
+    #[must_use]
+    pub fn nvme_addresses(&self) -> Vec<std::net::SocketAddr> {
+        self.agents
+            .list
+            .iter()
+            .map(|agent| agent.config.nvme_listen)
+            .collect()
+    }
+
+    fn strike(&mut self) -> anyhow::Result<()> {
+        if let Some((node, scar, from)) = self.scar
+            && Instant::now() >= from
+            && (self.scarred || self.health[node] == Health::Sound && self.hurt() < self.hurt_max)
+            && (!self.scarred || scar == Scar::Rot && self.random.random_range(0..8) == 0)
+        {
+            self.scarred = true;
+            return self.injure(node, scar);
+        }
+        match self.random.random_range(0..100) {
+            0..40 => self.kill(),
+            40..75 => self.stop(),
+            75..85 => {
+                self.kill()?;
+                self.stop()
+            }
+            _ => {
+                self.move_volume();
+                Ok(())
+            }
+        }
+    }
+
+    fn kill(&mut self) -> anyhow::Result<()> {
+        let Some(node) = self.victim(false) else {
+            return Ok(());
+        };
+        let down = self.draw_ms(100, 15_000);
+        self.fault("kill", &format!("{}, down for {down:?}", self.name(node)));
+        self.agents.kill(node)?;
+        self.health[node] = Health::Killed(Instant::now() + down);
+        Ok(())
+    }
+
+    fn stop(&mut self) -> anyhow::Result<()> {
+        let Some(node) = self.victim(true) else {
+            return Ok(());
+        };
+        let stopped = self.draw_ms(100, 20_000);
+        self.fault("stop", &format!("{}, for {stopped:?}", self.name(node)));
+        self.agents.signal(node, "STOP")?;
+        self.health[node] = Health::Stopped(Instant::now() + stopped);
+        Ok(())
+    }
+
+    fn move_volume(&mut self) {
+        let volume = &self.volumes[self.random.random_range(0..self.volumes.len())];
+        let to = self.random.random_range(0..self.health.len());
+        if self.health[to] != Health::Sound || self.is_scarred(to) {
+            return;
+        }
+        let (volume, to) = (volume.name.clone(), self.name(to).to_owned());
+        self.fault("move", &format!("{volume} to {to}"));
+        let mut command = weft(&self.agents, &["volume", "move", &volume, "--to", &to]);
+        // Whether it gets there is not promised: its target may be the next victim.
+        command.stdout(Stdio::null());
+        let wait = move || command.status().is_ok_and(|status| status.success());
+        self.moves.push(std::thread::spawn(wait));
+    }
+
+    /// A node that may be hurt now: an owner in half of the cases.
+    fn victim(&mut self, stop: bool) -> Option<usize> {
+        let removed = |scar: &Option<(usize, Scar, Instant)>, node| matches!(scar, Some((scarred, Scar::Removed, _)) if *scarred == node);
+        let may = |node: usize| {
+            let room = self.hurt() < self.hurt_max || self.is_scarred(node);
+            // An agent does not start without its drive's file.
+            let startable = stop || !self.scarred || !removed(&self.scar, node);
+            self.health[node] == Health::Sound && room && startable
+        };
+        let candidates: Vec<usize> = (0..self.health.len()).filter(|node| may(*node)).collect();
+        let owners: Vec<usize> = candidates
+            .iter()
+            .copied()
+            .filter(|node| self.owns(*node))
+            .collect();
+        let among = if !owners.is_empty() && self.random.random_bool(0.5) {
+            owners
+        } else {
+            candidates
+        };
+        (!among.is_empty()).then(|| among[self.random.random_range(0..among.len())])
+    }
+
+    fn injure(&mut self, node: usize, scar: Scar) -> anyhow::Result<()> {
+        let drive = self.agents.list[node].config.drives[0].path.clone();
+        match scar {
+            Scar::Rot => {
+                let flipped = flip_bits(&drive, &mut self.random)?;
+                self.fault("rot", &format!("{}, {flipped} bits flipped", self.name(node)));
+            }
+            Scar::Removed => {
+                self.fault("remove", &format!("the drive file of {}", self.name(node)));
+                fs::remove_file(&drive).with_context(|| format!("remove {}", drive.display()))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts and resumes what is due, and notes who has healed.
+    fn heal_due(&mut self) -> anyhow::Result<()> {
+        let now = Instant::now();
+        for node in 0..self.health.len() {
+            match self.health[node] {
+                Health::Killed(due) if due <= now => {
+                    self.agents.start(node)?;
+                    self.say(&format!("start {}", self.name(node)));
+                }
+                Health::Stopped(due) if due <= now => {
+                    self.agents.signal(node, "CONT")?;
+                    self.say(&format!("resume {}", self.name(node)));
+                }
+                Health::Healing(since) if self.sound_since(node, since) => {
+                    self.health[node] = Health::Sound;
+                    self.say(&format!(
+                        "{} is whole after {:.1?}",
+                        self.name(node),
+                        since.elapsed()
+                    ));
+                    continue;
+                }
+                _ => continue,
+            }
+            self.health[node] = Health::Healing(Instant::now());
+        }
+        Ok(())
+    }
+
+    /// An agent that ends by itself is a failure; it is started again so that the run can go on.
+    fn expect_all_alive(&mut self) -> anyhow::Result<()> {
+        let Some(sentence) = self.agents.first_dead() else {
+            return Ok(());
+        };
+        self.say(&sentence);
+        let name = sentence.split_whitespace().nth(1).unwrap_or_default();
+        let node = self.agents.index_of(name).context("the agent that ended")?;
+        self.failures.push(sentence);
+        self.agents.kill(node)?;
+        self.health[node] = Health::Killed(Instant::now());
+        Ok(())
+    }
+
+    fn hurt(&self) -> usize {
+        let hurt = |node: &usize| self.health[*node] != Health::Sound || self.is_scarred(*node);
+        (0..self.health.len()).filter(hurt).count()
+    }
+
+    fn is_scarred(&self, node: usize) -> bool {
+        self.scarred && self.scar.is_some_and(|(scarred, ..)| scarred == node)
+    }
+
+    fn owns(&self, node: usize) -> bool {
+        let Some(view) = self.view() else { return false };
+        let id = named(&view.nodes, self.name(node))["id"].clone();
+        entries(&view.volumes).any(|volume| owner(volume) == Some(&id))
+    }
+
+    /// Whether a view that was asked for after `since` shows the node in full service.
+    fn sound_since(&self, node: usize, since: Instant) -> bool {
+        // A second on top: the leader may not have noticed yet that the node was away.
+        let settled = since + Duration::from_secs(1);
+        self.view()
+            .is_some_and(|view| view.asked > settled && self.unsound(node, &view).is_none())
+    }
+
+    /// What a node lacks.
+    fn unsound(&self, node: usize, view: &View) -> Option<String> {
+        let name = self.name(node);
+        let own = named(&view.nodes, name);
+        if own["state"] != "Up" {
+            return Some(format!("{name} is not up"));
+        }
+        let removed = |drive: &Json| {
+            let scar = self
+                .scar
+                .filter(|(.., scar, _)| self.scarred && *scar == Scar::Removed);
+            scar.is_some_and(|(node, ..)| drive["home"]["Node"] == named(&view.nodes, self.name(node))["id"])
+        };
+        for drive in entries(&view.drives).filter(|drive| !removed(drive)) {
+            let drive_name = &drive["name"];
+            let at_home = drive["home"]["Node"] == own["id"];
+            if at_home && drive["state"] != "Online" {
+                return Some(format!("drive {drive_name} of {name} is {}", drive["state"]));
+            }
+            // Both ways: the node on every drive, and everybody on the node's drive.
+            for other in entries(&view.nodes).filter(|other| at_home || other["id"] == own["id"]) {
+                let incarnation = other["incarnation"].to_string();
+                if other["state"] == "Up" && drive["registrations"][incarnation.trim_matches('"')].is_null() {
+                    return Some(format!(
+                        "{} is not registered on drive {drive_name}",
+                        other["name"]
+                    ));
+                }
+            }
+        }
+        None
+    }
+
+    /// What keeps the cluster from being whole.
+    fn missing(&self) -> Vec<String> {
+        let Some(view) = self.view() else {
+            return vec!["the cluster does not say how it is".to_owned()];
+        };
+        let mut missing: Vec<String> = (0..self.health.len())
+            .filter_map(|node| match self.health[node] {
+                Health::Sound => None,
+                _ => Some(
+                    self.unsound(node, &view)
+                        .unwrap_or_else(|| format!("{} heals", self.name(node))),
+                ),
+            })
+            .collect();
+        missing.extend(entries(&view.volumes).filter_map(|volume| {
+            let phase = &volume["phase"];
+            phase["Serving"]
+                .is_null()
+                .then(|| format!("volume {} is {phase}", volume["name"]))
+        }));
+        missing
+    }
+
+    fn view(&self) -> Option<View> {
+        self.view.lock().ok()?.clone()
+    }
+
+    fn name(&self, node: usize) -> &str {
+        &self.agents.list[node].config.name
+    }
+
+    fn fault(&mut self, kind: &'static str, what: &str) {
+        *self.faults.entry(kind).or_default() += 1;
+        self.say(&format!("{kind} {what}"));
+    }
+
+    fn say(&self, sentence: &str) {
+        eprintln!("{:9.3} s  {sentence}", self.began.elapsed().as_secs_f64());
+    }
+
+    /// Milliseconds whose logarithm is evenly spread: short ones as often as long ones.
+    fn draw_ms(&mut self, least: u64, most: u64) -> Duration {
+        let exponent = self.random.random_range((least as f64).ln()..(most as f64).ln());
+        Duration::from_millis(exponent.exp() as u64)
+    }
+}
+
+impl Drop for Nemesis {
+    fn drop(&mut self) {
+        if let Some((stop, thread)) = self.poller.take() {
+            drop(stop);
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Asks the cluster again and again on a thread of its own: a question may take seconds while there is no leader.
+fn poll(agents: &Agents, view: Arc<Mutex<Option<View>>>) -> (mpsc::Sender<()>, JoinHandle<()>) {
+    let (stop, stopped) = mpsc::channel();
+    let mut questions = ["node", "drive", "volume"].map(|noun| weft(agents, &["--json", noun, "list"]));
+    let thread = std::thread::spawn(move || {
+        while stopped.recv_timeout(Duration::from_millis(500)) == Err(mpsc::RecvTimeoutError::Timeout) {
+            let asked = Instant::now();
+            let [nodes, drives, volumes] = questions.each_mut().map(answer);
+            if let (Some(nodes), Some(drives), Some(volumes)) = (nodes, drives, volumes) {
+                let fresh = View {
+                    asked,
+                    nodes,
+                    drives,
+                    volumes,
+                };
+                if let Ok(mut view) = view.lock() {
+                    *view = Some(fresh);
+                }
+            }
+        }
+    });
+    (stop, thread)
+}
+
+fn answer(question: &mut Command) -> Option<Json> {
+    let output = question.output().ok()?;
+    serde_json::from_slice(&output.stdout).ok()
+}
+
+/// `weft --cluster <all agents> ARGUMENTS`, not started.
+fn weft(agents: &Agents, arguments: &[&str]) -> Command {
+    let mut command = agents.command(arguments);
+    command.stderr(Stdio::null());
+    command
+}
+
+fn entries(list: &Json) -> impl Iterator<Item = &Json> {
+    list.as_array().into_iter().flatten()
+}
+
+fn named<'a>(list: &'a Json, name: &str) -> &'a Json {
+    entries(list)
+        .find(|entry| entry["name"] == name)
+        .unwrap_or(&Json::Null)
+}
+
+/// The node that owns a volume, in whichever phase.
+fn owner(volume: &Json) -> Option<&Json> {
+    let phase = volume["phase"].as_object()?.values().next()?;
+    phase.get("owner").map(|owner| &owner["node"])
+}
+
+/// Flips one bit in about one of eight blocks of the chunk area that hold anything. Returns how many.
+///
+/// Past the page cache, as the agent reads and writes: dirty pages in its way would fail its flushes. A block that the agent
+/// writes in the same moment may keep older bytes: no more than a drive may do that counts as hurt.
+///
+/// # Errors
+/// The file's.
+fn flip_bits(drive: &Path, random: &mut SmallRng) -> anyhow::Result<u64> {
+    let direct = i32::try_from(rustix::fs::OFlags::DIRECT.bits()).context("O_DIRECT")?;
+    let file = fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(direct)
+        .open(drive)
+        .with_context(|| format!("open {}", drive.display()))?;
+    let end = file.metadata()?.len() - LABEL_BYTES;
+    // Direct I/O takes aligned memory only.
+    let mut memory = vec![0; 2 * BLOCK_BYTES];
+    let aligned = memory.as_ptr().align_offset(BLOCK_BYTES);
+    let block = &mut memory[aligned..aligned + BLOCK_BYTES];
+    let mut flipped = 0;
+    for offset in (LABEL_BYTES..end).step_by(BLOCK_BYTES) {
+        file.read_exact_at(block, offset)?;
+        if block.iter().all(|byte| *byte == 0) || random.random_range(0..8) != 0 {
+            continue;
+        }
+        block[random.random_range(0..BLOCK_BYTES)] ^= 1 << random.random_range(0..8);
+        file.write_all_at(block, offset)?;
+        flipped += 1;
+    }
+    Ok(flipped)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flips_hit_blocks_that_hold_something_and_no_label() {
+        // Beside the sources: a temporary folder may be in memory, where direct I/O does not go.
+        let file = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let bytes = LABEL_BYTES * 2 + 64 * 4096;
+        file.as_file().set_len(bytes).unwrap();
+        file.as_file().write_all_at(&[7; 32 * 4096], LABEL_BYTES).unwrap();
+        let before = fs::read(file.path()).unwrap();
+        let flipped = flip_bits(file.path(), &mut SmallRng::seed_from_u64(1)).unwrap();
+        let after = fs::read(file.path()).unwrap();
+        let differ: Vec<usize> = (0..before.len()).filter(|at| before[*at] != after[*at]).collect();
+        assert_eq!(differ.len() as u64, flipped);
+        assert!(flipped > 0);
+        let held = LABEL_BYTES as usize..LABEL_BYTES as usize + 32 * 4096;
+        assert!(
+            differ
+                .iter()
+                .all(|at| held.contains(at) && (before[*at] ^ after[*at]).count_ones() == 1)
+        );
+    }
+}
