@@ -67,6 +67,8 @@ pub struct LeaderCore {
     assigned: BTreeMap<VolumeId, (Epoch, Duration)>,
     deleted: BTreeMap<VolumeId, Duration>,
     declared: BTreeMap<IncarnationId, Duration>,
+    /// When this leader last ran.
+    awake_at: Option<Duration>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -95,6 +97,21 @@ impl Heard {
 }
 
 impl LeaderCore {
+    /// This leader runs: to be called at least every [`SILENCE`] / 2, before what has happened since is told. After a longer
+    /// pause it has heard nobody, which says nothing of them: everybody gets the time to be heard again.
+    pub fn awake(&mut self, now: Duration) {
+        let paused = self
+            .awake_at
+            .replace(now)
+            .is_some_and(|at| now.saturating_sub(at) > SILENCE / 2);
+        if paused {
+            for heard in self.heard.values_mut() {
+                heard.since = now;
+                heard.at = heard.at.map(|_| now);
+            }
+        }
+    }
+
     /// A heartbeat came.
     pub fn heartbeat(&mut self, now: Duration, incarnation: IncarnationId) {
         let heard = Heard {

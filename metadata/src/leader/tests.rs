@@ -117,6 +117,23 @@ fn a_broken_session_and_a_refusing_port_are_death_at_once() {
 }
 
 #[test]
+fn a_leader_that_was_paused_itself_holds_nobody_to_be_dead() {
+    let map = map(3);
+    let mut core = settled(&map, ms(0));
+    core.awake(ms(0));
+    core.awake(ms(50));
+    core.awake(ms(13_000));
+    assert_eq!(core.decide(ms(13_000), &map).deaths, []);
+    core.heartbeat(ms(13_200), IncarnationId(1));
+    core.heartbeat(ms(13_200), IncarnationId(2));
+    for now in (13_050..14_000).step_by(50) {
+        core.awake(ms(now));
+    }
+    let decisions = core.decide(ms(14_001), &map);
+    assert_eq!(decisions.deaths, [(IncarnationId(3), Cause::Silent)]);
+}
+
+#[test]
 fn an_incarnation_that_has_just_started_gets_its_time_from_any_leader() {
     let mut map = map(3);
     let newcomer = map.incarnations.remove(&IncarnationId(3)).unwrap();

@@ -78,6 +78,7 @@ impl Driver {
                 continue;
             };
             let now = started.elapsed();
+            core.awake(now);
             for event in received {
                 match event {
                     Event::Heartbeat(incarnation) => core.heartbeat(now, incarnation),
