@@ -54,7 +54,7 @@ pub struct Status {
     pub term: u64,
     /// Index of the last entry applied by the leader.
     pub applied_index: u64,
-    /// Members that vote.
+    /// Members that vote, by a membership that is committed: a minority of them can be spared.
     pub voters: Vec<NodeId>,
     /// Members that follow without a vote.
     pub learners: Vec<NodeId>,

@@ -142,7 +142,9 @@ impl Driver {
         // A group that has just formed hangs on its first member: one step follows the other at once.
         let mut go_on = false;
         loop {
-            if !go_on {
+            if go_on {
+                tokio::time::sleep(TICK).await;
+            } else {
                 ticks.tick().await;
             }
             go_on = false;

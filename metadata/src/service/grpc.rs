@@ -138,12 +138,20 @@ impl ClientService {
             Query::Status => {
                 let metrics = self.raft.metrics().borrow_watched().clone();
                 let membership = metrics.membership_config.membership();
+                // While a change is under way nobody may rely on the new voters: a majority of the old ones is needed too.
+                let settled = membership.get_joint_config().len() == 1
+                    && *metrics.membership_config.log_id() <= metrics.last_applied;
+                let voters: Vec<u64> = match membership.get_joint_config().first() {
+                    _ if settled => membership.voter_ids().collect(),
+                    Some(old) if membership.get_joint_config().len() > 1 => old.iter().copied().collect(),
+                    _ => vec![metrics.id],
+                };
                 let node = |id: u64| NodeId(u32::try_from(id).unwrap_or(u32::MAX));
                 Answer::Status(Box::new(Status {
                     leader: node(metrics.id),
                     term: metrics.current_term,
                     applied_index: metrics.last_applied.map_or(0, |log_id| log_id.index),
-                    voters: membership.voter_ids().map(node).collect(),
+                    voters: voters.into_iter().map(node).collect(),
                     learners: membership.learner_ids().map(node).collect(),
                     ..Status::of(state)
                 }))
