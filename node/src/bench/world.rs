@@ -8,6 +8,7 @@ use std::rc::Rc;
 use futures_util::FutureExt as _;
 use futures_util::future::{LocalBoxFuture, ready};
 use weft_block::Device;
+use weft_metadata::state::space::DriveSpace;
 use weft_proto::band::{
     Band, ChunkAddress, ChunkSize, EpochGrant, Geometry, RootUpdate, WINDOW_ROWS_DEFAULT,
 };
@@ -24,7 +25,7 @@ const VOLUME: VolumeId = VolumeId(1);
 const EPOCH: Epoch = Epoch(1);
 
 /// MiB of each drive that internal bands may use and user bands may not.
-const RESERVE_MIB: u32 = 48;
+const RESERVE_MIB: u64 = 48;
 
 /// See the module.
 pub(super) struct World {
@@ -33,11 +34,10 @@ pub(super) struct World {
     state: RefCell<State>,
 }
 
-#[derive(Default)]
 struct State {
     geometry: Option<Geometry>,
     /// Of each drive alike: every band has a chunk at the same offset of every drive.
-    free: BTreeMap<u32, u32>,
+    space: DriveSpace,
     granted: BTreeMap<BandId, Band>,
     last_band: u64,
     root_version: u64,
@@ -51,9 +51,12 @@ impl World {
             env: Rc::new(TokioEnv::new()),
             devices,
             state: RefCell::new(State {
+                geometry: None,
                 // The first MiB is a label's.
-                free: BTreeMap::from([(1, mib - 1)]),
-                ..State::default()
+                space: DriveSpace::new(1, mib),
+                granted: BTreeMap::new(),
+                last_band: 0,
+                root_version: 0,
             }),
         })
     }
@@ -108,40 +111,18 @@ impl World {
 }
 
 impl State {
-    /// First fit: one volume and three sizes leave no fragments worth a thought.
-    fn take(&mut self, mib: u32, reserve: u32) -> Option<u32> {
-        let free: u32 = self.free.values().sum();
-        if free < mib + reserve {
+    /// A chunk at the same offset of every drive, which leaves `reserve_mib` of each.
+    fn take(&mut self, size: ChunkSize, reserve_mib: u64) -> Option<u32> {
+        if self.space.free_mib() < u64::from(size.mib()) + reserve_mib {
             return None;
         }
-        let (offset, length) = self
-            .free
-            .iter()
-            .find(|(_, length)| **length >= mib)
-            .map(|(o, l)| (*o, *l))?;
-        self.free.remove(&offset);
-        if length > mib {
-            self.free.insert(offset + mib, length - mib);
-        }
-        Some(offset)
+        self.space.allocate(size)
     }
 
     fn give_back(&mut self, id: BandId) {
-        let Some(band) = self.granted.remove(&id) else {
-            return;
-        };
-        let (mut offset, mut length) = (band.columns[0].offset_mib, band.chunk_size.mib());
-        if let Some(after) = self.free.remove(&(offset + length)) {
-            length += after;
+        if let Some(band) = self.granted.remove(&id) {
+            self.space.release(band.columns[0].offset_mib, band.chunk_size);
         }
-        if let Some((before, before_length)) = self.free.range(..offset).next_back().map(|(o, l)| (*o, *l))
-            && before + before_length == offset
-        {
-            self.free.remove(&before);
-            offset = before;
-            length += before_length;
-        }
-        self.free.insert(offset, length);
     }
 }
 
@@ -176,8 +157,7 @@ impl Directory for World {
         };
         let mut bands = Vec::new();
         for _ in 0..count {
-            let (Some(geometry), Some(offset_mib)) = (state.geometry, state.take(chunk_size.mib(), reserve))
-            else {
+            let (Some(geometry), Some(offset_mib)) = (state.geometry, state.take(chunk_size, reserve)) else {
                 break;
             };
             state.last_band += 1;
@@ -239,42 +219,5 @@ impl Directory for World {
             state.give_back(band);
         }
         ready(Ok(())).boxed_local()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn space_that_is_given_back_is_whole_again() {
-        let mut state = State {
-            free: BTreeMap::from([(1, 100)]),
-            ..State::default()
-        };
-        let band = |id, offset_mib, chunk_size| Band {
-            id: BandId(id),
-            volume: VOLUME,
-            layer: LayerId(1),
-            epoch: EPOCH,
-            geometry: Geometry::new(1, 1).unwrap(),
-            chunk_size,
-            window_rows: 1,
-            version: 1,
-            columns: vec![ChunkAddress {
-                drive: DriveId(1),
-                offset_mib,
-            }],
-        };
-        for (id, size) in [(1, ChunkSize::Mib8), (2, ChunkSize::Mib1), (3, ChunkSize::Mib64)] {
-            let offset = state.take(size.mib(), 0).unwrap();
-            state.granted.insert(BandId(id), band(id, offset, size));
-        }
-        assert_eq!(state.take(64, 0), None, "27 are left");
-        assert_eq!(state.take(20, 10), None, "and some of them reserved");
-        for id in [2, 1, 3] {
-            state.give_back(BandId(id));
-        }
-        assert_eq!(state.free, BTreeMap::from([(1, 100)]));
     }
 }
