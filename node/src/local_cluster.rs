@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
 
+use weft_metadata::service::voters_among;
+
 use crate::config::{Config, DriveConfig, EngineConfig, FabricConfig};
 
 /// Clusters that this process has made.
@@ -256,11 +258,7 @@ impl Agents {
             })?;
         }
         self.wait_for_drives(self.list.len() * self.options.drives as usize)?;
-        // An even number never votes, nor more members than there are.
-        let wanted = [5, 3, 1]
-            .into_iter()
-            .find(|count| *count <= voters as usize && *count <= addresses.len())
-            .unwrap_or(1);
+        let wanted = voters_among(voters as usize, addresses.len()).context("no voters")?;
         self.wait_until("the voters vote", |agents| {
             agents
                 .weft_json(&["status"])

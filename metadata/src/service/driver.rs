@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior};
 use weft_proto::id::{IncarnationId, NodeId};
 
-use super::RaftGroup;
+use super::{RaftGroup, voters_among};
 use crate::leader::{Decisions, LeaderCore};
 use crate::metrics;
 use crate::raft::Proposal;
@@ -259,9 +259,7 @@ fn next_change(map: &ClusterMap, members: &Members) -> Option<Change> {
         .filter(|node| !members.voters.contains(node))
         .collect();
     let reachable = members.voters.len() + up.len();
-    let wanted = [5, 3, 1]
-        .into_iter()
-        .find(|count| *count <= target && *count <= reachable)?;
+    let wanted = voters_among(target, reachable)?;
     if members.voters.len() >= wanted {
         return None;
     }

@@ -4,9 +4,9 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use futures_util::{Stream, StreamExt};
-use openraft::ReadPolicy;
 use openraft::async_runtime::WatchReceiver;
 use openraft::errors::{ClientWriteError, LinearizableReadError, RaftError};
+use openraft::{RaftMetrics, ReadPolicy};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status as GrpcStatus, Streaming};
@@ -138,25 +138,28 @@ impl ClientService {
             Query::Status => {
                 let metrics = self.raft.metrics().borrow_watched().clone();
                 let membership = metrics.membership_config.membership();
-                // While a change is under way nobody may rely on the new voters: a majority of the old ones is needed too.
-                let settled = membership.get_joint_config().len() == 1
-                    && *metrics.membership_config.log_id() <= metrics.last_applied;
-                let voters: Vec<u64> = match membership.get_joint_config().first() {
-                    _ if settled => membership.voter_ids().collect(),
-                    Some(old) if membership.get_joint_config().len() > 1 => old.iter().copied().collect(),
-                    _ => vec![metrics.id],
-                };
                 let node = |id: u64| NodeId(u32::try_from(id).unwrap_or(u32::MAX));
                 Answer::Status(Box::new(Status {
                     leader: node(metrics.id),
                     term: metrics.current_term,
                     applied_index: metrics.last_applied.map_or(0, |log_id| log_id.index),
-                    voters: voters.into_iter().map(node).collect(),
+                    voters: voters(&metrics).into_iter().map(node).collect(),
                     learners: membership.learner_ids().map(node).collect(),
                     ..Status::of(state)
                 }))
             }
         })
+    }
+}
+
+/// The members of which a minority can be spared now. While a change is under way a majority of the old voters is needed as
+/// well, so the new ones do not count before their membership is committed.
+fn voters(metrics: &RaftMetrics<TypeConfig>) -> Vec<u64> {
+    let stored = &metrics.membership_config;
+    match stored.membership().get_joint_config().as_slice() {
+        [old, _, ..] => old.iter().copied().collect(),
+        [voters] if *stored.log_id() <= metrics.last_applied => voters.iter().copied().collect(),
+        _ => vec![metrics.id],
     }
 }
 

@@ -275,6 +275,14 @@ impl MetadataService {
     }
 }
 
+/// How many of `members` vote where `wished` shall: 5, 3 or 1, since an even number only adds a way to fail. `None` of none.
+#[must_use]
+pub fn voters_among(wished: usize, members: usize) -> Option<usize> {
+    [5, 3, 1]
+        .into_iter()
+        .find(|count| *count <= wished && *count <= members)
+}
+
 /// What arrives on a listener. Without delay: a server that is given its connections does not set that by itself, and an
 /// answer of two packets then waits 40 ms for an acknowledgement.
 pub fn incoming(listener: TcpListener) -> TcpIncoming {

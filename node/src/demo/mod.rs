@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use weft_metadata::client::MetadataClient;
+use weft_metadata::service::voters_among;
 use weft_metadata::state::map::{Drive, Phase, Volume};
 use weft_metadata::state::{ClusterMap, Command as Proposal};
 use weft_proto::grpc::admin::admin_client::AdminClient;
@@ -141,7 +142,7 @@ async fn demo(args: &DemoArgs, report: &mut Report, json: bool) -> anyhow::Resul
         crate::view::drives(map).filter(registered).count() == (args.nodes * args.drives) as usize
     })
     .await?;
-    wait_for_voters(&client, voters as usize).await?;
+    wait_for_voters(&client, voters).await?;
     let volume = create_volume(&client, input.bytes()).await?;
     let host = Host::connect(&volume, &agents).await?;
     let probe_block = load::span_bytes(input.bytes()) / 4096;
@@ -425,15 +426,11 @@ impl Demo<'_> {
 }
 
 /// `weft init` on the first agent and `weft join` on the others; answers how many members shall vote.
-async fn form_cluster(addresses: &[String]) -> anyhow::Result<u32> {
-    let voters = match addresses.len() {
-        0..3 => 1,
-        3 | 4 => 3,
-        _ => 5,
-    };
+async fn form_cluster(addresses: &[String]) -> anyhow::Result<usize> {
+    let voters = voters_among(5, addresses.len()).context("no agents")?;
     let request = InitRequest {
         cluster_name: "demo".to_owned(),
-        voters,
+        voters: u32::try_from(voters)?,
         force: false,
     };
     admin(&addresses[0]).await?.init(request).await.context("init")?;
