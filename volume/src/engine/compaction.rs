@@ -213,6 +213,8 @@ impl Core {
             }
         }
         drop(stripes);
+        // Neighbours are found in the same blocks of the map.
+        candidates.sort_unstable_by_key(|(lba, _)| *lba);
         for batch in candidates.chunks(self.settings.compaction_blocks.max(1)) {
             if self.life.get() != Life::Serving {
                 return Err(VolumeError::Closed);
@@ -289,9 +291,17 @@ impl Core {
                 PageState::Pending => Found::Pending,
             });
         }
+        // Most are dead, and what is dead stays so: those need not be registered.
+        let is_entry = |found: &Mapping| match found {
+            Mapping::Data(found) => found.same_place(entry) && found.sequence == entry.sequence,
+            Mapping::Zero(_) | Mapping::Unwritten => false,
+        };
+        if map.lookup_cached(lba).is_some_and(|found| !is_entry(&found)) {
+            return Ok(Found::Dead);
+        }
         let copy = self.register(lba, group);
         match map.lookup(lba).await {
-            Ok(Mapping::Data(found)) if found.same_place(entry) && found.sequence == entry.sequence => {
+            Ok(Mapping::Data(found)) if is_entry(&Mapping::Data(found)) => {
                 copy.sequence.set(Some(found.sequence));
                 Ok(Found::Live(Live {
                     copy,

@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 
+use foldhash::fast::FixedState;
 use weft_proto::units::BLOCK_BYTES;
 
 use super::address::PageId;
@@ -35,7 +36,8 @@ struct Frame {
 #[derive(Debug)]
 pub(crate) struct Cache {
     frames: Vec<Frame>,
-    by_id: HashMap<PageId, usize>,
+    /// With a fast hash: a lookup asks for a block per run and level, and nobody outside chooses their numbers.
+    by_id: HashMap<PageId, usize, FixedState>,
     hand: usize,
     frames_max: usize,
     hits: u64,
@@ -46,7 +48,7 @@ impl Cache {
     pub(crate) fn new(bytes_max: usize) -> Self {
         Self {
             frames: Vec::new(),
-            by_id: HashMap::new(),
+            by_id: HashMap::default(),
             hand: 0,
             frames_max: (bytes_max / CACHED_PAGE_BYTES).max(1),
             hits: 0,
