@@ -44,7 +44,7 @@ async fn check(path: &std::path::Path, engine: Engine) {
     for depth in DEPTHS {
         let reads = measure(&device, depth, |device, start, count| {
             let read = device.read(LbaRange { start, count });
-            Box::pin(async move { read.await.map(drop) })
+            weft_block::Io::running(async move { read.await.map(drop) })
         });
         println!("{engine:?}: 4 KiB reads at depth {depth}: {:.0}/s", reads.await);
         let data = AlignedBuf::zeroed(4096).freeze();

@@ -38,7 +38,6 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use futures_util::FutureExt;
 use tokio::sync::{Notify, oneshot};
 use weft_proto::units::{Lba, LbaRange};
 
@@ -238,20 +237,19 @@ impl Faulty {
         forgotten: impl FnOnce() -> T,
     ) -> Io<T> {
         if let Err(gone) = self.faults.check_alive() {
-            return answer(Err(gone));
+            return Io::ready(Err(gone));
         }
         let device = self.device.clone();
         match self.faults.meet(op) {
             None => operation(&device, None),
-            Some(Fault::Fail(error)) => answer(Err(error)),
-            Some(Fault::Forget) => answer(Ok(forgotten())),
+            Some(Fault::Fail(error)) => Io::ready(Err(error)),
+            Some(Fault::Forget) => Io::ready(Ok(forgotten())),
             Some(Fault::AnswerUnknown) => {
                 let done = operation(&device, None);
-                async move {
+                Io::running(async move {
                     let _ = done.await;
                     Err(BlockError::Unknown)
-                }
-                .boxed_local()
+                })
             }
             Some(fault @ (Fault::FlipBit(_) | Fault::Misdirect(_))) => operation(&device, Some(&fault)),
             Some(Fault::Hold) => {
@@ -282,7 +280,7 @@ impl Faulty {
         let start = Box::new(move || {
             let io = match faults.check_alive() {
                 Ok(()) => operation(&device, None),
-                Err(gone) => answer(Err(gone)),
+                Err(gone) => Io::ready(Err(gone)),
             };
             // Nobody may be waiting any more.
             let _ = sender.send(io);
@@ -294,12 +292,8 @@ impl Faulty {
                 Err(_) => Err(BlockError::Unknown),
             }
         };
-        (start, started.boxed_local())
+        (start, Io::running(started))
     }
-}
-
-fn answer<T: 'static>(result: Result<T, BlockError>) -> Io<T> {
-    std::future::ready(result).boxed_local()
 }
 
 fn misdirected(range: LbaRange, fault: Option<&Fault>) -> LbaRange {
@@ -331,16 +325,15 @@ impl BlockDevice for Faulty {
     fn read(&self, range: LbaRange) -> Io<Bytes> {
         let info = self.device.info();
         if let Err(error) = info.check_read(range) {
-            return answer(Err(error));
+            return Io::ready(Err(error));
         }
         let operation = move |device: &Device, fault: Option<&Fault>| {
             let data = device.read(misdirected(range, fault));
             let fault = fault.cloned();
-            async move {
+            Io::running(async move {
                 let data = data.await?;
                 Ok(bent(std::slice::from_ref(&data), fault.as_ref()).unwrap_or(data))
-            }
-            .boxed_local()
+            })
         };
         let len = info.check_read(range).unwrap_or(0);
         self.run(Ops::READ, operation, || Bytes::from(vec![0; len]))
@@ -349,7 +342,7 @@ impl BlockDevice for Faulty {
     fn write(&self, start: Lba, data: Vec<Bytes>, durability: Durability) -> Io<()> {
         let range = match self.device.info().check_write(start, &data) {
             Ok(range) => range,
-            Err(error) => return answer(Err(error)),
+            Err(error) => return Io::ready(Err(error)),
         };
         let operation = move |device: &Device, fault: Option<&Fault>| {
             let data = bent(&data, fault).map_or(data, |bent| vec![bent]);

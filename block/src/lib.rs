@@ -51,19 +51,19 @@ pub mod buffer;
 pub mod counted;
 pub mod drive;
 pub mod faulty;
+mod io;
 pub mod label;
 pub mod memory;
 pub mod metrics;
+pub mod polling;
 pub mod testing;
+
+pub use io::Io;
 
 use std::rc::Rc;
 
 use bytes::Bytes;
-use futures_util::future::LocalBoxFuture;
 use weft_proto::units::{Lba, LbaRange};
-
-/// The future of one operation; see the contract, point 3.
-pub type Io<T> = LocalBoxFuture<'static, Result<T, BlockError>>;
 
 /// A shared handle to any device.
 pub type Device = Rc<dyn BlockDevice>;

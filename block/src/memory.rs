@@ -1,50 +1,274 @@
-//! A drive in memory, for tests and for whoever needs a device without a medium.
+//! A drive in memory, for tests, for benchmarks and for whoever needs a device without a medium.
 //!
-//! It keeps the contract to the letter, is sparse (what was never written takes no memory and reads as
-//! zeroes), and lends: a read is answered with the very memory a write left, as long as the range was
-//! written by one write. Writes are copied in, so that no receive buffer is kept alive by a drive.
+//! It keeps the contract to the letter. Memory is taken in pieces of [`CHUNK_BYTES`] when a block in them is written
+//! first, and kept until the drive is dropped: what is written over and over costs no allocation. What was never
+//! written, or was deallocated, reads as zeroes.
+//!
+//! A read is lent: answered with the drive's own memory, without a copy. What is lent never changes: a page that is
+//! overwritten while somebody holds it gets other memory, until it is overwritten again. Writes are copied in, so no
+//! receive buffer is kept alive by a drive.
 //!
 //! It does not survive its process; every completed write is as durable as any other, so it reports no
 //! volatile write cache.
+#![expect(
+    unsafe_code,
+    reason = "memory of which some pages are lent while others are written"
+)]
 
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::ops::Range;
+use std::ptr::NonNull;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
-use bytes::{Bytes, BytesMut};
-use futures_util::FutureExt;
+use bytes::Bytes;
 use weft_proto::units::{BLOCK_BYTES, Lba, LbaRange};
 
+use crate::buffer::AlignedBuf;
 use crate::{BlockDevice, BlockError, Device, DeviceInfo, Durability, Io};
 
 /// Longest transfer, as of a file drive.
 const TRANSFER_BYTES_MAX: u32 = 1 << 20;
 
-/// Pages that share one allocation at most. Bounds what a single page that is left of an old write can keep
-/// alive.
-const EXTENT_PAGES_MAX: usize = 32;
+/// Memory taken at a time. The system gives it page by page as it is touched.
+const CHUNK_BYTES: usize = 8 << 20;
 
-const PAGE: u64 = BLOCK_BYTES as u64;
+const CHUNK_PAGES: usize = CHUNK_BYTES / BLOCK_BYTES;
 
 static ZERO_PAGE: [u8; BLOCK_BYTES] = [0; BLOCK_BYTES];
 
 /// See the module.
 pub struct MemoryDrive {
     info: DeviceInfo,
-    pages: RefCell<BTreeMap<u64, Page>>,
+    /// By number: chunk n holds the bytes from n × [`CHUNK_BYTES`].
+    chunks: RefCell<BTreeMap<u64, Chunk>>,
 }
 
-/// A page of [`BLOCK_BYTES`] within the allocation that its write made.
-#[derive(Clone)]
-struct Page {
-    extent: Bytes,
-    /// In bytes from the start of `extent`.
-    offset: usize,
+/// A piece of the drive, of which some pages of [`BLOCK_BYTES`] hold data.
+struct Chunk {
+    memory: Arc<Memory>,
+    /// One bit a page. A page that holds none reads as zeroes, whatever its memory has.
+    written: [u64; CHUNK_PAGES / 64],
+    /// Pages that were overwritten while their memory was lent.
+    moved: BTreeMap<usize, Bytes>,
 }
 
-impl Page {
-    fn bytes(&self) -> &[u8] {
-        &self.extent[self.offset..self.offset + BLOCK_BYTES]
+/// The memory of a chunk, [`CHUNK_BYTES`] of it, and how often each page is lent.
+///
+/// Invariant: only the chunk's owner writes, and no page that is lent.
+struct Memory {
+    start: NonNull<u8>,
+    lent: Box<[AtomicU32]>,
+}
+
+// SAFETY: what is shared between threads is only read, by the invariant, and counted atomically.
+unsafe impl Send for Memory {}
+// SAFETY: as above.
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    fn new() -> Self {
+        // SAFETY: the layout's size is not 0.
+        let start = unsafe { alloc_zeroed(layout()) };
+        let Some(start) = NonNull::new(start) else {
+            handle_alloc_error(layout())
+        };
+        Self {
+            start,
+            lent: (0..CHUNK_PAGES).map(|_| AtomicU32::new(0)).collect(),
+        }
+    }
+
+    fn is_lent(&self, page: usize) -> bool {
+        // With the release of the last reader: its reads are over before the page is written.
+        self.lent[page].load(Ordering::Acquire) > 0
+    }
+
+    /// The bytes of a range.
+    ///
+    /// # Safety
+    /// Nothing in the range is written while the slice lives.
+    unsafe fn bytes(&self, range: Range<usize>) -> &[u8] {
+        assert!(range.start <= range.end && range.end <= CHUNK_BYTES);
+        // SAFETY: within the allocation, which is initialised; the rest is the caller's promise.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr().add(range.start), range.len()) }
+    }
+
+    /// Copies `data` to `at`.
+    ///
+    /// # Safety
+    /// The caller is the chunk's owner, and no slice of what is written lives: no page of it is lent.
+    unsafe fn write(&self, at: usize, data: &[u8]) {
+        assert!(at + data.len() <= CHUNK_BYTES);
+        // SAFETY: within the allocation; nobody else looks at it, by the caller's promise.
+        unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), self.start.as_ptr().add(at), data.len()) }
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new` with this layout, and nobody else holds it.
+        unsafe { dealloc(self.start.as_ptr(), layout()) };
+    }
+}
+
+fn layout() -> Layout {
+    Layout::from_size_align(CHUNK_BYTES, BLOCK_BYTES).expect("a chunk is far smaller than the address space")
+}
+
+/// A range of pages that somebody reads.
+struct Lent {
+    memory: Arc<Memory>,
+    range: Range<usize>,
+}
+
+impl Lent {
+    fn new(memory: &Arc<Memory>, range: Range<usize>) -> Self {
+        for page in pages(&range) {
+            memory.lent[page].fetch_add(1, Ordering::Relaxed);
+        }
+        Self {
+            memory: Arc::clone(memory),
+            range,
+        }
+    }
+}
+
+impl AsRef<[u8]> for Lent {
+    fn as_ref(&self) -> &[u8] {
+        // SAFETY: the pages are counted as lent as long as this lives, so they are not written.
+        unsafe { self.memory.bytes(self.range.clone()) }
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        for page in pages(&self.range) {
+            self.memory.lent[page].fetch_sub(1, Ordering::Release);
+        }
+    }
+}
+
+/// The pages that a range of bytes touches.
+fn pages(range: &Range<usize>) -> Range<usize> {
+    range.start / BLOCK_BYTES..range.end.div_ceil(BLOCK_BYTES)
+}
+
+impl Chunk {
+    fn new() -> Self {
+        Self {
+            memory: Arc::new(Memory::new()),
+            written: [0; CHUNK_PAGES / 64],
+            moved: BTreeMap::new(),
+        }
+    }
+
+    /// All of its memory touched.
+    fn resident() -> Self {
+        let chunk = Self::new();
+        for page in 0..CHUNK_PAGES {
+            // SAFETY: it is new: nothing is lent.
+            unsafe { chunk.memory.write(page * BLOCK_BYTES, &[0xff]) };
+        }
+        chunk
+    }
+
+    fn is_written(&self, page: usize) -> bool {
+        self.written[page / 64] >> (page % 64) & 1 == 1
+    }
+
+    /// The range without a copy, if it lies in one piece.
+    fn lend(&self, range: Range<usize>) -> Option<Bytes> {
+        let mut touched = pages(&range);
+        let first = touched.start;
+        if touched.len() == 1 {
+            let within = range.start % BLOCK_BYTES..range.start % BLOCK_BYTES + range.len();
+            if !self.is_written(first) {
+                return Some(Bytes::from_static(&ZERO_PAGE[within]));
+            }
+            if let Some(page) = self.moved.get(&first) {
+                return Some(page.slice(within));
+            }
+        }
+        let in_place = touched.clone().all(|page| self.is_written(page))
+            && (self.moved.is_empty() || !touched.any(|page| self.moved.contains_key(&page)));
+        in_place.then(|| Bytes::from_owner(Lent::new(&self.memory, range)))
+    }
+
+    /// Copies the bytes from `at` into `out`.
+    fn read(&self, at: usize, out: &mut [u8]) {
+        let mut done = 0;
+        while done < out.len() {
+            let (page, within) = ((at + done) / BLOCK_BYTES, (at + done) % BLOCK_BYTES);
+            let len = (BLOCK_BYTES - within).min(out.len() - done);
+            let piece = &mut out[done..done + len];
+            if !self.is_written(page) {
+                piece.fill(0);
+            } else if let Some(moved) = self.moved.get(&page) {
+                piece.copy_from_slice(&moved[within..within + len]);
+            } else {
+                // SAFETY: only this thread writes, and not before the copy is made.
+                piece.copy_from_slice(unsafe { self.memory.bytes(at + done..at + done + len) });
+            }
+            done += len;
+        }
+    }
+
+    /// Copies `data` to `at`.
+    fn write(&mut self, at: usize, mut data: &[u8]) {
+        let mut to = at;
+        while !data.is_empty() {
+            let within = to % BLOCK_BYTES;
+            let (part, rest) = data.split_at((BLOCK_BYTES - within).min(data.len()));
+            self.write_page(to / BLOCK_BYTES, within, part);
+            to += part.len();
+            data = rest;
+        }
+    }
+
+    fn write_page(&mut self, page: usize, within: usize, part: &[u8]) {
+        if part.len() == BLOCK_BYTES {
+            self.put(page, part);
+            return;
+        }
+        // Part of a page, which only 512-byte blocks can ask for.
+        let mut whole = [0; BLOCK_BYTES];
+        self.read(page * BLOCK_BYTES, &mut whole);
+        whole[within..within + part.len()].copy_from_slice(part);
+        self.put(page, &whole);
+    }
+
+    /// Gives a page its bytes.
+    fn put(&mut self, page: usize, bytes: &[u8]) {
+        self.written[page / 64] |= 1 << (page % 64);
+        if self.memory.is_lent(page) {
+            let mut copy = AlignedBuf::new(BLOCK_BYTES);
+            copy.copy_from_slice(bytes);
+            self.moved.insert(page, copy.freeze());
+        } else {
+            // SAFETY: the page is not lent, and this thread, which would lend it, is here.
+            unsafe { self.memory.write(page * BLOCK_BYTES, bytes) };
+            if !self.moved.is_empty() {
+                self.moved.remove(&page);
+            }
+        }
+    }
+
+    /// Makes the bytes from `at` to `end` read as zeroes.
+    fn zero(&mut self, at: usize, end: usize) {
+        for page in pages(&(at..end)) {
+            let start = page * BLOCK_BYTES;
+            let (from, to) = (at.max(start), end.min(start + BLOCK_BYTES));
+            if to - from == BLOCK_BYTES {
+                self.written[page / 64] &= !(1 << (page % 64));
+                self.moved.remove(&page);
+            } else if self.is_written(page) {
+                self.write_page(page, from - start, &ZERO_PAGE[..to - from]);
+            }
+        }
     }
 }
 
@@ -67,152 +291,112 @@ impl MemoryDrive {
                 volatile_write_cache: false,
                 deallocated_reads_zero: true,
             },
-            pages: RefCell::default(),
+            chunks: RefCell::default(),
         })
     }
 
     /// The same as a [`Device`], with 4096-byte blocks.
     #[must_use]
     pub fn device(bytes: u64) -> Device {
-        Self::new(4096, bytes / PAGE)
+        Self::new(4096, bytes / BLOCK_BYTES as u64)
     }
 
-    /// Bytes that take memory, counted in pages.
+    /// The same with all of its memory taken, and touched, at once: for measurements, in which the first write of a
+    /// block should cost what every other one does.
     #[must_use]
-    pub fn allocated_bytes(&self) -> u64 {
-        self.pages.borrow().len() as u64 * PAGE
+    pub fn preallocated(bytes: u64) -> Device {
+        let drive = Self::new(4096, bytes / BLOCK_BYTES as u64);
+        let chunks = bytes.div_ceil(CHUNK_BYTES as u64);
+        drive
+            .chunks
+            .borrow_mut()
+            .extend((0..chunks).map(|number| (number, Chunk::resident())));
+        drive
+    }
+
+    /// Bytes that hold data, counted in pages.
+    #[must_use]
+    pub fn written_bytes(&self) -> u64 {
+        let chunks = self.chunks.borrow();
+        let pages: u32 = chunks
+            .values()
+            .flat_map(|chunk| chunk.written.iter().map(|word| word.count_ones()))
+            .sum();
+        u64::from(pages) * BLOCK_BYTES as u64
+    }
+
+    fn byte_range(&self, range: LbaRange) -> (u64, u64) {
+        let block_bytes = u64::from(self.info.block_bytes);
+        let start = range.start.0 * block_bytes;
+        (start, start + range.count * block_bytes)
     }
 
     fn read_now(&self, range: LbaRange) -> Result<Bytes, BlockError> {
         let len = self.info.check_read(range)?;
-        let from = range.start.0 * u64::from(self.info.block_bytes);
-        Ok(self.lend(from, len).unwrap_or_else(|| self.copy(from, len)))
-    }
-
-    /// The range as one slice of one allocation, if it lies in one.
-    fn lend(&self, from: u64, len: usize) -> Option<Bytes> {
-        let pages = self.pages.borrow();
-        let within = (from % PAGE) as usize;
-        let Some(first) = pages.get(&(from / PAGE)) else {
-            let fits = within + len <= BLOCK_BYTES;
-            return fits.then(|| Bytes::from_static(&ZERO_PAGE[..len]));
-        };
-        let page_count = (within + len).div_ceil(BLOCK_BYTES);
-        for (index, number) in (from / PAGE..).take(page_count).enumerate().skip(1) {
-            let page = pages.get(&number)?;
-            let adjacent = page.extent.as_ptr() == first.extent.as_ptr()
-                && page.offset == first.offset + index * BLOCK_BYTES;
-            if !adjacent {
-                return None;
-            }
+        let (start, _) = self.byte_range(range);
+        let chunks = self.chunks.borrow();
+        let (number, at) = place(start);
+        if let Some(lent) = chunks
+            .get(&number)
+            .filter(|_| at + len <= CHUNK_BYTES && len > 0)
+            .and_then(|chunk| chunk.lend(at..at + len))
+        {
+            return Ok(lent);
         }
-        let start = first.offset + within;
-        Some(first.extent.slice(start..start + len))
-    }
-
-    fn copy(&self, from: u64, len: usize) -> Bytes {
-        let pages = self.pages.borrow();
-        let mut out = BytesMut::zeroed(len);
+        let mut out = AlignedBuf::new(len);
         let mut done = 0;
         while done < len {
-            let at = from + done as u64;
-            let within = (at % PAGE) as usize;
-            let part = (BLOCK_BYTES - within).min(len - done);
-            if let Some(page) = pages.get(&(at / PAGE)) {
-                out[done..done + part].copy_from_slice(&page.bytes()[within..within + part]);
+            let (number, at) = place(start + done as u64);
+            let part = (CHUNK_BYTES - at).min(len - done);
+            let piece = &mut out[done..done + part];
+            match chunks.get(&number) {
+                Some(chunk) => chunk.read(at, piece),
+                None => piece.fill(0),
             }
             done += part;
         }
-        out.freeze()
+        Ok(out.freeze())
     }
 
-    fn write_now(&self, start: Lba, data: Vec<Bytes>) -> Result<(), BlockError> {
-        let range = self.info.check_write(start, &data)?;
-        let block_bytes = u64::from(self.info.block_bytes);
-        let (mut at, end) = (start.0 * block_bytes, (start.0 + range.count) * block_bytes);
-        let mut source = Segments(data.into_iter().collect());
-        while at < end {
-            let within = (at % PAGE) as usize;
-            let left = (end - at) as usize;
-            let whole_pages = (left / BLOCK_BYTES).min(EXTENT_PAGES_MAX);
-            if within == 0 && whole_pages > 0 {
-                let mut extent = BytesMut::zeroed(whole_pages * BLOCK_BYTES);
-                source.fill(&mut extent);
-                self.put(at / PAGE, extent.freeze());
-                at += (whole_pages * BLOCK_BYTES) as u64;
-            } else {
-                // Part of a page, which only 512-byte blocks can ask for. Copied rather than changed in
-                // place: the page may be lent.
-                let mut page = BytesMut::zeroed(BLOCK_BYTES);
-                if let Some(old) = self.pages.borrow().get(&(at / PAGE)) {
-                    page.copy_from_slice(old.bytes());
-                }
-                let part = (BLOCK_BYTES - within).min(left);
-                source.fill(&mut page[within..within + part]);
-                self.put(at / PAGE, page.freeze());
-                at += part as u64;
+    fn write_now(&self, start: Lba, data: &[Bytes]) -> Result<(), BlockError> {
+        let range = self.info.check_write(start, data)?;
+        let (mut to, _) = self.byte_range(range);
+        let mut chunks = self.chunks.borrow_mut();
+        for segment in data {
+            let mut rest = &segment[..];
+            while !rest.is_empty() {
+                let (number, at) = place(to);
+                let (part, next) = rest.split_at(rest.len().min(CHUNK_BYTES - at));
+                chunks.entry(number).or_insert_with(Chunk::new).write(at, part);
+                to += part.len() as u64;
+                rest = next;
             }
         }
         Ok(())
     }
 
-    fn put(&self, first: u64, extent: Bytes) {
-        let mut pages = self.pages.borrow_mut();
-        for (number, offset) in (first..).zip((0..extent.len()).step_by(BLOCK_BYTES)) {
-            let extent = extent.clone();
-            pages.insert(number, Page { extent, offset });
-        }
-    }
-
     fn zero_now(&self, range: LbaRange) -> Result<(), BlockError> {
         self.info.check_range(range)?;
-        let block_bytes = u64::from(self.info.block_bytes);
-        let (from, end) = (
-            range.start.0 * block_bytes,
-            (range.start.0 + range.count) * block_bytes,
-        );
-        let mut pages = self.pages.borrow_mut();
-        // Only pages that exist are visited: the range may be as long as the drive.
-        let touched: Vec<u64> = pages
-            .range(from / PAGE..end.div_ceil(PAGE))
-            .map(|(number, _)| *number)
-            .collect();
-        for number in touched {
-            let page_at = number * PAGE;
-            let zero_from = from.max(page_at) - page_at;
-            let zero_to = end.min(page_at + PAGE) - page_at;
-            if zero_from == 0 && zero_to == PAGE {
-                pages.remove(&number);
-            } else if let Some(page) = pages.get_mut(&number) {
-                let mut bytes = BytesMut::from(page.bytes());
-                bytes[zero_from as usize..zero_to as usize].fill(0);
-                *page = Page {
-                    extent: bytes.freeze(),
-                    offset: 0,
-                };
-            }
+        if range.count == 0 {
+            return Ok(());
+        }
+        let (start, end) = self.byte_range(range);
+        let (first, last) = (place(start).0, place(end - 1).0);
+        // Only chunks that exist are visited: the range may be as long as the drive.
+        for (number, chunk) in self.chunks.borrow_mut().range_mut(first..=last) {
+            let base = number * CHUNK_BYTES as u64;
+            let from = start.saturating_sub(base) as usize;
+            let to = (end - base).min(CHUNK_BYTES as u64) as usize;
+            chunk.zero(from, to);
         }
         Ok(())
     }
 }
 
-/// Scattered bytes, taken from the front.
-struct Segments(std::collections::VecDeque<Bytes>);
-
-impl Segments {
-    /// Fills `out`; the caller has checked that there is as much.
-    fn fill(&mut self, mut out: &mut [u8]) {
-        while !out.is_empty() {
-            let segment = self.0.front_mut().expect("the length was checked");
-            let part = segment.len().min(out.len());
-            let (head, tail) = out.split_at_mut(part);
-            head.copy_from_slice(&segment.split_to(part));
-            out = tail;
-            if segment.is_empty() {
-                self.0.pop_front();
-            }
-        }
-    }
+/// Number of the chunk that has a byte of the drive, and where in it.
+fn place(byte: u64) -> (u64, usize) {
+    let chunk = CHUNK_BYTES as u64;
+    (byte / chunk, (byte % chunk) as usize)
 }
 
 impl BlockDevice for MemoryDrive {
@@ -221,30 +405,26 @@ impl BlockDevice for MemoryDrive {
     }
 
     fn read(&self, range: LbaRange) -> Io<Bytes> {
-        ready(self.read_now(range))
+        Io::ready(self.read_now(range))
     }
 
     fn write(&self, start: Lba, data: Vec<Bytes>, _: Durability) -> Io<()> {
-        ready(self.write_now(start, data))
+        Io::ready(self.write_now(start, &data))
     }
 
     fn write_zeroes(&self, range: LbaRange, _: bool, _: Durability) -> Io<()> {
-        ready(self.zero_now(range))
+        Io::ready(self.zero_now(range))
     }
 
     fn deallocate(&self, ranges: Vec<LbaRange>) -> Io<()> {
         // All ranges are checked before any takes effect.
         let checked = ranges.iter().try_for_each(|range| self.info.check_range(*range));
-        ready(checked.and_then(|()| ranges.into_iter().try_for_each(|range| self.zero_now(range))))
+        Io::ready(checked.and_then(|()| ranges.into_iter().try_for_each(|range| self.zero_now(range))))
     }
 
     fn flush(&self) -> Io<()> {
-        ready(Ok(()))
+        Io::ready(Ok(()))
     }
-}
-
-fn ready<T: 'static>(result: Result<T, BlockError>) -> Io<T> {
-    std::future::ready(result).boxed_local()
 }
 
 #[cfg(test)]
@@ -271,7 +451,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_read_is_lent_and_not_changed_by_a_later_write() {
+    async fn a_read_is_lent_and_not_changed_by_later_writes() {
         let drive = MemoryDrive::new(4096, 64);
         let write = |byte: u8| {
             let data = vec![Bytes::from(vec![byte; 8 * 4096])];
@@ -281,17 +461,68 @@ mod tests {
         let lent = drive.read(range(9, 4)).await.unwrap();
         let again = drive.read(range(9, 4)).await.unwrap();
         assert_eq!(lent.as_ptr(), again.as_ptr(), "the same memory, twice");
-        write(2).await.unwrap();
-        assert!(lent.iter().all(|byte| *byte == 1));
+        let whole = |byte: u8| {
+            let read = drive.read(range(8, 8));
+            async move { read.await.unwrap().iter().all(|found| *found == byte) }
+        };
+        for byte in [2, 3] {
+            write(byte).await.unwrap();
+            assert!(lent.iter().all(|found| *found == 1));
+            assert!(whole(byte).await);
+            // One page alone is lent from where it lies now.
+            let page = drive.read(range(10, 1)).await.unwrap();
+            assert!(page.iter().all(|found| *found == byte));
+        }
+        let at = lent.as_ptr();
+        drop((lent, again));
+        write(4).await.unwrap();
+        assert!(whole(4).await);
+        let read = drive.read(range(9, 4)).await.unwrap();
+        assert_eq!(read.as_ptr(), at, "back where it was");
     }
 
     #[tokio::test]
-    async fn deallocated_pages_take_no_memory() {
+    async fn deallocated_pages_hold_nothing_and_read_as_zeroes_again() {
         let drive = MemoryDrive::new(4096, 1 << 40);
         let data = vec![Bytes::from(vec![7; 3 * 4096])];
         drive.write(Lba(1 << 39), data, Durability::Cached).await.unwrap();
-        assert_eq!(drive.allocated_bytes(), 3 * 4096);
+        assert_eq!(drive.written_bytes(), 3 * 4096);
         drive.deallocate(vec![range(0, 1 << 40)]).await.unwrap();
-        assert_eq!(drive.allocated_bytes(), 0);
+        assert_eq!(drive.written_bytes(), 0);
+        let read = drive.read(range(1 << 39, 3)).await.unwrap();
+        assert!(read.iter().all(|byte| *byte == 0));
+    }
+
+    #[tokio::test]
+    async fn a_page_written_in_part_shows_nothing_of_its_former_life() {
+        let drive = MemoryDrive::new(512, 1024);
+        let data = |byte: u8, blocks: usize| vec![Bytes::from(vec![byte; blocks * 512])];
+        drive.write(Lba(8), data(7, 8), Durability::Cached).await.unwrap();
+        drive.deallocate(vec![range(8, 8)]).await.unwrap();
+        drive
+            .write(Lba(10), data(9, 2), Durability::Cached)
+            .await
+            .unwrap();
+        let read = drive.read(range(8, 8)).await.unwrap();
+        let expected: Vec<u8> = (0..8)
+            .flat_map(|block| [if block / 2 == 1 { 9 } else { 0 }; 512])
+            .collect();
+        assert!(read == expected);
+    }
+
+    #[tokio::test]
+    async fn an_operation_may_lie_across_two_pieces_of_memory() {
+        let drive = MemoryDrive::new(4096, 1 << 20);
+        let start = (CHUNK_BYTES / 4096) as u64 - 2;
+        let bytes: Vec<u8> = (0..5 * 4096).map(|at| (at / 77) as u8).collect();
+        drive
+            .write(Lba(start), vec![Bytes::from(bytes.clone())], Durability::Cached)
+            .await
+            .unwrap();
+        assert!(drive.read(range(start, 5)).await.unwrap() == bytes);
+        drive.deallocate(vec![range(start + 1, 2)]).await.unwrap();
+        let read = drive.read(range(start, 5)).await.unwrap();
+        assert!(read[..4096] == bytes[..4096] && read[3 * 4096..] == bytes[3 * 4096..]);
+        assert!(read[4096..3 * 4096].iter().all(|byte| *byte == 0));
     }
 }

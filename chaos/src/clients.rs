@@ -390,7 +390,7 @@ impl Client {
             }
             Action::Deallocate => device.deallocate(vec![range]),
         };
-        Box::pin(async move { done.await.map(|()| Bytes::new()) })
+        Io::running(async move { done.await.map(|()| Bytes::new()) })
     }
 
     /// Counts an answer; `None` is none at all.

@@ -17,6 +17,7 @@ use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::sync::watch;
 use tokio::time::Sleep;
+use weft_block::polling::note_activity;
 
 use crate::qpair::{CloseReason, Command, HostQueue, QueueOptions};
 use crate::reply::{Answer, Reply};
@@ -177,7 +178,10 @@ impl Socket<'_> {
             let received = pin!(self.reader.read_buf(queue.receive_buffer())).poll(cx);
             match received {
                 Poll::Ready(Ok(0)) => queue.handle_closed(CloseReason::PeerClosed),
-                Poll::Ready(Ok(_)) => queue.handle_received(Instant::now()),
+                Poll::Ready(Ok(_)) => {
+                    note_activity();
+                    queue.handle_received(Instant::now());
+                }
                 Poll::Ready(Err(error)) => queue.handle_closed(CloseReason::Socket(error.kind())),
                 Poll::Pending => return false,
             }

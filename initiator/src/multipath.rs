@@ -223,7 +223,7 @@ impl Multipath {
             .best()
             .map(|(index, namespace)| (index, operation(&namespace)));
         let counted = Outstanding::new(paths.clone());
-        Box::pin(async move {
+        Io::running(async move {
             let outcome = paths.see_through(first, operation).await;
             drop(counted);
             if outcome.is_err() {

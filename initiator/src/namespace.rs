@@ -15,7 +15,7 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
-use futures_util::future::{LocalBoxFuture, join_all, ready};
+use futures_util::future::{LocalBoxFuture, join_all};
 use weft_block::{BlockDevice, BlockError, DeviceInfo, Durability, Io};
 use weft_proto::nvme::command::{DsmRange, submit};
 use weft_proto::nvme::identify::{IdentifyNamespace, rescap};
@@ -114,9 +114,9 @@ impl Namespace {
     /// Whether the blocks at `start` hold `data`.
     pub fn compare(&self, start: Lba, data: Vec<Bytes>) -> Io<bool> {
         let range = match self.range_of(start, &data) {
-            Ok(range) if range.count == 0 => return Box::pin(ready(Ok(true))),
+            Ok(range) if range.count == 0 => return Io::ready(Ok(true)),
             Ok(range) => range,
-            Err(error) => return Box::pin(ready(Err(error))),
+            Err(error) => return Io::ready(Err(error)),
         };
         let parts: Vec<_> = self
             .parts(range)
@@ -126,7 +126,7 @@ impl Namespace {
                 self.start(Op::Compare, Effect::None, range, sqe, payload)
             })
             .collect();
-        Box::pin(async move {
+        Io::running(async move {
             let mut equal = true;
             for outcome in join_all(parts).await {
                 match outcome {
@@ -144,7 +144,7 @@ impl Namespace {
     /// Has the controller check that `range` can be read, without moving it.
     pub fn verify(&self, range: LbaRange) -> Io<()> {
         if let Err(error) = self.check(range) {
-            return Box::pin(ready(Err(error)));
+            return Io::ready(Err(error));
         }
         self.each_part(range, Op::Verify, Effect::None, |namespace, at, count| {
             (submit::verify(namespace.nsid, at, count), Payload::None)
@@ -220,7 +220,7 @@ impl Namespace {
             Some(namespace.device.start(op, effect, part, sqe, payload))
         };
         let mut in_flight: VecDeque<_> = std::iter::from_fn(&mut next).take(PARTS_IN_FLIGHT).collect();
-        Box::pin(async move {
+        Io::running(async move {
             let mut result = Outcomes::default();
             while let Some(part) = in_flight.pop_front() {
                 result.add(part.await.map(drop));
@@ -319,7 +319,7 @@ impl BlockDevice for Namespace {
     fn read(&self, range: LbaRange) -> Io<Bytes> {
         let bytes = range.count.saturating_mul(u64::from(self.info.get().block_bytes));
         if let Err(error) = self.check(range).and_then(|()| self.check_transfer(bytes)) {
-            return Box::pin(ready(Err(error)));
+            return Io::ready(Err(error));
         }
         let mut parts: VecDeque<_> = self
             .parts(range)
@@ -338,7 +338,7 @@ impl BlockDevice for Namespace {
                 )
             })
             .collect();
-        Box::pin(async move {
+        Io::running(async move {
             let Some(first) = parts.pop_front() else {
                 return Ok(Bytes::new());
             };
@@ -357,17 +357,17 @@ impl BlockDevice for Namespace {
     fn write(&self, start: Lba, data: Vec<Bytes>, durability: Durability) -> Io<()> {
         let range = match self.range_of(start, &data) {
             Ok(range) => range,
-            Err(error) => return Box::pin(ready(Err(error))),
+            Err(error) => return Io::ready(Err(error)),
         };
         let fua = self.fua(durability);
         let mut parts = self.parts(range).peekable();
         let Some((at, count)) = parts.next() else {
-            return Box::pin(ready(Ok(())));
+            return Io::ready(Ok(()));
         };
         if parts.peek().is_none() {
             let sqe = submit::write(self.nsid, at, count, fua);
             let whole = self.start(Op::Write, Effect::Writes, range, sqe, Payload::Out(data));
-            return Box::pin(async move {
+            return Io::running(async move {
                 whole.await?;
                 Ok(())
             });
@@ -380,7 +380,7 @@ impl BlockDevice for Namespace {
                 self.start(Op::Write, Effect::Writes, range, sqe, payload)
             })
             .collect();
-        Box::pin(async move {
+        Io::running(async move {
             let mut result = Outcomes::default();
             for outcome in join_all(started).await {
                 result.add(outcome.map(drop));
@@ -391,7 +391,7 @@ impl BlockDevice for Namespace {
 
     fn write_zeroes(&self, range: LbaRange, deallocate: bool, durability: Durability) -> Io<()> {
         if let Err(error) = self.check(range) {
-            return Box::pin(ready(Err(error)));
+            return Io::ready(Err(error));
         }
         let fua = self.fua(durability);
         if self.controller.info().write_zeroes {
@@ -418,13 +418,13 @@ impl BlockDevice for Namespace {
     fn deallocate(&self, ranges: Vec<LbaRange>) -> Io<()> {
         for range in &ranges {
             if let Err(error) = self.check(*range) {
-                return Box::pin(ready(Err(error)));
+                return Io::ready(Err(error));
             }
         }
         let limits = self.controller.info();
         if !limits.dataset_management {
             // A hint that the controller cannot take.
-            return Box::pin(ready(Ok(())));
+            return Io::ready(Ok(()));
         }
         let entries = dsm_ranges(&ranges, limits.dsm_range_blocks_max);
         let nsid = self.nsid;
@@ -447,7 +447,7 @@ impl BlockDevice for Namespace {
             )
         };
         let mut in_flight: VecDeque<_> = std::iter::from_fn(&mut next).take(PARTS_IN_FLIGHT).collect();
-        Box::pin(async move {
+        Io::running(async move {
             let mut result = Outcomes::default();
             while let Some(part) = in_flight.pop_front() {
                 result.add(part.await.map(drop));
@@ -461,7 +461,7 @@ impl BlockDevice for Namespace {
 
     fn flush(&self) -> Io<()> {
         if !self.info.get().volatile_write_cache {
-            return Box::pin(ready(Ok(())));
+            return Io::ready(Ok(()));
         }
         let whole = LbaRange {
             start: Lba(0),
@@ -469,7 +469,7 @@ impl BlockDevice for Namespace {
         };
         let sqe = submit::flush(self.nsid);
         let flush = self.start(Op::Flush, Effect::Writes, whole, sqe, Payload::None);
-        Box::pin(async move {
+        Io::running(async move {
             flush.await?;
             Ok(())
         })

@@ -9,7 +9,6 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::future::ready;
 use tokio::sync::watch;
 use weft_block::{BlockDevice, BlockError, DeviceInfo, Durability, Io};
 use weft_proto::nvme::reservation::{
@@ -213,7 +212,7 @@ impl RemoteDrive {
     fn start<T: 'static>(&self, operation: impl FnOnce(&Namespace) -> Io<T>) -> Io<T> {
         match self.namespace() {
             Some(namespace) => operation(&namespace),
-            None => Box::pin(ready(Err(BlockError::NotReady))),
+            None => Io::ready(Err(BlockError::NotReady)),
         }
     }
 }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
 use serde::{Deserialize, Serialize};
+use weft_block::polling::SPAN_DEFAULT;
 
 /// What the operator wrote. Defaults are in the functions below.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -79,17 +80,23 @@ impl Default for EngineConfig {
     }
 }
 
-/// How this node reaches the drives of others.
+/// How this node speaks to others, and serves them.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct FabricConfig {
     /// Keep-alive time-out of an association with a drive, in milliseconds: after so much silence each side ends it.
     pub keep_alive_ms: u64,
+    /// How long the data thread looks for more work after something arrived before it sleeps, in microseconds. 0: not at
+    /// all.
+    pub polling_us: u64,
 }
 
 impl Default for FabricConfig {
     fn default() -> Self {
-        Self { keep_alive_ms: 1000 }
+        Self {
+            keep_alive_ms: 1000,
+            polling_us: SPAN_DEFAULT.as_micros() as u64,
+        }
     }
 }
 
@@ -149,7 +156,7 @@ const KEYS: &[(&str, &[&str])] = &[
         "engine",
         &["cache_mib", "log_budget_mib", "node_log_budget_mib", "stall_ms"],
     ),
-    ("fabric", &["keep_alive_ms"]),
+    ("fabric", &["keep_alive_ms", "polling_us"]),
 ];
 
 impl Config {
@@ -214,6 +221,11 @@ impl Config {
             (200..=60_000).contains(&self.fabric.keep_alive_ms),
             "fabric.keep_alive_ms is {}, expected 200 to 60000",
             self.fabric.keep_alive_ms
+        );
+        ensure!(
+            self.fabric.polling_us <= 1_000_000,
+            "fabric.polling_us is {}, expected 0 (never) to 1000000",
+            self.fabric.polling_us
         );
         Ok(())
     }
@@ -314,7 +326,7 @@ mod tests {
         let config = Config::parse(&format!(
             "{SMALLEST}rack = \"r1\"\ncontrol_listen = \"127.0.0.1:1\"\nnvme_listen = \"127.0.0.1:2\"\n\
              discovery_listen = \"127.0.0.1:3\"\nmetrics_listen = \"127.0.0.1:4\"\n\
-             [engine]\ncache_mib = 1\nlog_budget_mib = 2\nnode_log_budget_mib = 3\nstall_ms = 30\n[fabric]\nkeep_alive_ms = 500\n[[drive]]\npath = \"/d\"\nclass = \"qlc\"\n"
+             [engine]\ncache_mib = 1\nlog_budget_mib = 2\nnode_log_budget_mib = 3\nstall_ms = 30\n[fabric]\nkeep_alive_ms = 500\npolling_us = 0\n[[drive]]\npath = \"/d\"\nclass = \"qlc\"\n"
         ))
         .unwrap();
         let shown = toml::Table::try_from(&config).unwrap();

@@ -10,7 +10,7 @@
 use std::future::{Future, poll_fn};
 use std::io::{self, IoSlice};
 use std::net::SocketAddr;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -18,9 +18,10 @@ use std::time::{Duration, Instant};
 use futures_util::StreamExt;
 use futures_util::future::LocalBoxFuture;
 use futures_util::stream::FuturesUnordered;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::Sleep;
+use weft_block::polling::note_activity;
 use weft_proto::fabrics::command::FabricsCommand;
 use weft_proto::nvme::status::Status;
 use weft_proto::tcp::{Framer, FromHost};
@@ -33,7 +34,7 @@ use crate::qpair::{Completion, QueuePair};
 use crate::registry::Registry;
 
 /// Bytes asked of the socket at a time. Measured by others on this kind of socket: larger reads gain nothing.
-const READ_BYTES: usize = 64 << 10;
+const READ_BYTES: usize = 256 << 10;
 
 /// Reads in one turn before answers are written.
 const READS_PER_TURN: usize = 4;
@@ -43,7 +44,7 @@ const READS_PER_TURN: usize = 4;
 const TRANSMIT_BYTES_MAX: usize = 8 << 20;
 
 /// Pieces of one vectored write. Linux takes 1024; beyond some tens nothing is gained.
-const SLICES_MAX: usize = 64;
+const SLICES_MAX: usize = 256;
 
 /// How long a connection that this side ends waits for the host to read the reason and close.
 const LINGER: Duration = Duration::from_secs(1);
@@ -108,9 +109,9 @@ pub(crate) async fn run(stream: TcpStream, peer: SocketAddr, registry: Rc<Regist
 impl Connection {
     /// Ready when the connection is over and everything that could be written has been.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.shutting_down = self.shutting_down || self.shutdown.as_mut().poll(cx).is_ready();
         loop {
             self.check_closed(cx);
-            self.shutting_down = self.shutting_down || self.shutdown.as_mut().poll(cx).is_ready();
             let mut progress = self.poll_timer(cx);
             progress |= self.poll_read(cx)?;
             progress |= self.poll_running(cx);
@@ -215,20 +216,17 @@ impl Connection {
             {
                 break;
             }
-            match self.stream.poll_read_ready(cx) {
-                Poll::Ready(ready) => ready?,
-                Poll::Pending => break,
-            }
-            let buffer = self.framer.buffer(READ_BYTES);
-            match self.stream.try_read_buf(buffer) {
-                Ok(0) => {
+            // A read that does not fill the buffer says that there is no more: the next one asks only once there is.
+            match pin!(self.stream.read_buf(self.framer.buffer(READ_BYTES))).poll(cx) {
+                Poll::Ready(Ok(0)) => {
                     self.read_closed = true;
                     return Ok(true);
                 }
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
-                Err(error) => return Err(error),
+                Poll::Ready(Ok(_)) => {}
+                Poll::Ready(Err(error)) => return Err(error),
+                Poll::Pending => break,
             }
+            note_activity();
             progress = true;
             let now = Instant::now();
             if let Some(Queue { controller, .. }) = &self.queue {
@@ -309,12 +307,21 @@ impl Connection {
                 };
                 self.complete_admin(request.complete(status), request.arrived);
             }
-            Some(_) => {
-                let command = nvm::execute(request);
-                self.running
-                    .push(Box::pin(async move { Done::Command(command.await) }));
-            }
+            Some(_) => match nvm::start(request) {
+                nvm::Execution::Finished(finished) => self.finish_command(finished),
+                nvm::Execution::Running(command) => {
+                    self.running
+                        .push(Box::pin(async move { Done::Command(command.await) }));
+                }
+            },
         }
+    }
+
+    fn finish_command(&mut self, finished: Finished) {
+        if let Some(first) = finished.first {
+            self.qpair.handle_completion(first);
+        }
+        self.qpair.handle_completion(finished.completion);
     }
 
     fn complete_admin(&mut self, completion: Completion, arrived: Instant) {
@@ -328,12 +335,7 @@ impl Connection {
         while let Poll::Ready(Some(done)) = self.running.poll_next_unpin(cx) {
             progress = true;
             match done {
-                Done::Command(Finished { first, completion }) => {
-                    if let Some(first) = first {
-                        self.qpair.handle_completion(first);
-                    }
-                    self.qpair.handle_completion(completion);
-                }
+                Done::Command(finished) => self.finish_command(finished),
                 Done::Connect(result) => self.handle_connect(*result),
             }
         }

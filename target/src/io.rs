@@ -6,6 +6,8 @@
 //! NVM Command Set Specification 1.0; reservations in the Base Specification.
 
 use bytes::{Bytes, BytesMut};
+use futures_util::FutureExt;
+use futures_util::future::LocalBoxFuture;
 use weft_block::{BlockError, DeviceInfo, Durability, Io};
 use weft_proto::nvme::command::{BlockRange, DsmRange, NvmCommand};
 use weft_proto::nvme::log::AnaState;
@@ -65,23 +67,125 @@ fn op_of(command: &Result<NvmCommand, Status>) -> Op {
     }
 }
 
-/// Executes a request. Everything that has an order is done before the first await: writes enter the namespace in
-/// the order in which this is first polled.
-pub(crate) async fn execute(mut request: IoRequest) -> Finished {
+/// A request that was started.
+pub(crate) enum Execution {
+    /// And is over: what a device in memory answers at once needs no future.
+    Finished(Finished),
+    Running(LocalBoxFuture<'static, Finished>),
+}
+
+/// Starts a request. Reads and writes are with the device when this returns: writes enter the namespace in the order of
+/// the calls.
+pub(crate) fn start(mut request: IoRequest) -> Execution {
     if let Some(first) = request.fused_first.take() {
-        return execute_fused(*first, request).await;
+        return Execution::Running(execute_fused(*first, request).boxed_local());
     }
     let command = NvmCommand::parse(&request.sqe);
     let op = op_of(&command);
     let data = std::mem::take(&mut request.data);
     let received = total(&data);
-    let outcome = match command {
-        Ok(command) => execute_command(&request, command, data).await,
+    let submitted = match command {
+        Ok(NvmCommand::Read { range }) => start_read(&request, range),
+        Ok(NvmCommand::Write { range, fua }) => start_write(&request, range, durability(fua), data),
+        Ok(command) => {
+            let execution = async move {
+                let outcome = execute_command(&request, command, data).await;
+                Finished {
+                    first: None,
+                    completion: finish(&request, op, received, outcome),
+                }
+            };
+            return Execution::Running(execution.boxed_local());
+        }
         Err(status) => Err(status),
     };
-    Finished {
+    let finished = move |request: IoRequest, outcome| Finished {
         first: None,
         completion: finish(&request, op, received, outcome),
+    };
+    match submitted.map(Io::take_ready) {
+        Err(status) => Execution::Finished(finished(request, Err(status))),
+        Ok(Ok(result)) => {
+            let outcome = result.map_err(|error| status(&request, &error));
+            Execution::Finished(finished(request, outcome))
+        }
+        Ok(Err(io)) => Execution::Running(
+            async move {
+                let outcome = io.await.map_err(|error| status(&request, &error));
+                finished(request, outcome)
+            }
+            .boxed_local(),
+        ),
+    }
+}
+
+/// What the host is told of an error of the request's device.
+fn status(request: &IoRequest, error: &BlockError) -> Status {
+    match &request.admitted {
+        Some(admitted) => status_of(&admitted.access, error),
+        None => of_block_error(error),
+    }
+}
+
+fn start_read(request: &IoRequest, range: BlockRange) -> Result<Io<Vec<Bytes>>, Status> {
+    let admitted = admitted(request)?;
+    let info = admitted.open.info();
+    if transfer_bytes(range, &info)? > u64::from(request.answer_bytes_max) {
+        return Err(Status::INVALID_SGL_LENGTH.dnr());
+    }
+    let access = &admitted.access;
+    let mut parts = parts(range.lba_range(), &info);
+    let (first, second) = (parts.next(), parts.next());
+    Ok(match (first, second) {
+        (Some(only), None) => match access.read(only).take_ready() {
+            Ok(result) => Io::ready(result.map(|bytes| vec![bytes])),
+            Err(io) => Io::running(async move { Ok(vec![io.await?]) }),
+        },
+        (first, second) => {
+            let parts = first.into_iter().chain(second).chain(parts);
+            Io::running(all(parts.map(|part| access.read(part)).collect()))
+        }
+    })
+}
+
+fn start_write(
+    request: &IoRequest,
+    range: BlockRange,
+    durability: Durability,
+    data: Vec<Bytes>,
+) -> Result<Io<Vec<Bytes>>, Status> {
+    let admitted = admitted(request)?;
+    let info = admitted.open.info();
+    if transfer_bytes(range, &info)? != total(&data) {
+        return Err(Status::INVALID_SGL_LENGTH.dnr());
+    }
+    let range = range.lba_range();
+    match admitted.open.namespace.fused.enter(Kind::Shared) {
+        Entry::Entered(pass) => {
+            let mut parts = write_parts(&admitted.access, range, &info, data, durability);
+            let only = match parts.pop() {
+                Some(only) if parts.is_empty() => only.take_ready(),
+                last => {
+                    parts.extend(last);
+                    Err(Io::running(async move { all(parts).await.map(|_| ()) }))
+                }
+            };
+            Ok(match only {
+                Ok(result) => Io::ready(result.map(|()| Vec::new())),
+                Err(io) => Io::running(async move {
+                    let _pass = pass;
+                    io.await.map(|()| Vec::new())
+                }),
+            })
+        }
+        // Behind a fused pair.
+        waiting @ Entry::Waiting(_) => {
+            let access = admitted.access.clone();
+            Ok(Io::running(async move {
+                let _pass = waiting.pass().await;
+                write(&access, range, &info, data, durability).await
+            }))
+        }
     }
 }
 
@@ -116,22 +220,8 @@ async fn execute_command(request: &IoRequest, command: NvmCommand, data: Vec<Byt
     let access = &admitted.access;
     let info = admitted.open.info();
     let outcome: Result<Vec<Bytes>, BlockError> = match command {
-        NvmCommand::Read { range } => {
-            let bytes = transfer_bytes(range, &info)?;
-            if bytes > u64::from(answer_bytes_max) {
-                return Err(Status::INVALID_SGL_LENGTH.dnr());
-            }
-            let parts = parts(range.lba_range(), &info).map(|part| access.read(part));
-            all(parts.collect()).await
-        }
-        NvmCommand::Write { range, fua } => {
-            let bytes = transfer_bytes(range, &info)?;
-            if bytes != total(&data) {
-                return Err(Status::INVALID_SGL_LENGTH.dnr());
-            }
-            let _pass = enter(admitted, Kind::Shared).await;
-            write(access, range.lba_range(), &info, data, durability(fua)).await
-        }
+        NvmCommand::Read { range } => start_read(request, range)?.await,
+        NvmCommand::Write { range, fua } => start_write(request, range, durability(fua), data)?.await,
         NvmCommand::Compare { range } => return compare(admitted, range, &info, &data).await,
         NvmCommand::Verify { range } => {
             let mut done = Ok(Vec::new());
@@ -256,15 +346,24 @@ async fn write(
     data: Vec<Bytes>,
     durability: Durability,
 ) -> Result<Vec<Bytes>, BlockError> {
+    all(write_parts(access, range, info, data, durability)).await?;
+    Ok(Vec::new())
+}
+
+fn write_parts(
+    access: &CommandDevice,
+    range: LbaRange,
+    info: &DeviceInfo,
+    data: Vec<Bytes>,
+    durability: Durability,
+) -> Vec<Io<()>> {
     let mut rest = data.into();
-    let parts = parts(range, info)
+    parts(range, info)
         .map(|part| {
             let bytes = part.count * u64::from(info.block_bytes);
             access.write(part.start, take(&mut rest, bytes), durability)
         })
-        .collect();
-    all(parts).await?;
-    Ok(Vec::new())
+        .collect()
 }
 
 /// Takes `bytes` from the front of scattered data.

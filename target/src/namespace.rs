@@ -128,6 +128,7 @@ pub(crate) struct Admitted {
 }
 
 /// A device for the operations of one command.
+#[derive(Clone)]
 pub(crate) enum CommandDevice {
     Reserved(Admission),
     Plain(Device),

@@ -9,7 +9,6 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use bytes::{Bytes, BytesMut};
-use futures_util::FutureExt;
 use weft_block::{BlockDevice, BlockError, Device, DeviceInfo, Durability, Io};
 use weft_proto::units::{Lba, LbaRange};
 
@@ -80,10 +79,10 @@ impl SubBlock {
 
     fn change(&self, range: LbaRange, change: Change, durability: Durability) -> Io<()> {
         if let Err(error) = self.check(range) {
-            return ready(Err(error));
+            return Io::ready(Err(error));
         }
         if range.count == 0 {
-            return ready(Ok(()));
+            return Io::ready(Ok(()));
         }
         let inner = Rc::clone(&self.0);
         let claim = inner.claim(range);
@@ -122,7 +121,7 @@ impl Drop for Release {
 impl Inner {
     /// Runs `work` whatever becomes of the answer's future.
     fn detached(&self, work: impl Future<Output = Result<(), BlockError>> + 'static) -> Io<()> {
-        detached(&*self.env, work).boxed_local()
+        detached(&*self.env, work)
     }
 
     /// The device blocks that `range` touches.
@@ -246,26 +245,25 @@ impl BlockDevice for SubBlock {
 
     fn read(&self, range: LbaRange) -> Io<Bytes> {
         if let Err(error) = self.check(range) {
-            return ready(Err(error));
+            return Io::ready(Err(error));
         }
         let bytes = range.count.saturating_mul(u64::from(SUB_BLOCK_BYTES));
         if bytes > u64::from(self.info().transfer_bytes_max) {
-            return ready(Err(BlockError::InvalidLength {
+            return Io::ready(Err(BlockError::InvalidLength {
                 bytes,
                 block_bytes: SUB_BLOCK_BYTES,
             }));
         }
         if range.count == 0 {
-            return ready(Ok(Bytes::new()));
+            return Io::ready(Ok(Bytes::new()));
         }
         let cover = self.0.cover(range);
         let skip = (range.start.0 - cover.start.0 * self.0.ratio) as usize * SUB_BLOCK_BYTES as usize;
         let io = self.0.device.read(cover);
-        async move {
+        Io::running(async move {
             let whole = io.await?;
             Ok(whole.slice(skip..skip + bytes as usize))
-        }
-        .boxed_local()
+        })
     }
 
     fn write(&self, start: Lba, data: Vec<Bytes>, durability: Durability) -> Io<()> {
@@ -273,7 +271,7 @@ impl BlockDevice for SubBlock {
         if !bytes.is_multiple_of(u64::from(SUB_BLOCK_BYTES))
             || bytes > u64::from(self.info().transfer_bytes_max)
         {
-            return ready(Err(BlockError::InvalidLength {
+            return Io::ready(Err(BlockError::InvalidLength {
                 bytes,
                 block_bytes: SUB_BLOCK_BYTES,
             }));
@@ -292,29 +290,24 @@ impl BlockDevice for SubBlock {
     fn deallocate(&self, ranges: Vec<LbaRange>) -> Io<()> {
         for range in &ranges {
             if let Err(error) = self.check(*range) {
-                return ready(Err(error));
+                return Io::ready(Err(error));
             }
         }
         let changes: Vec<Io<()>> = ranges
             .into_iter()
             .map(|range| self.change(range, Change::Zeroes { deallocate: true }, Durability::Cached))
             .collect();
-        async move {
+        Io::running(async move {
             for change in changes {
                 change.await?;
             }
             Ok(())
-        }
-        .boxed_local()
+        })
     }
 
     fn flush(&self) -> Io<()> {
         self.0.device.flush()
     }
-}
-
-fn ready<T: 'static>(result: Result<T, BlockError>) -> Io<T> {
-    std::future::ready(result).boxed_local()
 }
 
 #[cfg(test)]

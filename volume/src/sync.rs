@@ -10,6 +10,7 @@ use std::task::{Context, Poll, Waker};
 
 use futures_util::FutureExt;
 use futures_util::future::{Either, LocalBoxFuture, select};
+use weft_block::{BlockError, Io};
 
 use crate::seams::{Env, Timestamp};
 
@@ -66,13 +67,19 @@ pub(crate) struct Reply<T> {
     waker: RefCell<Option<Waker>>,
 }
 
-impl<T> Reply<T> {
-    pub(crate) fn new() -> Rc<Self> {
-        Rc::new(Self {
+impl<T> Default for Reply<T> {
+    fn default() -> Self {
+        Self {
             value: RefCell::new(None),
             given: Cell::new(false),
             waker: RefCell::new(None),
-        })
+        }
+    }
+}
+
+impl<T> Reply<T> {
+    pub(crate) fn new() -> Rc<Self> {
+        Rc::default()
     }
 
     /// Gives the answer unless there is one.
@@ -83,6 +90,23 @@ impl<T> Reply<T> {
         *self.value.borrow_mut() = Some(value);
         if let Some(waker) = self.waker.take() {
             waker.wake();
+        }
+    }
+
+    /// The answer, or a wake-up when there is one. One waiter only.
+    pub(crate) fn poll(&self, context: &mut Context<'_>) -> Poll<T> {
+        match self.value.take() {
+            Some(value) => Poll::Ready(value),
+            None => {
+                let mut waker = self.waker.borrow_mut();
+                if !waker
+                    .as_ref()
+                    .is_some_and(|known| known.will_wake(context.waker()))
+                {
+                    *waker = Some(context.waker().clone());
+                }
+                Poll::Pending
+            }
         }
     }
 
@@ -99,37 +123,43 @@ impl<T> Future for ReplyWait<T> {
     type Output = T;
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<T> {
-        match self.0.value.take() {
-            Some(value) => Poll::Ready(value),
-            None => {
-                *self.0.waker.borrow_mut() = Some(context.waker().clone());
-                Poll::Pending
-            }
+        self.0.poll(context)
+    }
+}
+
+/// Starts `work` now and lets it run to its end whatever becomes of the answer's future, as the block contract asks of
+/// what changes a device. Work that needs no waiting is done when this returns.
+pub(crate) fn detached<T: 'static>(
+    env: &dyn Env,
+    work: impl Future<Output = Result<T, BlockError>> + 'static,
+) -> Io<T> {
+    let mut work: LocalBoxFuture<'static, Result<T, BlockError>> = Box::pin(work);
+    // The waker of this first poll wakes nobody; the task's own poll replaces it.
+    match work.as_mut().now_or_never() {
+        Some(output) => Io::ready(output),
+        None => {
+            let reply = Reply::new();
+            let answer = Rc::clone(&reply);
+            env.spawn(Box::pin(async move { answer.give(work.await) }));
+            Io::running(reply.wait())
         }
     }
 }
 
-/// Starts `work` now and lets it run to its end whatever becomes of the answer's future, as the block contract asks.
-/// Work that needs no waiting is done when this returns.
-pub(crate) fn detached<T: 'static>(env: &dyn Env, work: impl Future<Output = T> + 'static) -> ReplyWait<T> {
-    let reply = Reply::new();
-    let mut work: LocalBoxFuture<'static, T> = Box::pin(work);
-    // The waker of this first poll wakes nobody; the task's own poll replaces it.
+/// Starts `work` now; it goes on as its answer is waited for, and ends with it: for what changes nothing.
+pub(crate) fn started<T: 'static>(work: impl Future<Output = Result<T, BlockError>> + 'static) -> Io<T> {
+    let mut work: LocalBoxFuture<'static, Result<T, BlockError>> = Box::pin(work);
     match work.as_mut().now_or_never() {
-        Some(output) => reply.give(output),
-        None => {
-            let answer = Rc::clone(&reply);
-            env.spawn(Box::pin(async move { answer.give(work.await) }));
-        }
+        Some(output) => Io::ready(output),
+        None => work.into(),
     }
-    reply.wait()
 }
 
 /// The output of `future`, or `None` when `deadline` comes first. The future is dropped then.
 pub(crate) async fn within<T>(
     env: &dyn Env,
     deadline: Timestamp,
-    future: LocalBoxFuture<'_, T>,
+    future: impl Future<Output = T> + Unpin,
 ) -> Option<T> {
     match select(future, env.sleep_until(deadline)).await {
         Either::Left((output, _)) => Some(output),

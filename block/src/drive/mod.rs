@@ -38,7 +38,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::FutureExt;
 use futures_util::future::join_all;
 use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::Errno;
@@ -370,10 +369,6 @@ async fn answered(answer: oneshot::Receiver<Answer>) -> Result<(), BlockError> {
     }
 }
 
-fn ready<T: 'static>(result: Result<T, BlockError>) -> Io<T> {
-    std::future::ready(result).boxed_local()
-}
-
 impl BlockDevice for Drive {
     fn info(&self) -> DeviceInfo {
         self.0.info
@@ -382,9 +377,9 @@ impl BlockDevice for Drive {
     fn read(&self, range: LbaRange) -> Io<Bytes> {
         let checked = self.0.port.check().and_then(|()| self.0.info.check_read(range));
         let len = match checked {
-            Ok(0) => return ready(Ok(Bytes::new())),
+            Ok(0) => return Io::ready(Ok(Bytes::new())),
             Ok(len) => len,
-            Err(error) => return ready(Err(error)),
+            Err(error) => return Io::ready(Err(error)),
         };
         let action = Action::Read {
             buffer: AlignedBuf::new(len),
@@ -394,14 +389,13 @@ impl BlockDevice for Drive {
         let answer = self
             .0
             .submit(self.0.offset(range.start), action, asked, Op::Read, len as u64);
-        async move {
+        Io::running(async move {
             match answer.await {
                 Ok(Ok(Some(buffer))) => Ok(buffer.freeze()),
                 Ok(Err(error)) => Err(error),
                 Ok(Ok(None)) | Err(_) => Err(BlockError::Unknown),
             }
-        }
-        .boxed_local()
+        })
     }
 
     fn write(&self, start: Lba, data: Vec<Bytes>, durability: Durability) -> Io<()> {
@@ -411,19 +405,23 @@ impl BlockDevice for Drive {
             .check()
             .and_then(|()| self.0.info.check_write(start, &data));
         match checked {
-            Ok(range) if range.count == 0 => return ready(Ok(())),
+            Ok(range) if range.count == 0 => return Io::ready(Ok(())),
             Ok(_) => {}
-            Err(error) => return ready(Err(error)),
+            Err(error) => return Io::ready(Err(error)),
         }
-        answered(self.0.submit_write(self.0.offset(start), data, durability)).boxed_local()
+        Io::running(answered(self.0.submit_write(
+            self.0.offset(start),
+            data,
+            durability,
+        )))
     }
 
     fn write_zeroes(&self, range: LbaRange, deallocate: bool, durability: Durability) -> Io<()> {
         if let Err(error) = self.0.port.check().and_then(|()| self.0.info.check_range(range)) {
-            return ready(Err(error));
+            return Io::ready(Err(error));
         }
         if range.count == 0 {
-            return ready(Ok(()));
+            return Io::ready(Ok(()));
         }
         let drive = self.0.clone();
         let offset = self.0.offset(range.start);
@@ -436,7 +434,7 @@ impl BlockDevice for Drive {
                 Durability::Durable => answered(drive.submit_sync()).await,
             }
         });
-        async move { steps.await.unwrap_or(Err(BlockError::Unknown)) }.boxed_local()
+        Io::running(async move { steps.await.unwrap_or(Err(BlockError::Unknown)) })
     }
 
     fn deallocate(&self, ranges: Vec<LbaRange>) -> Io<()> {
@@ -444,7 +442,7 @@ impl BlockDevice for Drive {
             .iter()
             .try_for_each(|range| self.0.info.check_range(*range));
         if let Err(error) = self.0.port.check().and(in_range) {
-            return ready(Err(error));
+            return Io::ready(Err(error));
         }
         let started: Vec<_> = ranges
             .into_iter()
@@ -465,7 +463,7 @@ impl BlockDevice for Drive {
                 )
             })
             .collect();
-        async move {
+        Io::running(async move {
             for answer in join_all(started).await {
                 match answer {
                     // A hint that the device cannot take has been given all the same.
@@ -474,14 +472,13 @@ impl BlockDevice for Drive {
                 }
             }
             Ok(())
-        }
-        .boxed_local()
+        })
     }
 
     fn flush(&self) -> Io<()> {
         match self.0.port.check() {
-            Ok(()) => answered(self.0.submit_sync()).boxed_local(),
-            Err(error) => ready(Err(error)),
+            Ok(()) => Io::running(answered(self.0.submit_sync())),
+            Err(error) => Io::ready(Err(error)),
         }
     }
 }

@@ -29,6 +29,7 @@ use tokio::io::unix::AsyncFd;
 
 use super::operation::{IoVec, Operation};
 use super::port::Ticket;
+use crate::polling::note_activity;
 
 /// Entries of the submission queue: what one turn submits with one system call. More are submitted with
 /// several.
@@ -282,6 +283,7 @@ impl Future for Driver {
                 Poll::Ready(Ok(mut ready)) => {
                     // Before the reap that follows: a completion that comes in between is announced again.
                     ready.clear_ready();
+                    note_activity();
                     ring.reap();
                 }
                 // The runtime is shutting down, and drops this task next.

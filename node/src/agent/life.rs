@@ -66,7 +66,8 @@ pub(crate) fn run(config: Config, exit_with_stdin: bool) -> anyhow::Result<Endin
         .enable_all()
         .build()
         .context("start the control runtime")?;
-    let (data, _thread) = DataThread::spawn(Plane::default).context("start the data thread")?;
+    let polling = Duration::from_micros(config.fabric.polling_us);
+    let (data, _thread) = DataThread::spawn(polling, Plane::default).context("start the data thread")?;
     let ending = control.block_on(Life::live(config, data_dir, data, exit_with_stdin));
     // Whatever still runs has nobody to answer to.
     control.shutdown_background();

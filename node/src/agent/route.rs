@@ -11,8 +11,6 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::FutureExt as _;
-use futures_util::future::LocalBoxFuture;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use weft_block::{BlockDevice, BlockError, Device, DeviceInfo, Durability, Io};
@@ -206,7 +204,7 @@ impl Route {
             // The usual way: the command starts now, as the block contract asks.
             Some(device) => {
                 let first = command(&device);
-                self.clone().issue(Some(first), command).boxed_local()
+                Io::running(self.clone().issue(Some(first), command))
             }
             None => {
                 let (sender, receiver) = tokio::sync::oneshot::channel();
@@ -214,7 +212,7 @@ impl Route {
                 tokio::task::spawn_local(async move {
                     let _ = sender.send(waiting.await);
                 });
-                async move { receiver.await.unwrap_or(Err(BlockError::Unknown)) }.boxed_local()
+                Io::running(async move { receiver.await.unwrap_or(Err(BlockError::Unknown)) })
             }
         }
     }
@@ -256,13 +254,9 @@ impl OwnedDevice {
     fn issue<T: 'static>(&self, command: impl FnOnce(&Device) -> Io<T>) -> Io<T> {
         match self.0.served() {
             Served::Here(device) => command(&device),
-            Served::Nowhere | Served::By(_) => not_ready(),
+            Served::Nowhere | Served::By(_) => Io::ready(Err(BlockError::NotReady)),
         }
     }
-}
-
-fn not_ready<T: 'static>() -> LocalBoxFuture<'static, Result<T, BlockError>> {
-    async { Err(BlockError::NotReady) }.boxed_local()
 }
 
 impl BlockDevice for OwnedDevice {

@@ -3,9 +3,11 @@
 //! Others reach it by sending it work: a closure that runs there and whose answer comes back.
 
 use std::rc::Rc;
+use std::time::Duration;
 
 use futures_util::future::LocalBoxFuture;
 use tokio::sync::{mpsc, oneshot};
+use weft_block::polling::keep_awake;
 
 type Work<S> = Box<dyn FnOnce(Rc<S>) -> LocalBoxFuture<'static, ()> + Send>;
 
@@ -28,11 +30,12 @@ impl<S> Clone for DataThread<S> {
 pub(crate) struct Ended;
 
 impl<S: 'static> DataThread<S> {
-    /// Starts the thread; `make` runs on it.
+    /// Starts the thread, which stays awake for `polling` after each activity; `make` runs on it.
     ///
     /// # Errors
     /// The operating system gives no thread or no event queue.
     pub(crate) fn spawn(
+        polling: Duration,
         make: impl FnOnce() -> S + Send + 'static,
     ) -> std::io::Result<(Self, std::thread::JoinHandle<()>)> {
         let (sender, mut receiver) = mpsc::unbounded_channel::<Work<S>>();
@@ -44,6 +47,7 @@ impl<S: 'static> DataThread<S> {
             .spawn(move || {
                 let local = tokio::task::LocalSet::new();
                 local.block_on(&runtime, async move {
+                    tokio::task::spawn_local(keep_awake(polling));
                     let state = Rc::new(make());
                     while let Some(work) = receiver.recv().await {
                         tokio::task::spawn_local(work(state.clone()));
@@ -81,7 +85,7 @@ mod tests {
 
     #[tokio::test]
     async fn work_runs_on_the_thread_and_may_keep_things_that_never_leave_it() {
-        let (data, _thread) = DataThread::spawn(|| Cell::new(6)).unwrap();
+        let (data, _thread) = DataThread::spawn(Duration::ZERO, || Cell::new(6)).unwrap();
         let answer = data
             .call(|state| Box::pin(async move { state.replace(state.get() + 1) }))
             .await

@@ -14,6 +14,7 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use rustix::thread::CpuSet;
 use weft_block::memory::MemoryDrive;
+use weft_block::polling::{SPAN_DEFAULT, keep_awake};
 use weft_block::{BlockDevice as _, Device};
 use weft_initiator::{ConnectOptions, HostIdentity, RemoteDrive};
 use weft_proto::id::HostId;
@@ -32,7 +33,7 @@ use super::{Output, Plan, machine};
 const K: u8 = 4;
 const M: u8 = 2;
 const DRIVES: usize = 6;
-const DRIVE_BYTES: u64 = 512 * MIB;
+const DRIVE_BYTES: u64 = 256 * MIB;
 
 /// Larger than the part of it that the host uses, which is that of the single target.
 const VOLUME_BYTES: u64 = 64 * MIB;
@@ -47,7 +48,8 @@ pub(super) fn run(plan: &Plan, output: &mut Output) -> anyhow::Result<()> {
     (0..std::thread::available_parallelism()?.get()).for_each(|core| all.set(core));
     rustix::thread::sched_setaffinity(None, &all)?;
     let cluster = Cluster::start()?;
-    let target = Target::start()?;
+    let target = Target::start(SPAN_DEFAULT)?;
+    let sleeping = Target::start(Duration::ZERO)?;
     let payload: Arc<[u8]> = noise(128 << 10).into();
     let mut single = Host::to_target(target.address, &subnqn(), 1, &payload)?;
     let mut whole = Host::to_target(cluster.owner.address, &subnqn(), 1, &payload)?;
@@ -71,6 +73,7 @@ pub(super) fn run(plan: &Plan, output: &mut Output) -> anyhow::Result<()> {
             &paired,
         ));
     }
+    let mut single = Host::to_target(sleeping.address, &subnqn(), 1, &payload)?;
     single.idle = Idle::Sleep;
     let workload = random(0, 1);
     let p50 = |window: anyhow::Result<Window>| {
@@ -213,10 +216,11 @@ pub(crate) async fn peer(drives: Vec<SocketAddr>) -> u8 {
 
 async fn serve_peer(addresses: Vec<SocketAddr>) -> anyhow::Result<()> {
     let source = if addresses.is_empty() {
-        drive(MemoryDrive::device(DRIVE_BYTES))?
+        drive(MemoryDrive::preallocated(DRIVE_BYTES))?
     } else {
         volume(addresses).await?
     };
+    tokio::task::spawn_local(keep_awake(SPAN_DEFAULT));
     let (listener, registry) = present(source).await?;
     println!("{}", listener.local_addr()?);
     serve(listener, registry).await?;

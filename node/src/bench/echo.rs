@@ -1,5 +1,8 @@
 //! The floor of a target: a peer on the same core that answers the same bytes and does nothing else.
 //!
+//! A read is answered from a table as large as the drive, at the place that was asked for: that a drive's bytes are not in a
+//! cache is no fault of the target. What is written is received and dropped.
+//!
 //! It parses as much as says where a request ends and which of the two answers it wants, batches as the target does,
 //! and polls while it is measured. Between measurements it sleeps, so that it takes nothing from the subject.
 
@@ -17,6 +20,7 @@ use super::wire::{
 /// Where the opcode, the command identifier and the number of blocks lie in a command capsule.
 const OPCODE: usize = 8;
 const CID: usize = 10;
+const SLBA: usize = 8 + 40;
 const NLB_Z: usize = 8 + 48;
 const READ: u8 = 0x02;
 
@@ -30,15 +34,15 @@ pub(super) struct Echo {
 }
 
 impl Echo {
-    /// Listens for `connections`, which have to be made before it is first activated.
-    pub(super) fn start(connections: usize, payload: Arc<[u8]>) -> anyhow::Result<Self> {
+    /// Listens for `connections`, which have to be made before it is first activated. Reads are answered from `table`.
+    pub(super) fn start(connections: usize, table: Arc<[u8]>) -> anyhow::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let address = listener.local_addr()?;
         let (active, ended) = (Arc::<AtomicBool>::default(), Arc::<AtomicBool>::default());
         let flags = (Arc::clone(&active), Arc::clone(&ended));
         let join = std::thread::Builder::new().name("echo".into()).spawn(move || {
             // An error ends the connections, which the load generator reports.
-            let _ = serve(&listener, connections, &payload, &flags.0, &flags.1);
+            let _ = serve(&listener, connections, &table, &flags.0, &flags.1);
         })?;
         Ok(Self {
             address,
@@ -76,7 +80,7 @@ struct Peer {
 fn serve(
     listener: &TcpListener,
     connections: usize,
-    payload: &Arc<[u8]>,
+    table: &Arc<[u8]>,
     active: &AtomicBool,
     ended: &AtomicBool,
 ) -> anyhow::Result<()> {
@@ -89,7 +93,7 @@ fn serve(
         peers.push(Peer {
             stream,
             incoming: Incoming::new(),
-            outgoing: Outgoing::new(Arc::clone(payload)),
+            outgoing: Outgoing::new(Arc::clone(table)),
         });
     }
     while !ended.load(Ordering::Acquire) {
@@ -117,10 +121,14 @@ fn answer(request: &[u8; COMMAND_BYTES], outgoing: &mut Outgoing) {
         let data_bytes = (u32_at(request, NLB_Z) as usize & 0xffff) * 4096 + 4096;
         let mut header = header(C2H_DATA, LAST | SUCCESS, SHORT_BYTES, data_bytes);
         header[8..10].copy_from_slice(&cid);
-        outgoing.push(&header[..SHORT_BYTES], data_bytes);
+        outgoing.push(
+            &header[..SHORT_BYTES],
+            u32_at(request, SLBA) as usize * 4096,
+            data_bytes,
+        );
     } else {
         let mut header = header(CAPSULE_RESP, 0, SHORT_BYTES, 0);
         header[20..22].copy_from_slice(&cid);
-        outgoing.push(&header[..SHORT_BYTES], 0);
+        outgoing.push(&header[..SHORT_BYTES], 0, 0);
     }
 }

@@ -26,10 +26,10 @@ const K: u8 = 4;
 const M: u8 = 2;
 
 /// Of the volume: larger than the caches, and small enough to be written over many times.
-const VOLUME_BYTES: u64 = 256 * MIB;
+const VOLUME_BYTES: u64 = 128 * MIB;
 
 /// Of each device. Four of six hold data: eight volumes' worth, so that most bands that are compacted are nearly dead.
-const DEVICE_BYTES: u64 = 512 * MIB;
+const DEVICE_BYTES: u64 = 256 * MIB;
 
 const RANDOM_WRITE: Pattern = Pattern {
     read: false,
@@ -59,7 +59,9 @@ pub(super) fn run(plan: &Plan, output: &mut Output) -> anyhow::Result<()> {
         .enable_all()
         .build()?;
     let local = LocalSet::new();
-    let devices = (0..K + M).map(|_| MemoryDrive::device(DEVICE_BYTES)).collect();
+    let devices = (0..K + M)
+        .map(|_| MemoryDrive::preallocated(DEVICE_BYTES))
+        .collect();
     let world = World::new(devices);
     let engine = local.block_on(&runtime, world.open(K, M, VOLUME_BYTES))?;
     let load = Load::new(Rc::new(engine.clone()), Clock::Cpu);

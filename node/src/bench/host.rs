@@ -326,7 +326,8 @@ impl Connection {
         let bytes = workload.bytes();
         let in_capsule = !read && (bytes <= CAPSULE_DATA_MAX || peer == Peer::Echo);
         let data_bytes = if in_capsule { bytes } else { 0 };
-        self.outgoing.push(&capsule(&sqe, data_bytes, bytes), data_bytes);
+        self.outgoing
+            .push(&capsule(&sqe, data_bytes, bytes), 0, data_bytes);
         self.outstanding += 1;
         Ok(())
     }
@@ -346,7 +347,7 @@ impl Connection {
                 // Command and transfer tag, then the offset.
                 answer[8..16].copy_from_slice(&pdu[8..16]);
                 answer[16..20].copy_from_slice(&pdu[16..20]);
-                self.outgoing.push(&answer[..SHORT_BYTES], length);
+                self.outgoing.push(&answer[..SHORT_BYTES], 0, length);
                 Ok(None)
             }
             other => bail!("a PDU of type {other:#x}"),

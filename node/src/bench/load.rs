@@ -1,15 +1,15 @@
 //! Load on a block device of this thread: a fixed number of operations outstanding, refilled in batches.
 
 use std::cell::RefCell;
+use std::future::{Future as _, poll_fn};
+use std::pin::Pin;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use anyhow::ensure;
 use bytes::Bytes;
-use futures_util::StreamExt as _;
-use futures_util::stream::FuturesUnordered;
 use rand::rngs::SmallRng;
 use rand::{Rng as _, SeedableRng as _};
-use weft_block::{Device, Durability, Io};
+use weft_block::{BlockError, Device, Durability, Io};
 use weft_proto::units::{Lba, LbaRange};
 
 use super::floor::{BLOCK, noise};
@@ -101,25 +101,33 @@ impl Load {
             next = (next + 1) % places;
             next
         };
-        let mut running: FuturesUnordered<_> =
-            (0..pattern.depth).map(|_| self.start(pattern, place())).collect();
+        let mut running: Vec<(Instant, Running)> = Vec::with_capacity(pattern.depth);
         let mut latency = Histogram::default();
         let (clock, start) = (CpuClock::now(), Instant::now());
-        let (mut done, mut finished) = (0u64, Vec::with_capacity(pattern.depth));
+        let mut done = 0u64;
         while start.elapsed() < window || done == 0 {
-            // Everything that is ready is taken before anything new is started: what completed together is refilled
-            // together.
-            let mut ready = (&mut running).ready_chunks(pattern.depth);
-            finished.extend(ready.next().await.into_iter().flatten());
-            for outcome in finished.drain(..) {
-                latency.record(outcome?);
-                done += 1;
-                running.push(self.start(pattern, place()));
+            for _ in running.len()..pattern.depth {
+                let began = Instant::now();
+                match self.start(pattern, place()) {
+                    // What a device in memory answers at once is not waited for.
+                    Started::Done(outcome) => {
+                        outcome?;
+                        latency.record(began.elapsed().as_nanos() as u64);
+                        done += 1;
+                    }
+                    Started::Running(answer) => running.push((began, answer)),
+                }
             }
+            if running.is_empty() {
+                // The device's own tasks have their turn.
+                tokio::task::yield_now().await;
+                continue;
+            }
+            done += finish_some(&mut running, &mut latency).await?;
         }
         let (seconds, cpu) = (start.elapsed().as_secs_f64(), clock.elapsed());
-        while let Some(outcome) = running.next().await {
-            outcome?;
+        while !running.is_empty() {
+            finish_some(&mut running, &mut Histogram::default()).await?;
         }
         let seconds = match self.clock {
             Clock::Cpu => cpu.0.as_secs_f64(),
@@ -135,33 +143,77 @@ impl Load {
         })
     }
 
-    /// Starts one operation; answers its nanoseconds.
-    fn start(&self, pattern: Pattern, place: u64) -> impl Future<Output = anyhow::Result<u64>> + use<> {
+    /// Starts one operation.
+    fn start(&self, pattern: Pattern, place: u64) -> Started {
         let blocks = pattern.blocks();
         let range = LbaRange {
             start: Lba(place * blocks),
             count: blocks,
         };
         let bytes = blocks as usize * BLOCK;
-        let began = Instant::now();
-        let (mut read, mut write): (Option<Io<Bytes>>, Option<Io<()>>) = (None, None);
         if pattern.read {
-            read = Some(self.device.read(range));
-        } else {
-            let at = (place as usize * BLOCK) % (self.payload.len() - bytes + BLOCK);
-            let data = vec![self.payload.slice(at..at + bytes)];
-            write = Some(self.device.write(range.start, data, Durability::Durable));
+            return match self.device.read(range).take_ready() {
+                Ok(outcome) => Started::Done(outcome.map(drop)),
+                Err(io) => Started::Running(Running::Read(io)),
+            };
         }
-        async move {
-            if let Some(read) = read {
-                ensure!(read.await?.len() == bytes, "a short read");
-            }
-            if let Some(write) = write {
-                write.await?;
-            }
-            Ok(began.elapsed().as_nanos() as u64)
+        let at = (place as usize * BLOCK) % (self.payload.len() - bytes + BLOCK);
+        let data = vec![self.payload.slice(at..at + bytes)];
+        match self
+            .device
+            .write(range.start, data, Durability::Durable)
+            .take_ready()
+        {
+            Ok(outcome) => Started::Done(outcome),
+            Err(io) => Started::Running(Running::Write(io)),
         }
     }
+}
+
+/// An operation that was started.
+enum Started {
+    /// And is over.
+    Done(Result<(), BlockError>),
+    Running(Running),
+}
+
+enum Running {
+    Read(Io<Bytes>),
+    Write(Io<()>),
+}
+
+impl Running {
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Result<(), BlockError>> {
+        match self {
+            Self::Read(io) => Pin::new(io).poll(context).map_ok(drop),
+            Self::Write(io) => Pin::new(io).poll(context),
+        }
+    }
+}
+
+/// Waits until at least one of `running` is over and takes all that are: what completed together is refilled together. All of
+/// them are asked each time, which costs less than to keep books on who was woken.
+async fn finish_some(running: &mut Vec<(Instant, Running)>, latency: &mut Histogram) -> anyhow::Result<u64> {
+    poll_fn(|context| {
+        let mut done = 0;
+        let mut index = 0;
+        while let Some((began, answer)) = running.get_mut(index) {
+            match answer.poll(context) {
+                Poll::Pending => index += 1,
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error.into())),
+                Poll::Ready(Ok(())) => {
+                    latency.record(began.elapsed().as_nanos() as u64);
+                    running.swap_remove(index);
+                    done += 1;
+                }
+            }
+        }
+        if done == 0 {
+            return Poll::Pending;
+        }
+        Poll::Ready(Ok(done))
+    })
+    .await
 }
 
 #[cfg(test)]

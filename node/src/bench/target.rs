@@ -13,6 +13,7 @@ use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::LocalSet;
 use weft_block::memory::MemoryDrive;
+use weft_block::polling::{SPAN_DEFAULT, keep_awake};
 use weft_block::{Device, Durability};
 use weft_proto::nqn::Nqn;
 use weft_proto::nvme::log::AnaState;
@@ -46,10 +47,12 @@ const SEQUENTIAL_DEPTH: usize = 8;
 pub(super) fn run(plan: &Plan, output: &mut Output) -> anyhow::Result<()> {
     machine::pin(machine::host_core())?;
     let payload: Arc<[u8]> = noise(128 << 10).into();
-    let target = Target::start()?;
+    let target = Target::start(SPAN_DEFAULT)?;
+    // As much of it as is read, and all of it touched.
+    let table: Arc<[u8]> = noise(((SEQUENTIAL_AREA.0 + SEQUENTIAL_AREA.1) * 4096) as usize).into();
 
     for connections in [1, 4] {
-        let bench = Bench::new(&target, connections, &payload)?;
+        let bench = Bench::new(&target, connections, &payload, &table)?;
         for depth in [32, 128] {
             for (reads, name) in [(100, "read"), (0, "write"), (70, "70/30")] {
                 let workload = random(reads, depth);
@@ -92,7 +95,7 @@ pub(super) fn run(plan: &Plan, output: &mut Output) -> anyhow::Result<()> {
             }
         }
     }
-    let bench = Bench::new(&target, 16, &payload)?;
+    let bench = Bench::new(&target, 16, &payload, &table)?;
     for (reads, name) in [(100, "read"), (0, "write")] {
         let paired = bench.measure(plan, &random(reads, 1), |_| {})?;
         let name = format!("4 KiB random {name}, depth 1, {}", plural(16));
@@ -142,8 +145,13 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(target: &Target, connections: usize, payload: &Arc<[u8]>) -> anyhow::Result<Self> {
-        let echo = Echo::start(connections, Arc::clone(payload))?;
+    fn new(
+        target: &Target,
+        connections: usize,
+        payload: &Arc<[u8]>,
+        table: &Arc<[u8]>,
+    ) -> anyhow::Result<Self> {
+        let echo = Echo::start(connections, Arc::clone(table))?;
         let hosts = (
             Host::to_echo(echo.address, connections, payload)?,
             Host::to_target(target.address, &subnqn(), connections, payload)?,
@@ -236,7 +244,8 @@ pub(super) struct Target {
 }
 
 impl Target {
-    pub(super) fn start() -> anyhow::Result<Self> {
+    /// Which stays awake for `polling` after each activity.
+    pub(super) fn start(polling: Duration) -> anyhow::Result<Self> {
         let (ready, is_ready) = std::sync::mpsc::channel();
         let (stop, stopped) = oneshot::channel();
         let join = std::thread::Builder::new().name("target".into()).spawn(move || {
@@ -245,9 +254,10 @@ impl Target {
                 .enable_all()
                 .build()?;
             LocalSet::new().block_on(&runtime, async move {
-                let device = MemoryDrive::device(DRIVE_BYTES);
+                let device = MemoryDrive::preallocated(DRIVE_BYTES);
                 fill(&device).await?;
                 let (listener, registry) = present(drive(device)?).await?;
+                tokio::task::spawn_local(keep_awake(polling));
                 ready.send(listener.local_addr()?)?;
                 tokio::select! {
                     served = serve(listener, registry) => served?,

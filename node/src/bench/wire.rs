@@ -31,10 +31,11 @@ const SLICES: usize = 128;
 /// Bytes asked of the socket at a time.
 const READ_BYTES: usize = 256 << 10;
 
-/// A PDU that goes out: a header, and as much of the shared payload as it says.
+/// A PDU that goes out: a header, and the part of the shared payload that it says.
 struct Piece {
     header: [u8; COMMAND_BYTES],
     header_bytes: usize,
+    data_at: usize,
     data_bytes: usize,
 }
 
@@ -56,10 +57,12 @@ impl Outgoing {
         }
     }
 
-    pub(super) fn push(&mut self, header: &[u8], data_bytes: usize) {
+    /// With `data_bytes` from byte `data_at` of the payload.
+    pub(super) fn push(&mut self, header: &[u8], data_at: usize, data_bytes: usize) {
         let mut piece = Piece {
             header: [0; COMMAND_BYTES],
             header_bytes: header.len(),
+            data_at,
             data_bytes,
         };
         piece.header[..header.len()].copy_from_slice(header);
@@ -82,7 +85,7 @@ impl Outgoing {
                 }
                 for part in [
                     &piece.header[..piece.header_bytes],
-                    &self.payload[..piece.data_bytes],
+                    &self.payload[piece.data_at..piece.data_at + piece.data_bytes],
                 ] {
                     let skipped = skip.min(part.len());
                     skip -= skipped;
@@ -233,7 +236,7 @@ mod tests {
             let data_bytes = if index == 7 { 300_000 } else { 4096 };
             let mut header = header(CAPSULE_CMD, 0, COMMAND_BYTES, data_bytes);
             header[10..12].copy_from_slice(&index.to_le_bytes());
-            outgoing.push(&header, data_bytes);
+            outgoing.push(&header, 0, data_bytes);
         }
         let mut incoming = Incoming::new();
         let mut seen = Vec::new();

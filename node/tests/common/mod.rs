@@ -77,6 +77,7 @@ pub(crate) fn cluster(folder: &Path, nodes: u32, drive_mib: u64) -> Agents {
 pub(crate) fn patient_cluster(folder: &Path, nodes: u32, drive_mib: u64) -> Agents {
     let fabric = FabricConfig {
         keep_alive_ms: 60_000,
+        ..FabricConfig::default()
     };
     let agents = agents_with(folder, nodes, drive_mib, engine(), fabric);
     agents.form(3).unwrap();

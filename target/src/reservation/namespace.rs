@@ -456,33 +456,35 @@ impl Admission {
     fn submit<T: 'static>(&self, access: Access, start: impl FnOnce(&Device) -> Io<T>) -> Io<T> {
         if !self.is_allowed(access) {
             metrics::reservation_conflict();
-            return Box::pin(std::future::ready(Err(BlockError::ReservationConflict)));
+            return Io::ready(Err(BlockError::ReservationConflict));
         }
+        // What is over by now was in execution for no time in which anybody could have preempted it.
+        let io = match start(&self.namespace.0.device).take_ready() {
+            Ok(result) => return Io::ready(result),
+            Err(io) => io,
+        };
         let running = InExecution {
             inner: Rc::clone(&self.namespace.0),
             execution: Rc::clone(&self.execution),
             generation: self.generation,
         };
         self.execution.current.set(self.execution.current.get() + 1);
-        Box::pin(Tracked {
-            io: Some((start(&self.namespace.0.device), running)),
+        Io::running(Tracked {
+            io: Some((io, running)),
         })
     }
 
     /// As [`BlockDevice::read`].
-    #[must_use]
     pub fn read(&self, range: LbaRange) -> Io<Bytes> {
         self.submit(Access::Read, |device| device.read(range))
     }
 
     /// As [`BlockDevice::write`].
-    #[must_use]
     pub fn write(&self, start: Lba, data: Vec<Bytes>, durability: Durability) -> Io<()> {
         self.submit(Access::Write, |device| device.write(start, data, durability))
     }
 
     /// As [`BlockDevice::write_zeroes`].
-    #[must_use]
     pub fn write_zeroes(&self, range: LbaRange, deallocate: bool, durability: Durability) -> Io<()> {
         self.submit(Access::Write, |device| {
             device.write_zeroes(range, deallocate, durability)
@@ -490,13 +492,11 @@ impl Admission {
     }
 
     /// As [`BlockDevice::deallocate`].
-    #[must_use]
     pub fn deallocate(&self, ranges: Vec<LbaRange>) -> Io<()> {
         self.submit(Access::Write, |device| device.deallocate(ranges))
     }
 
     /// As [`BlockDevice::flush`].
-    #[must_use]
     pub fn flush(&self) -> Io<()> {
         self.submit(Access::Write, |device| device.flush())
     }
@@ -533,7 +533,7 @@ impl<T> Future for Tracked<T> {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let (io, _) = self.io.as_mut().expect("not polled after it was ready");
-        let result = std::task::ready!(io.as_mut().poll(cx));
+        let result = std::task::ready!(Pin::new(io).poll(cx));
         self.io = None;
         Poll::Ready(result)
     }

@@ -7,11 +7,13 @@ use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::pin::pin;
 use std::rc::Rc;
+use std::sync::LazyLock;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::{Either, select};
 use futures_util::stream::{FuturesUnordered, StreamExt};
+use weft_block::buffer::AlignedBuf;
 use weft_block::{BlockError, Durability, Io};
 use weft_erasure::Codec;
 use weft_proto::band::{Geometry, RootPointer};
@@ -23,13 +25,15 @@ use super::work::{Abandoned, BlockWork, Target, Work};
 use super::{Core, Life};
 use crate::band::{BandState, Reservation};
 use crate::entry::{ColumnSet, MapEntry};
-use crate::format::checksum::crc32c;
+use crate::format::checksum::{content_crc, crc32c, followed_by_block};
 use crate::format::header::{BlockRecord, ShardPart, StripeHeader, ZeroRecord};
 use crate::metrics::Bytes as SentBytes;
 use crate::seams::BandPurpose;
 
 /// A payload block of zeroes: padding, and what a block without data reads as.
 pub(crate) static ZERO_BLOCK: [u8; BLOCK_BYTES] = [0; BLOCK_BYTES];
+
+static ZERO_BLOCK_CRC: LazyLock<u32> = LazyLock::new(|| crc32c([&ZERO_BLOCK[..]]));
 
 /// A stripe that was sent.
 struct Flight {
@@ -97,8 +101,7 @@ impl Core {
                 })
                 .collect(),
         };
-        let data: Vec<Bytes> = blocks.iter().map(|block| block.data.clone()).collect();
-        let shards = self.shards(&header, &data, d as usize);
+        let shards = self.shards(&header, &blocks, d as usize);
         let bytes = self.count_stripe(band.geometry, plan.w, d, &blocks);
         let writes = self.send_shards(band, &place, shards);
         self.checkpoints.written(bytes, self);
@@ -146,17 +149,10 @@ impl Core {
     }
 
     /// The bytes of each shard, as whole blocks: its header, its payload.
-    fn shards(&self, header: &StripeHeader, data: &[Bytes], d: usize) -> Vec<Vec<Bytes>> {
+    fn shards(&self, header: &StripeHeader, blocks: &[BlockWork], d: usize) -> Vec<Vec<Bytes>> {
         let (w, m) = (usize::from(header.shape.w), usize::from(header.geometry.m));
         let template = header.template(&self.identity.key);
-        let zero = Bytes::from_static(&ZERO_BLOCK);
-        let mut payloads: Vec<Vec<Bytes>> = (0..w)
-            .map(|index| {
-                (index * d..(index + 1) * d)
-                    .map(|block| data.get(block).unwrap_or(&zero).clone())
-                    .collect()
-            })
-            .collect();
+        let mut payloads: Vec<Payload> = (0..w).map(|index| self.payload(blocks, index * d, d)).collect();
         if w == 1 {
             // The first coefficient is 1 in every parity: copies, and no arithmetic.
             for _ in 0..m {
@@ -171,19 +167,36 @@ impl Core {
             .zip(columns)
             .enumerate()
             .map(|(index, (payload, column))| {
+                let Payload { crc, mut pieces } = payload;
                 let part = ShardPart {
                     index: index as u8,
                     column,
-                    payload_crc: crc32c(payload.iter().map(|block| &block[..])),
+                    payload_crc: crc,
                 };
-                let mut shard = Vec::with_capacity(1 + d);
-                shard.push(template.shard(part));
-                shard.extend(payload);
-                shard
+                pieces[0] = template.shard(part);
+                pieces
             })
             .collect();
         assert_eq!(shards.len(), w + m, "a stripe goes out with full m or not at all");
         shards
+    }
+
+    /// The payload of a data shard: `d` blocks from the one numbered `first`, with zeroes where there are no more. Its checksum
+    /// is put together from theirs.
+    fn payload(&self, blocks: &[BlockWork], first: usize, d: usize) -> Payload {
+        let mut payload = Payload::with_capacity(1 + d);
+        for index in first..first + d {
+            let (crc, bytes) = match blocks.get(index) {
+                Some(block) => {
+                    let crc = content_crc(self.volume, block.lba, block.sequence, block.crc);
+                    (crc, block.data.clone())
+                }
+                None => (*ZERO_BLOCK_CRC, Bytes::from_static(&ZERO_BLOCK)),
+            };
+            payload.crc = followed_by_block(payload.crc, crc);
+            payload.pieces.push(bytes);
+        }
+        payload
     }
 
     /// Starts the writes of all shards.
@@ -209,7 +222,7 @@ impl Core {
                     let start = Lba(chunk.row_byte_offset(place.row) / u64::from(info.block_bytes));
                     device.write(start, shard, durability)
                 }
-                None => Box::pin(std::future::ready(Err(BlockError::NotReady))),
+                None => Io::ready(Err(BlockError::NotReady)),
             };
             band.outstanding.set(band.outstanding.get() + 1);
             let drive = chunk.drive;
@@ -480,22 +493,41 @@ fn note_unknown(band: &BandState, column: u8, error: &BlockError) {
     }
 }
 
-/// The parity shards, block by block.
-fn parity(geometry: Geometry, data: &[Vec<Bytes>], d: usize) -> Vec<Vec<Bytes>> {
+/// The bytes of a shard behind its header, for which the first piece is a place.
+#[derive(Clone)]
+struct Payload {
+    pieces: Vec<Bytes>,
+    /// crc32c of all pieces.
+    crc: u32,
+}
+
+impl Payload {
+    /// Of no bytes, with room for so many pieces, the header's included.
+    fn with_capacity(pieces: usize) -> Self {
+        let mut payload = Self {
+            pieces: Vec::with_capacity(pieces),
+            crc: crc32c([]),
+        };
+        payload.pieces.push(Bytes::new());
+        payload
+    }
+}
+
+/// The parity shards, each in one piece.
+fn parity(geometry: Geometry, data: &[Payload], d: usize) -> impl Iterator<Item = Payload> + use<> {
     let codec = Codec::new(geometry.m).expect("a Geometry has 1 to 4 parity shards");
-    let mut parity: Vec<BytesMut> = (0..geometry.m)
-        .map(|_| BytesMut::zeroed(d * BLOCK_BYTES))
-        .collect();
-    let sources: Vec<&[Bytes]> = data.iter().map(Vec::as_slice).collect();
-    let mut outputs: Vec<&mut [u8]> = parity.iter_mut().map(|bytes| &mut bytes[..]).collect();
+    let shard_bytes = d * BLOCK_BYTES;
+    // Of the pool: encoding writes every byte.
+    let mut parity = AlignedBuf::new(usize::from(geometry.m) * shard_bytes);
+    let sources: Vec<&[Bytes]> = data.iter().map(|payload| &payload.pieces[1..]).collect();
+    let mut outputs: Vec<&mut [u8]> = parity.chunks_exact_mut(shard_bytes).collect();
     codec.encode_scattered(&sources, &mut outputs);
-    parity
-        .into_iter()
-        .map(|bytes| {
-            let bytes = bytes.freeze();
-            (0..d)
-                .map(|depth| bytes.slice(depth * BLOCK_BYTES..(depth + 1) * BLOCK_BYTES))
-                .collect()
-        })
-        .collect()
+    let parity = parity.freeze();
+    (0..usize::from(geometry.m)).map(move |shard| {
+        let bytes = parity.slice(shard * shard_bytes..(shard + 1) * shard_bytes);
+        Payload {
+            crc: crc32c([&bytes[..]]),
+            pieces: vec![Bytes::new(), bytes],
+        }
+    })
 }

@@ -8,8 +8,9 @@ use std::rc::Rc;
 
 use bytes::{Bytes, BytesMut};
 use futures_util::future::join_all;
-use weft_block::BlockError;
+use weft_block::{BlockError, Device, Io};
 use weft_erasure::Codec;
+use weft_proto::id::DriveId;
 use weft_proto::units::{BLOCK_BYTES, Lba, LbaRange};
 
 use super::flight::ZERO_BLOCK;
@@ -37,7 +38,60 @@ struct Piece {
     entries: Vec<MapEntry>,
 }
 
+/// One block that was asked of the drive that the map names.
+pub(crate) struct BlockRead {
+    lba: Lba,
+    entry: MapEntry,
+    drive: DriveId,
+    /// Its band is not freed meanwhile.
+    _pin: Rc<()>,
+}
+
 impl Core {
+    /// Starts the read of a block that is where the map says, without a read of the map: the usual case. `None` where it takes
+    /// more than that, which is for [`Self::read_range`].
+    pub(crate) fn start_block(&self, lba: Lba) -> Option<(BlockRead, Io<Bytes>)> {
+        let entry = self.map().lookup_cached(lba)?.entry()?;
+        let band = self.band(entry.band)?;
+        let drive = band.chunk(entry.column)?.drive;
+        let (device, range) = self.rows(&band, entry.column, entry.row, 1)?;
+        self.counters.drive_reads.add(1);
+        let asked = BlockRead {
+            lba,
+            entry,
+            drive,
+            _pin: Rc::clone(&band.pin),
+        };
+        Some((asked, device.read(range)))
+    }
+
+    /// Whether these are the bytes that were asked for.
+    pub(crate) fn is_sound(&self, asked: &BlockRead, bytes: &[u8]) -> bool {
+        let BlockRead { lba, entry, .. } = asked;
+        bytes.len() == BLOCK_BYTES && block_crc(self.volume, *lba, entry.sequence, bytes) == entry.crc
+    }
+
+    /// Waits for a block that was asked for. Whatever is wrong with it, the general way deals with.
+    pub(crate) async fn finish_block(
+        self: &Rc<Self>,
+        asked: BlockRead,
+        io: Io<Bytes>,
+    ) -> Result<Bytes, VolumeError> {
+        let deadline = self.seams.env.now().after(self.settings.read_stall);
+        match within(&*self.seams.env, deadline, io).await {
+            Some(Ok(bytes)) if self.is_sound(&asked, &bytes) => return Ok(bytes),
+            Some(Ok(_)) => {}
+            Some(Err(error)) => {
+                if !self.is_over() {
+                    self.drive_error(asked.drive, &error);
+                }
+            }
+            None => self.suspect(asked.drive),
+        }
+        let start = asked.lba;
+        self.read_range(LbaRange { start, count: 1 }).await
+    }
+
     /// The blocks of `range` as of the last write that was visible when this was called, or a later one.
     pub(crate) async fn read_range(self: &Rc<Self>, range: LbaRange) -> Result<Bytes, VolumeError> {
         let mappings = self.map().lookup_range(range).await?;
@@ -294,10 +348,7 @@ impl Core {
         count: u32,
     ) -> Option<Result<Bytes, BlockError>> {
         let chunk = band.chunk(column)?;
-        if self.health.is_suspect(chunk.drive) || row.checked_add(count)? > band.rows {
-            return None;
-        }
-        let device = self.seams.drives.device(chunk.drive)?;
+        let (device, range) = self.rows(band, column, row, count)?;
         let _pin = Rc::clone(&band.pin);
         // A chunk may have moved to a drive with shorter transfers than what the stripe was written with.
         let rows_max = (device.info().transfer_bytes_max / BLOCK_BYTES as u32).max(1);
@@ -312,11 +363,6 @@ impl Core {
             }
             return Some(Ok(bytes.freeze()));
         }
-        let block_bytes = u64::from(device.info().block_bytes);
-        let range = LbaRange {
-            start: Lba(chunk.row_byte_offset(row) / block_bytes),
-            count: u64::from(count) * BLOCK_BYTES as u64 / block_bytes,
-        };
         let deadline = self.seams.env.now().after(self.settings.read_stall);
         self.counters.drive_reads.add(1);
         match within(&*self.seams.env, deadline, device.read(range)).await {
@@ -333,6 +379,21 @@ impl Core {
                 None
             }
         }
+    }
+
+    /// Where rows of a column are; `None` when its drive is out of service.
+    fn rows(&self, band: &BandState, column: u8, row: u32, count: u32) -> Option<(Device, LbaRange)> {
+        let chunk = band.chunk(column)?;
+        if self.health.is_suspect(chunk.drive) || row.checked_add(count)? > band.rows {
+            return None;
+        }
+        let device = self.seams.drives.device(chunk.drive)?;
+        let block_bytes = u64::from(device.info().block_bytes);
+        let range = LbaRange {
+            start: Lba(chunk.row_byte_offset(row) / block_bytes),
+            count: u64::from(count) * BLOCK_BYTES as u64 / block_bytes,
+        };
+        Some((device, range))
     }
 
     /// Asks the directory in the background where chunks are, unless it was asked a moment ago.

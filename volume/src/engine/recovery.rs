@@ -308,8 +308,7 @@ impl Core {
             ops.push(op);
         }
         for op in ops {
-            op.reply
-                .wait()
+            op.answer()
                 .await
                 .map_err(|error| VolumeError::Map(MapError::Store(error)))?;
         }

@@ -1,6 +1,7 @@
 //! What waits to be written: blocks and zero records, and what each is for.
 
 use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
 use std::rc::Rc;
 
 use bytes::Bytes;
@@ -17,7 +18,7 @@ use crate::sync::Reply;
 /// One operation of the host (or of recovery): answered once all its parts are durable and in the map.
 pub(crate) struct Op {
     remaining: Cell<usize>,
-    pub(crate) reply: Rc<Reply<Result<(), BlockError>>>,
+    reply: Reply<Result<(), BlockError>>,
 }
 
 impl Op {
@@ -25,12 +26,17 @@ impl Op {
     pub(crate) fn new(parts: usize) -> Rc<Self> {
         let op = Rc::new(Self {
             remaining: Cell::new(parts),
-            reply: Reply::new(),
+            reply: Reply::default(),
         });
         if parts == 0 {
             op.reply.give(Ok(()));
         }
         op
+    }
+
+    /// Waits for the answer. One waiter only.
+    pub(crate) async fn answer(&self) -> Result<(), BlockError> {
+        poll_fn(|context| self.reply.poll(context)).await
     }
 
     /// A part is durable and visible.

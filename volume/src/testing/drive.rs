@@ -677,7 +677,7 @@ impl SimDrive {
             durable: durability == Durability::Durable,
         };
         self.submit(sender, kind, Reply::Done(giver));
-        Box::pin(done)
+        Io::running(done)
     }
 }
 
@@ -762,7 +762,7 @@ struct Handle {
 }
 
 fn refused<T: 'static>(error: BlockError) -> Io<T> {
-    Box::pin(std::future::ready(Err(error)))
+    Io::ready(Err(error))
 }
 
 impl BlockDevice for Handle {
@@ -777,7 +777,7 @@ impl BlockDevice for Handle {
         let (giver, bytes) = answer();
         self.drive
             .submit(self.incarnation, Kind::Read(range), Reply::Bytes(giver));
-        Box::pin(bytes)
+        Io::running(bytes)
     }
 
     fn write(&self, start: Lba, data: Vec<Bytes>, durability: Durability) -> Io<()> {
@@ -816,7 +816,7 @@ impl BlockDevice for Handle {
             .into_iter()
             .map(|range| self.write_zeroes(range, true, Durability::Cached))
             .collect();
-        Box::pin(async move {
+        Io::running(async move {
             for write in writes {
                 write.await?;
             }
@@ -828,7 +828,7 @@ impl BlockDevice for Handle {
         let (giver, done) = answer();
         self.drive
             .submit(self.incarnation, Kind::Flush, Reply::Done(giver));
-        Box::pin(done)
+        Io::running(done)
     }
 }
 
