@@ -21,10 +21,10 @@ use std::time::{Duration, Instant};
 pub const SPAN_DEFAULT: Duration = Duration::from_micros(50);
 
 /// A turn that takes longer to come back was somebody else's. A guess: far above a system call, below a time slice.
-const COMPANY: Duration = Duration::from_micros(20);
+const COMPANY: Duration = Duration::from_micros(10);
 
 /// How long a thread that has company does not poll.
-const REST: Duration = Duration::from_millis(10);
+const REST: Duration = Duration::from_millis(20);
 
 #[derive(Default)]
 struct Activity {

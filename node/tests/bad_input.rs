@@ -130,7 +130,9 @@ fn a_second_agent_on_the_same_drives_is_locked_out() {
     let agents = agents(folder.path(), 1, 128);
     agents
         .wait_until("the agent has its drives", |agents| {
-            agents.list[0].config.data_dir.join("lock").exists()
+            // It answers, be it that it is no member, once it has them.
+            let output = agents.weft(&["status"]);
+            output.is_ok_and(|output| output.status.code() != Some(5))
         })
         .unwrap();
     let config = &agents.list[0].config;

@@ -15,6 +15,7 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::future::LocalBoxFuture;
 use futures_util::stream::FuturesUnordered;
@@ -30,7 +31,7 @@ use crate::connect::{self, Connected};
 use crate::controller::{AdminAnswer, Controller, IoRequest};
 use crate::io::{self as nvm, Finished};
 use crate::metrics::{self, Op};
-use crate::qpair::{Completion, QueuePair};
+use crate::qpair::{Completion, QueuePair, R2T_BYTES_MAX};
 use crate::registry::Registry;
 
 /// Bytes asked of the socket at a time. Measured by others on this kind of socket: larger reads gain nothing.
@@ -43,6 +44,10 @@ const READS_PER_TURN: usize = 4;
 /// more of them made.
 const TRANSMIT_BYTES_MAX: usize = 8 << 20;
 
+/// Data of commands in execution beyond which nothing more is read: what hosts send unasked, in capsules, is bounded by
+/// their sockets then. As much as may be asked for.
+const EXECUTING_BYTES_MAX: usize = R2T_BYTES_MAX as usize;
+
 /// Pieces of one vectored write. Linux takes 1024; beyond some tens nothing is gained.
 const SLICES_MAX: usize = 256;
 
@@ -51,7 +56,8 @@ const LINGER: Duration = Duration::from_secs(1);
 
 /// What a task of this connection ended with.
 enum Done {
-    Command(Finished),
+    /// A command, with so many bytes of data.
+    Command(Finished, usize),
     /// A Connect.
     Connect(Box<Result<Connected, Completion>>),
 }
@@ -64,6 +70,8 @@ struct Connection {
     /// Once connected.
     queue: Option<Queue>,
     running: FuturesUnordered<LocalBoxFuture<'static, Done>>,
+    /// Data that the commands among them hold.
+    executing_bytes: usize,
     timer: Pin<Box<Sleep>>,
     shutdown: LocalBoxFuture<'static, ()>,
     shutting_down: bool,
@@ -92,6 +100,7 @@ pub(crate) async fn run(stream: TcpStream, peer: SocketAddr, registry: Rc<Regist
         qpair: QueuePair::new(Instant::now()),
         queue: None,
         running: FuturesUnordered::new(),
+        executing_bytes: 0,
         timer: Box::pin(tokio::time::sleep(Duration::ZERO)),
         // An error says that the registry is gone, which is the same.
         shutdown: Box::pin(async move { drop(shutdown.wait_for(|&shutdown| shutdown).await) }),
@@ -213,6 +222,7 @@ impl Connection {
             if self.qpair.is_closing()
                 || self.shutting_down
                 || self.qpair.transmits().len() > TRANSMIT_BYTES_MAX
+                || self.executing_bytes > EXECUTING_BYTES_MAX
             {
                 break;
             }
@@ -288,10 +298,8 @@ impl Connection {
                             let completion = completion.await;
                             let success = completion.status.is_success();
                             metrics::command_completed(Op::Admin, success, 0, arrived.elapsed());
-                            Done::Command(Finished {
-                                first: None,
-                                completion,
-                            })
+                            let first = None;
+                            Done::Command(Finished { first, completion }, 0)
                         }));
                     }
                 }
@@ -307,13 +315,17 @@ impl Connection {
                 };
                 self.complete_admin(request.complete(status), request.arrived);
             }
-            Some(_) => match nvm::start(request) {
-                nvm::Execution::Finished(finished) => self.finish_command(finished),
-                nvm::Execution::Running(command) => {
-                    self.running
-                        .push(Box::pin(async move { Done::Command(command.await) }));
+            Some(_) => {
+                let bytes = request.data.iter().map(Bytes::len).sum();
+                match nvm::start(request) {
+                    nvm::Execution::Finished(finished) => self.finish_command(finished),
+                    nvm::Execution::Running(command) => {
+                        self.executing_bytes += bytes;
+                        self.running
+                            .push(Box::pin(async move { Done::Command(command.await, bytes) }));
+                    }
                 }
-            },
+            }
         }
     }
 
@@ -335,7 +347,10 @@ impl Connection {
         while let Poll::Ready(Some(done)) = self.running.poll_next_unpin(cx) {
             progress = true;
             match done {
-                Done::Command(finished) => self.finish_command(finished),
+                Done::Command(finished, bytes) => {
+                    self.executing_bytes -= bytes;
+                    self.finish_command(finished);
+                }
                 Done::Connect(result) => self.handle_connect(*result),
             }
         }

@@ -35,9 +35,12 @@ use zerocopy::{FromBytes, IntoBytes};
 /// Most data of one command (MDTS). The largest transfer a Linux host asks for, and enough for a shard.
 pub const TRANSFER_BYTES_MAX: u32 = 1 << 20;
 
-/// Most data in a command capsule. 8 KiB is what hosts may always send on the admin queue; it lets a 4 KiB write
-/// go without a round trip, and two of them.
-pub const CAPSULE_BYTES_MAX: u32 = 8192;
+/// Most data in a command capsule of an I/O queue: a shard of 32 blocks with its header, and what most hosts write at once,
+/// go without the round trip of an R2T. Longer writes are asked for, so that they do not hold up what is behind them.
+pub const CAPSULE_BYTES_MAX: u32 = 136 << 10;
+
+/// The same before a queue is connected, and on the admin queue: what hosts may always send there.
+pub const ADMIN_CAPSULE_BYTES_MAX: u32 = 8192;
 
 /// Most data of one H2CData (MAXH2CDATA). A guess: long enough that headers cost nothing, short enough that a
 /// connection's receive buffer stays small.
@@ -242,6 +245,9 @@ impl<T> QueuePair<T> {
         if matches!(self.state, State::Connecting) {
             self.state = State::Ready;
             self.entries = connect.sqsize_z.saturating_add(1);
+            if connect.qid > 0 {
+                self.limits.capsule_bytes_max = CAPSULE_BYTES_MAX;
+            }
             self.flow_control = !connect.disables_sq_flow_control();
             // The Connect itself was the queue's first entry.
             self.sqhd = 1 % self.entries;
@@ -339,7 +345,7 @@ impl<T> QueuePair<T> {
         };
         self.limits = FramerLimits {
             digests,
-            capsule_bytes_max: CAPSULE_BYTES_MAX,
+            capsule_bytes_max: ADMIN_CAPSULE_BYTES_MAX,
             data_bytes_max: H2C_DATA_BYTES_MAX,
             pda_z: 0,
         };

@@ -94,6 +94,28 @@ fn a_large_write_is_asked_for_and_several_are_in_flight() {
 }
 
 #[test]
+fn a_shard_travels_in_its_capsule_and_a_longer_capsule_ends_the_connection() {
+    run(async {
+        let (target, _) = memory_target().await;
+        let mut host = Identity::default().connect(target.address).await;
+        let len: u32 = 136 << 10;
+        let data: Vec<u8> = (0..len).map(|index| (index / 513) as u8).collect();
+        host.io
+            .execute(inline(write_sqe(1, 64, 34, false), len), &data)
+            .await
+            .ok();
+        let read = host.io.execute(read_sqe(2, 64, 34), &[]).await.ok();
+        assert!(read.data == data);
+        let longer = vec![0; (140 << 10) as usize];
+        host.io
+            .command(inline(write_sqe(3, 64, 35, false), 140 << 10), &longer)
+            .await;
+        let term = host.io.receive().await.unwrap();
+        assert_eq!(term.pdu_type, 0x03, "C2HTermReq");
+    });
+}
+
+#[test]
 fn header_and_data_digests_protect_both_directions() {
     run(async {
         let (target, _) = memory_target().await;
@@ -361,7 +383,11 @@ fn a_controller_says_what_linux_asks_of_it() {
         assert_eq!(id[525] & 1, 0, "no volatile cache");
         assert_eq!(dword(536), 0x0030_0001, "SGLS");
         assert_eq!(&id[768..768 + SUBNQN.len()], SUBNQN.as_bytes());
-        assert_eq!(dword(1792) * 16, 64 + 8192, "IOCCSZ");
+        assert_eq!(
+            dword(1792) * 16,
+            64 + 136 * 1024,
+            "IOCCSZ: a shard of 33 blocks, and more"
+        );
         assert_eq!(dword(1796) * 16, 16, "IORCSZ");
         assert_eq!(word(1800), 0, "ICDOFF");
 

@@ -4,6 +4,7 @@
 //! with no await in between.
 
 use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
@@ -153,6 +154,19 @@ pub(crate) fn started<T: 'static>(work: impl Future<Output = Result<T, BlockErro
         Some(output) => Io::ready(output),
         None => work.into(),
     }
+}
+
+/// Lets every other task that can run have its turn: for long work on devices that never make it wait.
+pub(crate) async fn give_way() {
+    let mut given = false;
+    poll_fn(|context| {
+        if std::mem::replace(&mut given, true) {
+            return Poll::Ready(());
+        }
+        context.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
 }
 
 /// The output of `future`, or `None` when `deadline` comes first. The future is dropped then.

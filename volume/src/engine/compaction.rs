@@ -27,6 +27,7 @@ use crate::entry::MapEntry;
 use crate::error::VolumeError;
 use crate::map::{Generation, HOST_LBA_END, Mapping, PageState, is_map_lba};
 use crate::seams::BandPurpose;
+use crate::sync::give_way;
 
 /// Rows read at once when a band is walked for its headers: few, because a deep stripe is mostly payload.
 const WALK_PIECE_ROWS: u32 = 8;
@@ -34,6 +35,8 @@ const WALK_PIECE_ROWS: u32 = 8;
 const GAIN_MIN: f64 = 0.1;
 /// A band that gains less than this is left alone while there is space.
 const GAIN_MIN_IDLE: f64 = 0.25;
+/// Candidates looked up before hosts' work has its turn: some tens of microseconds.
+const LOOKUPS_PER_TURN: usize = 64;
 /// Bands emptied and not freed yet, at most: what was moved out of them takes as much of the pool's reserve.
 const EMPTIED_MAX: usize = 2;
 /// Sealed bands below which garbage is no reason to compact.
@@ -231,7 +234,10 @@ impl Core {
         let group = CopyGroup::new(0);
         let mut live: Vec<Live> = Vec::new();
         let mut settled = true;
-        for (lba, entry) in candidates {
+        for (index, (lba, entry)) in candidates.iter().enumerate() {
+            if index % LOOKUPS_PER_TURN == 0 {
+                give_way().await;
+            }
             let found = self.live(*lba, entry, &group).await;
             match found {
                 Ok(Found::Live(found)) => live.push(found),

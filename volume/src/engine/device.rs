@@ -4,6 +4,7 @@
 //! caller's [`Durability`] makes no difference.
 
 use std::rc::Rc;
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use weft_block::{BlockDevice, BlockError, DeviceInfo, Durability, Io};
@@ -54,9 +55,12 @@ impl BlockDevice for Engine {
         };
         if let Some((asked, io)) = usual {
             match io.take_ready() {
-                Ok(Ok(bytes)) if core.is_sound(&asked, &bytes) && core.accepts() && core.is_leased() => {
-                    core.count_read(range, arrived);
-                    return Io::ready(Ok(bytes));
+                Ok(Ok(bytes)) if core.is_sound(&asked, &bytes) && core.accepts() => {
+                    let now = core.seams.env.now();
+                    if core.is_leased_at(now) {
+                        core.count_read(range, arrived, now);
+                        return Io::ready(Ok(bytes));
+                    }
                 }
                 // What is wrong is found out below.
                 Ok(_) => {}
@@ -170,7 +174,7 @@ impl Core {
         // An error is an answer too: without a lease, a successor may have reused what could not be read here.
         let result = self.leased().await.and(result);
         if result.is_ok() {
-            self.count_read(range, arrived);
+            self.count_read(range, arrived, self.seams.env.now());
         }
         result.map_err(|error| {
             tracing::debug!(volume = %self.volume, %error, "read not served");
@@ -178,10 +182,10 @@ impl Core {
         })
     }
 
-    fn count_read(&self, range: LbaRange, arrived: Timestamp) {
+    fn count_read(&self, range: LbaRange, arrived: Timestamp, now: Timestamp) {
         let counters = &self.counters;
         counters.user_read_bytes.add(range.count * BLOCK_BYTES as u64);
-        counters.read_seconds.record(self.seconds_since(arrived));
+        counters.read_seconds.record(seconds_between(arrived, now));
     }
 
     /// Queues the parts of one host command, `user_bytes` of which are data. Their sequences are given here, so overlapping writes take effect in
@@ -206,7 +210,11 @@ impl Core {
         let core = Rc::clone(self);
         Io::running(async move {
             op.answer().await?;
-            core.leased().await.map_err(|error| error.to_block(Lba(0)))?;
+            let mut now = core.seams.env.now();
+            if !core.accepts() || !core.is_leased_at(now) {
+                core.leased().await.map_err(|error| error.to_block(Lba(0)))?;
+                now = core.seams.env.now();
+            }
             let counters = &core.counters;
             counters.user_bytes.add(user_bytes);
             let seconds = if user_bytes > 0 {
@@ -214,14 +222,9 @@ impl Core {
             } else {
                 &counters.zero_seconds
             };
-            seconds.record(core.seconds_since(arrived));
+            seconds.record(seconds_between(arrived, now));
             Ok(())
         })
-    }
-
-    fn seconds_since(&self, start: Timestamp) -> f64 {
-        let elapsed = self.seams.env.now().0.saturating_sub(start.0);
-        std::time::Duration::from_nanos(elapsed).as_secs_f64()
     }
 
     fn work(&self, part: Part, sequence: Sequence, op: &Rc<Op>) -> Work {
@@ -242,6 +245,10 @@ impl Core {
             }),
         }
     }
+}
+
+fn seconds_between(start: Timestamp, end: Timestamp) -> f64 {
+    Duration::from_nanos(end.0.saturating_sub(start.0)).as_secs_f64()
 }
 
 /// Cuts scattered bytes into blocks; only a block that is itself scattered is copied.

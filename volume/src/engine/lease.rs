@@ -30,7 +30,11 @@ impl Core {
 
     /// Whether an answer may be given now.
     pub(crate) fn is_leased(&self) -> bool {
-        let now = self.seams.env.now();
+        self.is_leased_at(self.seams.env.now())
+    }
+
+    /// The same for one who has just looked at the clock.
+    pub(crate) fn is_leased_at(&self, now: Timestamp) -> bool {
         if now.0 < self.lease_until.get() {
             return true;
         }

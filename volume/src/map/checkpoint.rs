@@ -23,7 +23,8 @@ impl PageMap {
         if frozen.is_some() {
             return false;
         }
-        let delta = self.delta.take();
+        let successor = self.delta.borrow().successor();
+        let delta = self.delta.replace(successor);
         self.sequence_frozen
             .set(self.sequence_frozen.get().max(delta.sequence_max()));
         *frozen = Some(Rc::new(delta));

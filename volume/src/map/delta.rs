@@ -1,11 +1,16 @@
 //! What changed since the last freeze, in memory.
 //!
+//! Blocks are found by hash: every write of a host ends here, and most reads begin. They are brought into order once,
+//! when they are written as a run.
+//!
 //! Promise: inserting never waits and never reads a map page. Within the delta the highest sequence of an LBA
 //! wins, in whatever order changes come; of equal sequences the later insert, which is the newer copy.
 
-use std::collections::BTreeMap;
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
-use weft_proto::id::{BandId, Epoch, Sequence};
+use foldhash::fast::FixedState;
+use weft_proto::id::{Epoch, Sequence};
 use weft_proto::units::{Lba, LbaRange};
 
 use crate::entry::MapEntry;
@@ -33,7 +38,7 @@ struct Point {
 /// lower sequence than the range is never kept.
 #[derive(Debug)]
 pub(crate) struct Delta {
-    points: BTreeMap<u64, Point>,
+    points: HashMap<u64, Point, FixedState>,
     zeroes: ZeroRanges,
     counts: BandCounts,
     sequence_max: Sequence,
@@ -42,7 +47,7 @@ pub(crate) struct Delta {
 impl Default for Delta {
     fn default() -> Self {
         Self {
-            points: BTreeMap::new(),
+            points: HashMap::default(),
             zeroes: ZeroRanges::default(),
             counts: BandCounts::default(),
             sequence_max: SEQUENCE_ZERO,
@@ -51,6 +56,14 @@ impl Default for Delta {
 }
 
 impl Delta {
+    /// An empty one to follow this: with room for as many blocks, since one is much like the next.
+    pub(crate) fn successor(&self) -> Self {
+        Self {
+            points: HashMap::with_capacity_and_hasher(self.points.len(), FixedState::default()),
+            ..Self::default()
+        }
+    }
+
     /// Whether `entry` is now the delta's version of `lba`.
     pub(crate) fn insert(&mut self, lba: Lba, entry: MapEntry, settled: bool) -> bool {
         let mut new = Point { entry, settled };
@@ -61,15 +74,19 @@ impl Delta {
             // What the range outdoes, this block outdoes too.
             new.settled |= zeroes.settled;
         }
-        if let Some(old) = self.points.get_mut(&lba.0) {
-            if old.entry.sequence > entry.sequence {
-                return false;
+        match self.points.entry(lba.0) {
+            Entry::Vacant(vacant) => {
+                vacant.insert(new);
             }
-            new.settled |= old.settled;
-            self.counts.subtract(old.entry.band, 1);
-            *old = new;
-        } else {
-            self.points.insert(lba.0, new);
+            Entry::Occupied(mut occupied) => {
+                let old = occupied.get_mut();
+                if old.entry.sequence > entry.sequence {
+                    return false;
+                }
+                new.settled |= old.settled;
+                self.counts.subtract(old.entry.band, 1);
+                *old = new;
+            }
         }
         self.counts.add(entry.band, 1);
         self.sequence_max = self.sequence_max.max(entry.sequence);
@@ -80,15 +97,24 @@ impl Delta {
         let Some(end) = range.end().filter(|_| range.count > 0) else {
             return;
         };
-        let superseded: Vec<(u64, BandId)> = self
-            .points
-            .range(range.start.0..end.0)
-            .filter(|(_, point)| point.entry.sequence < sequence)
-            .map(|(lba, point)| (*lba, point.entry.band))
-            .collect();
-        for (lba, band) in superseded {
-            self.points.remove(&lba);
-            self.counts.subtract(band, 1);
+        let counts = &mut self.counts;
+        let mut remove = |point: &Point| {
+            let superseded = point.entry.sequence < sequence;
+            if superseded {
+                counts.subtract(point.entry.band, 1);
+            }
+            superseded
+        };
+        // A range may be as long as the volume: whichever is shorter is gone through.
+        if range.count <= self.points.len() as u64 {
+            for lba in range.start.0..end.0 {
+                if self.points.get(&lba).is_some_and(&mut remove) {
+                    self.points.remove(&lba);
+                }
+            }
+        } else {
+            self.points
+                .retain(|lba, point| !(range.start.0..end.0).contains(lba) || !remove(point));
         }
         self.zeroes.insert(Zeroes {
             start: range.start.0,
@@ -110,8 +136,12 @@ impl Delta {
 
     pub(crate) fn apply(&self, slots: &mut Slots<'_>) {
         let (start, end) = (slots.start(), slots.end());
-        for (lba, point) in self.points.range(start..end) {
-            slots.offer(*lba, lba + 1, Cell::Data(point.entry), point.settled);
+        if !self.points.is_empty() {
+            for lba in start..end {
+                if let Some(point) = self.points.get(&lba) {
+                    slots.offer(lba, lba + 1, Cell::Data(point.entry), point.settled);
+                }
+            }
         }
         // After the points: an offer of a lower sequence changes nothing.
         for zeroes in self.zeroes.overlapping(start, end) {
@@ -126,12 +156,14 @@ impl Delta {
 
     /// Everything in ascending order of LBA, disjoint.
     pub(crate) fn items(&self) -> impl Iterator<Item = Item> {
-        let mut points = self.points.iter().peekable();
+        let mut points: Vec<(u64, Point)> = self.points.iter().map(|(lba, point)| (*lba, *point)).collect();
+        points.sort_unstable_by_key(|(lba, _)| *lba);
+        let mut points = points.into_iter().peekable();
         let mut ranges = self.zeroes.iter().peekable();
         let mut from = 0;
         std::iter::from_fn(move || {
             loop {
-                let point = points.peek().map(|(lba, point)| (**lba, **point));
+                let point = points.peek().copied();
                 // What is left of the first range at or after `from`.
                 let range = ranges.peek().map(|range| Zeroes {
                     start: range.start.max(from),
