@@ -95,6 +95,9 @@ pub(crate) enum Command {
         /// Where the drives listen.
         drives: Vec<SocketAddr>,
     },
+    /// A page map that is filled in a process of its own, whose memory `bench` measures.
+    #[command(hide = true)]
+    BenchMap(BenchMapArgs),
 }
 
 /// `weft node …`
@@ -292,6 +295,17 @@ pub(crate) struct BenchArgs {
     pub(crate) quick: bool,
 }
 
+/// `weft bench-map …`
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct BenchMapArgs {
+    /// Blocks to map.
+    pub(crate) blocks: u64,
+    /// The cache setting.
+    pub(crate) cache_mib: usize,
+    /// Changes between two checkpoints.
+    pub(crate) checkpoint_blocks: u64,
+}
+
 /// A stage of the data path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum BenchStage {
@@ -305,16 +319,25 @@ pub(crate) enum BenchStage {
     Erasure,
     /// Six targets, an owner and a host.
     Cluster,
+    /// Drive bytes per user byte in pools that are 70, 80 and 85 % full.
+    Space,
+    /// Memory of a page map.
+    Memory,
+    /// An agent with a hundred volumes and hosts that do nothing.
+    Idle,
 }
 
 impl BenchStage {
     /// In the order they are run.
-    pub(crate) const ALL: [Self; 5] = [
+    pub(crate) const ALL: [Self; 8] = [
         Self::Target,
         Self::Drive,
         Self::Engine,
         Self::Erasure,
         Self::Cluster,
+        Self::Space,
+        Self::Memory,
+        Self::Idle,
     ];
 }
 

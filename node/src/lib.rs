@@ -47,6 +47,7 @@ pub fn main() -> ExitCode {
             exit_with_stdin,
         } => agent::main(&config, exit_with_stdin),
         Command::BenchPeer { drives } => on_this_thread(bench::peer(drives)),
+        Command::BenchMap(args) => bench::fill_map(args),
         Command::Bench(args) => bench::run(&args, cli.json),
         Command::Demo(args) => on_this_thread(demo::run(args, cli.json)),
         _ => on_this_thread(cli::run(cli)),

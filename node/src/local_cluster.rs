@@ -327,6 +327,11 @@ impl Agents {
             .with_context(|| format!("signal agent {}", agent.config.name))
     }
 
+    /// The process of an agent that runs.
+    pub fn process_id(&self, index: usize) -> Option<u32> {
+        self.list[index].child.as_ref().map(Child::id)
+    }
+
     /// Names an agent that ended by itself, with the last lines of its log.
     pub fn first_dead(&mut self) -> Option<String> {
         self.list.iter_mut().find_map(|agent| {

@@ -51,12 +51,32 @@ impl PoolSpace {
         self.rebuild_reserve_mib + self.internal_reserve_mib
     }
 
+    /// Whether hosts have so little left that garbage has to become space. `was` is the last answer: it changes with
+    /// hysteresis.
+    #[must_use]
+    pub fn is_tight(&self, was: bool) -> bool {
+        let usable = self.capacity_mib.saturating_sub(self.reserve_mib());
+        let left = self.free_mib.saturating_sub(self.reserve_mib());
+        let share = if was { ROOMY_SHARE } else { TIGHT_SHARE };
+        usable > 0 && left * share < usable
+    }
+
     /// What hosts could store in an empty pool of this shape, in full stripes of the pool's geometry, in bytes.
     #[must_use]
     pub fn usable_bytes(&self) -> u64 {
         let raw = self.capacity_mib.saturating_sub(self.reserve_mib()) << 20;
         raw / u64::from(self.geometry.n()) * u64::from(self.geometry.k)
     }
+}
+
+/// MiB of raw capacity that a pool keeps for what its volumes' engines write on their own account.
+#[must_use]
+pub fn internal_reserve_mib(volumes: u64, geometry: Geometry, capacity_mib: u64) -> u64 {
+    let wished_mib = volumes * INTERNAL_BANDS_PER_VOLUME * u64::from(geometry.n()) * INTERNAL_CHUNK_MIB;
+    wished_mib.clamp(
+        capacity_mib * INTERNAL_PERCENT.start() / 100,
+        capacity_mib * INTERNAL_PERCENT.end() / 100,
+    )
 }
 
 impl ClusterState {
@@ -67,11 +87,7 @@ impl ClusterState {
             .pools
             .values()
             .filter_map(|pool| {
-                let space = self.pool_space(pool);
-                let usable = space.capacity_mib.saturating_sub(space.reserve_mib());
-                let left = space.free_mib.saturating_sub(space.reserve_mib());
-                let share = if pool.tight { ROOMY_SHARE } else { TIGHT_SHARE };
-                let tight = usable > 0 && left * share < usable;
+                let tight = self.pool_space(pool).is_tight(pool.tight);
                 (tight != pool.tight).then_some((pool.id, tight))
             })
             .collect();
@@ -109,11 +125,7 @@ impl ClusterState {
             .filter(|volume| volume.pool == pool.id)
             .count() as u64;
         let n = u64::from(pool.geometry.n());
-        let wished_mib = volumes * INTERNAL_BANDS_PER_VOLUME * n * INTERNAL_CHUNK_MIB;
-        let internal_reserve_mib = wished_mib.clamp(
-            capacity_mib * INTERNAL_PERCENT.start() / 100,
-            capacity_mib * INTERNAL_PERCENT.end() / 100,
-        );
+        let internal_reserve_mib = internal_reserve_mib(volumes, pool.geometry, capacity_mib);
         // Losing the largest domain d needs room for its chunks on the others: free − free(d) ≥ taken(d), which is
         // free ≥ capacity(d). With only n domains there is nowhere to rebuild to and nothing to keep.
         let rebuild_reserve_mib = if capacity_by_domain.len() as u64 > n {

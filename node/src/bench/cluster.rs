@@ -17,9 +17,11 @@ use weft_block::memory::MemoryDrive;
 use weft_block::polling::{SPAN_DEFAULT, keep_awake};
 use weft_block::{BlockDevice as _, Device};
 use weft_initiator::{ConnectOptions, HostIdentity, RemoteDrive};
+use weft_proto::band::Geometry;
 use weft_proto::id::HostId;
 use weft_proto::units::MIB;
 use weft_target::{Source, serve};
+use weft_volume::settings::Settings;
 
 use super::floor::noise;
 use super::host::{Host, Idle, Workload};
@@ -28,10 +30,9 @@ use super::pairs::{Window, measure};
 use super::report::{Heading, Required, Row};
 use super::target::{Target, drive, present, random, subnqn};
 use super::world::World;
-use super::{Output, Plan, machine};
+use super::{Output, Plan, machine, trips};
 
-const K: u8 = 4;
-const M: u8 = 2;
+const GEOMETRY: Geometry = Geometry { k: 4, m: 2 };
 const DRIVES: usize = 6;
 const DRIVE_BYTES: u64 = 256 * MIB;
 
@@ -44,15 +45,14 @@ const VOLUME_BYTES: u64 = 64 * MIB;
 /// A process does not start, a command fails.
 pub(super) fn run(plan: &Plan, output: &mut Output) -> anyhow::Result<()> {
     // Children inherit it: here the scheduler decides.
-    let mut all = CpuSet::new();
-    (0..std::thread::available_parallelism()?.get()).for_each(|core| all.set(core));
-    rustix::thread::sched_setaffinity(None, &all)?;
-    let cluster = Cluster::start()?;
+    let all = machine::unpin()?;
+    let mut cluster = Cluster::start()?;
     let target = Target::start(SPAN_DEFAULT)?;
     let sleeping = Target::start(Duration::ZERO)?;
     let payload: Arc<[u8]> = noise(128 << 10).into();
     let mut single = Host::to_target(target.address, &subnqn(), 1, &payload)?;
-    let mut whole = Host::to_target(cluster.owner.address, &subnqn(), 1, &payload)?;
+    let owner = cluster.owner.as_ref().context("the owner runs")?.address;
+    let mut whole = Host::to_target(owner, &subnqn(), 1, &payload)?;
     whole.idle = Idle::Sleep;
 
     for (reads, name, required) in [(0, "write", 0.25), (100, "read", 0.35)] {
@@ -95,6 +95,34 @@ pub(super) fn run(plan: &Plan, output: &mut Output) -> anyhow::Result<()> {
         ),
         &paired,
     ));
+    count_trips(&mut cluster, whole, output)
+}
+
+/// That a write at depth 1 is two round trips one after the other: from the host to the owner, and from there to the
+/// drives.
+fn count_trips(cluster: &mut Cluster, host: Host, output: &mut Output) -> anyhow::Result<()> {
+    // A target that asks for a write's data asks for one more trip.
+    let to_owner = 1 + u64::from(host.asked_for_data());
+    drop(host);
+    // The drives take one owner at a time.
+    drop(cluster.owner.take());
+    let addresses: Vec<SocketAddr> = cluster.drives.iter().map(|peer| peer.address).collect();
+    let owner = trips::count(GEOMETRY, &addresses)?;
+    let workload = "4+2, 4 KiB random write, depth 1, trips".to_owned();
+    output.row(Row::counted(
+        heading(
+            workload,
+            "trips",
+            "one to the owner, one to the drives",
+            Required::ValueAtMost(2.0),
+        ),
+        (to_owner + owner.trips) as f64,
+        2.0,
+    ));
+    output.note(format!(
+        "cluster: a write at depth 1 takes {to_owner} trip to the owner and {} to the drives, {:.2} commands",
+        owner.trips, owner.commands
+    ));
     Ok(())
 }
 
@@ -119,7 +147,7 @@ fn on_host_core<T>(all: &CpuSet, run: impl FnOnce() -> anyhow::Result<T>) -> any
 }
 
 struct Cluster {
-    owner: Peer,
+    owner: Option<Peer>,
     drives: Vec<Peer>,
 }
 
@@ -130,7 +158,10 @@ impl Cluster {
             .collect::<anyhow::Result<Vec<_>>>()?;
         let addresses: Vec<SocketAddr> = drives.iter().map(|peer| peer.address).collect();
         let owner = Peer::start(&addresses).context("owner")?;
-        Ok(Self { owner, drives })
+        Ok(Self {
+            owner: Some(owner),
+            drives,
+        })
     }
 
     /// A window of the host, with the CPU of all other processes as the target's.
@@ -145,7 +176,7 @@ impl Cluster {
     }
 
     fn cpu(&self) -> Option<Duration> {
-        self.drives.iter().chain([&self.owner]).map(Peer::cpu).sum()
+        self.drives.iter().chain(&self.owner).map(Peer::cpu).sum()
     }
 }
 
@@ -229,22 +260,34 @@ async fn serve_peer(addresses: Vec<SocketAddr>) -> anyhow::Result<()> {
 
 /// A filled 4+2 volume on these drives.
 async fn volume(addresses: Vec<SocketAddr>) -> anyhow::Result<Source> {
-    let mut devices: Vec<Device> = Vec::new();
+    let drives = connect_drives(&addresses).await?;
+    let devices = drives.into_iter().map(|drive| drive as Device).collect();
+    let engine = World::new(GEOMETRY, devices)
+        .open(Settings::default(), VOLUME_BYTES)
+        .await?;
+    let device: Device = Rc::new(engine);
+    Load::new(Rc::clone(&device), Clock::Wall).fill().await?;
+    Ok(Source::PerAssociation(Rc::new(move |_| Rc::clone(&device))))
+}
+
+/// The drives of the cluster as its owner reaches them. Within a `LocalSet`.
+///
+/// # Errors
+/// What listens there is no drive of the benchmark.
+pub(super) async fn connect_drives(addresses: &[SocketAddr]) -> anyhow::Result<Vec<Rc<RemoteDrive>>> {
+    let mut drives = Vec::new();
     for address in addresses {
         let host = HostIdentity {
             hostnqn: "nqn.2026-01.io.weft:bench-owner".parse()?,
             hostid: HostId([0x0e; 16]),
         };
-        let drive = RemoteDrive::open(ConnectOptions::new(address, subnqn(), host), 1);
+        let drive = RemoteDrive::open(ConnectOptions::new(*address, subnqn(), host), 1);
         drive.connected().await;
         ensure!(
             drive.info().bytes() == DRIVE_BYTES,
             "{address} is no drive of the benchmark"
         );
-        devices.push(drive);
+        drives.push(drive);
     }
-    let engine = World::new(devices).open(K, M, VOLUME_BYTES).await?;
-    let device: Device = Rc::new(engine);
-    Load::new(Rc::clone(&device), Clock::Wall).fill().await?;
-    Ok(Source::PerAssociation(Rc::new(move |_| Rc::clone(&device))))
+    Ok(drives)
 }

@@ -1,4 +1,5 @@
-//! The floor of a target: a peer on the same core that answers the same bytes and does nothing else.
+//! The floor of a target: a peer on the same core that answers the same bytes and does nothing else. Over plain sockets
+//! here, over io_uring in `ring_echo`.
 //!
 //! A read is answered from a table as large as the drive, at the place that was asked for: that a drive's bytes are not in a
 //! cache is no fault of the target. What is written is received and dropped.
@@ -7,15 +8,16 @@
 //! and polls while it is measured. Between measurements it sleeps, so that it takes nothing from the subject.
 
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{JoinHandle, Thread};
 
-use super::machine;
 use super::wire::{
     C2H_DATA, CAPSULE_RESP, COMMAND_BYTES, Incoming, LAST, Outgoing, SHORT_BYTES, SUCCESS, header, u16_at,
     u32_at,
 };
+use super::{machine, ring_echo};
 
 /// Where the opcode, the command identifier and the number of blocks lie in a command capsule.
 const OPCODE: usize = 8;
@@ -24,30 +26,57 @@ const SLBA: usize = 8 + 40;
 const NLB_Z: usize = 8 + 48;
 const READ: u8 = 0x02;
 
+/// How an echo reads and writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Through {
+    /// A read and a vectored write for each connection: best for few connections with much to carry.
+    Sockets,
+    /// One system call for all connections: best for many with little.
+    Ring,
+}
+
+/// What tells an echo's thread to poll, and to end.
+#[derive(Clone, Default)]
+pub(super) struct Signals {
+    active: Arc<AtomicBool>,
+    ended: Arc<AtomicBool>,
+}
+
+impl Signals {
+    /// Sleeps until there is something to do. `false` when there is not going to be anything.
+    pub(super) fn wait(&self) -> bool {
+        while !self.ended.load(Ordering::Acquire) {
+            if self.active.load(Ordering::Acquire) {
+                return true;
+            }
+            std::thread::park();
+        }
+        false
+    }
+}
+
 /// A running echo of one connection set.
 pub(super) struct Echo {
     pub(super) address: SocketAddr,
-    active: Arc<AtomicBool>,
-    ended: Arc<AtomicBool>,
+    signals: Signals,
     thread: Thread,
     join: Option<JoinHandle<()>>,
 }
 
 impl Echo {
     /// Listens for `connections`, which have to be made before it is first activated. Reads are answered from `table`.
-    pub(super) fn start(connections: usize, table: Arc<[u8]>) -> anyhow::Result<Self> {
+    pub(super) fn start(through: Through, connections: usize, table: Arc<[u8]>) -> anyhow::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let address = listener.local_addr()?;
-        let (active, ended) = (Arc::<AtomicBool>::default(), Arc::<AtomicBool>::default());
-        let flags = (Arc::clone(&active), Arc::clone(&ended));
+        let signals = Signals::default();
+        let heard = signals.clone();
         let join = std::thread::Builder::new().name("echo".into()).spawn(move || {
             // An error ends the connections, which the load generator reports.
-            let _ = serve(&listener, connections, &table, &flags.0, &flags.1);
+            let _ = serve(&listener, through, connections, &table, &heard);
         })?;
         Ok(Self {
             address,
-            active,
-            ended,
+            signals,
             thread: join.thread().clone(),
             join: Some(join),
         })
@@ -55,14 +84,14 @@ impl Echo {
 
     /// Polls from now on, or sleeps.
     pub(super) fn set_active(&self, active: bool) {
-        self.active.store(active, Ordering::Release);
+        self.signals.active.store(active, Ordering::Release);
         self.thread.unpark();
     }
 }
 
 impl Drop for Echo {
     fn drop(&mut self) {
-        self.ended.store(true, Ordering::Release);
+        self.signals.ended.store(true, Ordering::Release);
         self.thread.unpark();
         if let Some(join) = self.join.take() {
             // It panicked or not: the load generator has noticed.
@@ -79,16 +108,27 @@ struct Peer {
 
 fn serve(
     listener: &TcpListener,
+    through: Through,
     connections: usize,
     table: &Arc<[u8]>,
-    active: &AtomicBool,
-    ended: &AtomicBool,
+    signals: &Signals,
 ) -> anyhow::Result<()> {
     machine::pin(machine::SUBJECT_CORE)?;
-    let mut peers = Vec::new();
+    let mut streams = Vec::new();
     for _ in 0..connections {
         let (stream, _) = listener.accept()?;
         stream.set_nodelay(true)?;
+        streams.push(stream);
+    }
+    match through {
+        Through::Sockets => serve_sockets(streams, table, signals),
+        Through::Ring => ring_echo::serve(streams, table, signals),
+    }
+}
+
+fn serve_sockets(streams: Vec<TcpStream>, table: &Arc<[u8]>, signals: &Signals) -> anyhow::Result<()> {
+    let mut peers = Vec::new();
+    for stream in streams {
         stream.set_nonblocking(true)?;
         peers.push(Peer {
             stream,
@@ -96,15 +136,12 @@ fn serve(
             outgoing: Outgoing::new(Arc::clone(table)),
         });
     }
-    while !ended.load(Ordering::Acquire) {
-        if !active.load(Ordering::Acquire) {
-            std::thread::park();
-            continue;
-        }
+    while signals.wait() {
         for peer in &mut peers {
             if peer.incoming.read(&peer.stream)? {
                 while let Some(request) = peer.incoming.next_pdu() {
-                    answer(&request, &mut peer.outgoing);
+                    let (header, data) = answer(&request);
+                    peer.outgoing.push(&header, data.start, data.len());
                 }
             }
             if !peer.outgoing.is_empty() {
@@ -115,20 +152,21 @@ fn serve(
     Ok(())
 }
 
-fn answer(request: &[u8; COMMAND_BYTES], outgoing: &mut Outgoing) {
+/// The header of the answer to a request, and which part of the table follows it.
+pub(super) fn answer(request: &[u8; COMMAND_BYTES]) -> ([u8; SHORT_BYTES], Range<usize>) {
     let cid = u16_at(request, CID).to_le_bytes();
-    if request[OPCODE] == READ {
+    let (long, data) = if request[OPCODE] == READ {
         let data_bytes = (u32_at(request, NLB_Z) as usize & 0xffff) * 4096 + 4096;
         let mut header = header(C2H_DATA, LAST | SUCCESS, SHORT_BYTES, data_bytes);
         header[8..10].copy_from_slice(&cid);
-        outgoing.push(
-            &header[..SHORT_BYTES],
-            u32_at(request, SLBA) as usize * 4096,
-            data_bytes,
-        );
+        let at = u32_at(request, SLBA) as usize * 4096;
+        (header, at..at + data_bytes)
     } else {
         let mut header = header(CAPSULE_RESP, 0, SHORT_BYTES, 0);
         header[20..22].copy_from_slice(&cid);
-        outgoing.push(&header[..SHORT_BYTES], 0, 0);
-    }
+        (header, 0..0)
+    };
+    let mut short = [0; SHORT_BYTES];
+    short.copy_from_slice(&long[..SHORT_BYTES]);
+    (short, data)
 }

@@ -10,20 +10,24 @@ use rand::rngs::SmallRng;
 use rand::{Rng as _, SeedableRng as _};
 use tokio::task::LocalSet;
 use weft_block::memory::MemoryDrive;
+use weft_proto::band::Geometry;
 use weft_proto::units::MIB;
 use weft_volume::engine::Stats;
+use weft_volume::settings::Settings;
 
 use super::floor::{BLOCK, StripeFloor, noise};
 use super::load::{Clock, Load, Pattern};
 use super::machine::{self, CpuClock};
 use super::pairs::{Window, measure};
 use super::report::{Heading, Required, Row};
+use super::stripes::Stripes;
 use super::world::World;
 use super::{Output, Plan};
 
 /// Four data and two parity shards, on as many devices.
 const K: u8 = 4;
 const M: u8 = 2;
+const GEOMETRY: Geometry = Geometry { k: K, m: M };
 
 /// Of the volume: larger than the caches, and small enough to be written over many times.
 const VOLUME_BYTES: u64 = 128 * MIB;
@@ -62,8 +66,8 @@ pub(super) fn run(plan: &Plan, output: &mut Output) -> anyhow::Result<()> {
     let devices = (0..K + M)
         .map(|_| MemoryDrive::preallocated(DEVICE_BYTES))
         .collect();
-    let world = World::new(devices);
-    let engine = local.block_on(&runtime, world.open(K, M, VOLUME_BYTES))?;
+    let world = World::new(GEOMETRY, devices);
+    let engine = local.block_on(&runtime, world.open(Settings::default(), VOLUME_BYTES))?;
     let load = Load::new(Rc::new(engine.clone()), Clock::Cpu);
     // Everything is mapped, and background work has begun, before anything is measured.
     local.block_on(&runtime, load.fill())?;
@@ -116,23 +120,14 @@ pub(super) fn run(plan: &Plan, output: &mut Output) -> anyhow::Result<()> {
 
 /// What the engine made of writes: the shape of its stripes, and what it wrote for each user byte.
 fn drive_side(before: &Stats, after: &Stats) -> String {
-    let (mut stripes, mut blocks, mut full) = (0, 0, 0);
-    for ((w, d), count) in &after.stripes {
-        let count = count - before.stripes.get(&(*w, *d)).unwrap_or(&0);
-        let carried = count * u64::from(*w) * u64::from(*d);
-        stripes += count;
-        blocks += carried;
-        if *w == K && *d >= FLOOR_ROWS as u32 {
-            full += carried;
-        }
-    }
+    let stripes = Stripes::between(before, after);
     let user = (after.user_bytes - before.user_bytes).max(1) as f64;
     let per_user = |bytes: fn(&Stats) -> u64| (bytes(after) - bytes(before)) as f64 / user;
     format!(
         "{:.1} blocks a stripe, {:.0} % of them in stripes of w = {K} and d ≥ {FLOOR_ROWS}; {:.2} drive bytes a user byte \
          ({:.2} payload, {:.2} parity, {:.2} headers, {:.2} copied by compaction, {:.2} map); {} checkpoints",
-        blocks as f64 / stripes.max(1) as f64,
-        full as f64 * 100.0 / blocks.max(1) as f64,
+        stripes.blocks_each(),
+        stripes.share(|w, d| w == K && d >= FLOOR_ROWS as u32) * 100.0,
         per_user(|stats| stats.drive_bytes),
         per_user(|stats| stats.drive_user_bytes),
         per_user(|stats| stats.drive_parity_bytes),

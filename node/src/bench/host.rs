@@ -102,6 +102,8 @@ struct Connection {
     /// By command identifier: nanoseconds of the window at which it was sent.
     sent_at: Vec<u64>,
     outstanding: usize,
+    /// Whether a write had to wait for an R2T.
+    asked_for_data: bool,
 }
 
 impl Host {
@@ -175,6 +177,7 @@ impl Host {
                 free: Vec::new(),
                 sent_at: vec![0; usize::from(QUEUE_ENTRIES)],
                 outstanding: 0,
+                asked_for_data: false,
             });
         }
         Ok(Self {
@@ -234,6 +237,13 @@ impl Host {
                 target: per_io(others),
             },
         })
+    }
+
+    /// Whether any write had to wait until its data was asked for.
+    pub(super) fn asked_for_data(&self) -> bool {
+        self.connections
+            .iter()
+            .any(|connection| connection.asked_for_data)
     }
 
     /// Sleeps until a connection can be read, or written where something waits to be.
@@ -342,6 +352,7 @@ impl Connection {
                 Ok(Some(u16_at(pdu, 20)))
             }
             R2T => {
+                self.asked_for_data = true;
                 let length = u32_at(pdu, 16) as usize;
                 let mut answer = header(H2C_DATA, LAST, SHORT_BYTES, length);
                 // Command and transfer tag, then the offset.

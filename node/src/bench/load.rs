@@ -91,6 +91,17 @@ impl Load {
 
     /// Keeps `pattern` going for `window`.
     pub(super) async fn run(&self, pattern: Pattern, window: Duration) -> anyhow::Result<Window> {
+        let start = Instant::now();
+        self.run_while(pattern, |done| start.elapsed() < window || done == 0)
+            .await
+    }
+
+    /// Keeps `pattern` going while `goes_on` says so of the operations done. It is asked whenever some have completed.
+    pub(super) async fn run_while(
+        &self,
+        pattern: Pattern,
+        mut goes_on: impl FnMut(u64) -> bool,
+    ) -> anyhow::Result<Window> {
         let blocks = pattern.blocks();
         let places = self.device.info().blocks / blocks;
         let mut next = 0;
@@ -105,7 +116,7 @@ impl Load {
         let mut latency = Histogram::default();
         let (clock, start) = (CpuClock::now(), Instant::now());
         let mut done = 0u64;
-        while start.elapsed() < window || done == 0 {
+        while goes_on(done) {
             for _ in running.len()..pattern.depth {
                 let began = Instant::now();
                 match self.start(pattern, place()) {

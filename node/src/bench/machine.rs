@@ -16,7 +16,7 @@ pub(super) struct Machine {
     pub(super) cores: usize,
     /// Kernel release.
     pub(super) kernel: String,
-    /// Commit of the working tree, or `unknown` outside of one.
+    /// That the program was built from, or `unknown`; with `-dirty` if the working tree had something else in it.
     pub(super) commit: String,
 }
 
@@ -34,25 +34,9 @@ impl Machine {
             cores: std::thread::available_parallelism().map_or(1, usize::from),
             kernel: std::fs::read_to_string("/proc/sys/kernel/osrelease")
                 .map_or_else(|_| "unknown".to_owned(), |release| release.trim().to_owned()),
-            commit: commit().unwrap_or_else(|| "unknown".to_owned()),
+            commit: env!("WEFT_COMMIT").to_owned(),
         }
     }
-}
-
-fn commit() -> Option<String> {
-    let output = std::process::Command::new("git")
-        .args([
-            "-C",
-            env!("CARGO_MANIFEST_DIR"),
-            "describe",
-            "--always",
-            "--dirty",
-            "--abbrev=12",
-        ])
-        .output()
-        .ok()?;
-    let text = String::from_utf8(output.stdout).ok()?;
-    (output.status.success() && !text.trim().is_empty()).then(|| text.trim().to_owned())
 }
 
 /// Share of all CPUs that nobody uses, over a fifth of a second. This thread sleeps meanwhile.
@@ -94,6 +78,17 @@ pub(super) fn pin(core: usize) -> anyhow::Result<()> {
     let mut set = CpuSet::new();
     set.set(core);
     rustix::thread::sched_setaffinity(None, &set).with_context(|| format!("cannot run on core {core} alone"))
+}
+
+/// Lets the calling thread, and processes that it starts, run on every core.
+///
+/// # Errors
+/// The cores are not ours to use.
+pub(super) fn unpin() -> anyhow::Result<CpuSet> {
+    let mut all = CpuSet::new();
+    (0..std::thread::available_parallelism()?.get()).for_each(|core| all.set(core));
+    rustix::thread::sched_setaffinity(None, &all).context("cannot run on all cores")?;
+    Ok(all)
 }
 
 /// CPU time of this thread and of this whole process.

@@ -6,14 +6,17 @@
 //!
 //! - `pairs`, `statistics`, `histogram`: how it is measured;
 //! - `report`: rows, the table, JSON;
-//! - `host`, `echo`, `wire`: the load generator, its floor, and the bytes that both handle alike;
+//! - `host`, `echo`, `ring_echo`, `wire`: the load generator, its floors, and the bytes that all handle alike;
+//! - `trips`: round trips that a write waits for, counted;
 //! - `load`, `ring_floor`: load on a device of this thread; io_uring without a drive around it;
 //! - `floor`, `world`: memory floors; what an engine needs from outside, at its cheapest;
+//! - `stripes`, `cleaning`: which shapes an engine's writes took; the model that its cleaning is compared with;
 //! - one file per stage.
 //!
 //! What it does not do: compare with other software, or say anything about a machine that is busy. It prints how idle
 //! the machine was before and after. `docs/performance.md` has the figures and what was learnt from them.
 
+mod cleaning;
 mod cluster;
 mod drive;
 mod echo;
@@ -22,13 +25,19 @@ mod erasure;
 mod floor;
 mod histogram;
 mod host;
+mod idle;
 mod load;
 mod machine;
+mod memory;
 mod pairs;
 mod report;
+mod ring_echo;
 mod ring_floor;
+mod space;
 mod statistics;
+mod stripes;
 mod target;
+mod trips;
 mod wire;
 mod world;
 
@@ -38,6 +47,7 @@ use crate::args::{BenchArgs, BenchStage};
 use report::{Report, Row};
 
 pub(crate) use cluster::peer;
+pub(crate) use memory::fill_map;
 
 /// How long and how often.
 struct Plan {
@@ -45,6 +55,10 @@ struct Plan {
     window: Duration,
     /// Pairs of a row, at least 9.
     pairs: usize,
+    /// For which an idle agent is watched.
+    idle: Duration,
+    /// How much larger than with `--quick` what is written to a pool and mapped in a map is.
+    scale: u64,
 }
 
 /// Where rows go while the run goes on.
@@ -74,11 +88,15 @@ pub(crate) fn run(args: &BenchArgs, json: bool) -> u8 {
         Plan {
             window: Duration::from_millis(40),
             pairs: 9,
+            idle: Duration::from_secs(3),
+            scale: 1,
         }
     } else {
         Plan {
             window: Duration::from_millis(200),
             pairs: 15,
+            idle: Duration::from_secs(15),
+            scale: 8,
         }
     };
     let began = Instant::now();
@@ -136,5 +154,8 @@ fn run_stage(stage: BenchStage, plan: &Plan, output: &mut Output) -> anyhow::Res
         BenchStage::Cluster => cluster::run(plan, output),
         BenchStage::Engine => engine::run(plan, output),
         BenchStage::Erasure => erasure::run(plan, output),
+        BenchStage::Space => space::run(plan, output),
+        BenchStage::Memory => memory::run(plan, output),
+        BenchStage::Idle => idle::run(plan, output),
     }
 }

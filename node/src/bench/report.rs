@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::machine::Machine;
-use super::pairs::Paired;
+use super::pairs::{Paired, Window};
 use super::statistics::{Estimate, estimate};
 
 /// What a row has to reach.
@@ -15,6 +15,8 @@ pub(super) enum Required {
     RatioAtMost(f64),
     /// The value itself, at least.
     ValueAtLeast(f64),
+    /// The value itself, at most: a cost.
+    ValueAtMost(f64),
 }
 
 /// Microseconds of CPU per I/O on each side.
@@ -38,10 +40,10 @@ pub(super) struct Row {
     pub(super) floor: f64,
     /// What the floor is.
     pub(super) floor_is: &'static str,
-    /// Median of the pairs' ratios, value over floor.
-    pub(super) ratio: f64,
+    /// Median of the pairs' ratios, value over floor. `null` where the floor is nothing.
+    pub(super) ratio: Option<f64>,
     pub(super) required: f64,
-    /// What `required` bounds: `ratio_min`, `ratio_max` or `value_min`.
+    /// What `required` bounds: `ratio_min`, `ratio_max`, `value_min` or `value_max`.
     pub(super) required_of: &'static str,
     pub(super) pass: bool,
     /// Interval of what `required` bounds, over the repeats.
@@ -83,6 +85,7 @@ impl Row {
             Required::RatioAtLeast(required) => (required, "ratio_min", ratio),
             Required::RatioAtMost(required) => (required, "ratio_max", ratio),
             Required::ValueAtLeast(required) => (required, "value_min", value),
+            Required::ValueAtMost(required) => (required, "value_max", value),
         };
         let latency = measured.subject_latency();
         Self {
@@ -92,7 +95,7 @@ impl Row {
             unit: heading.unit,
             floor: floor.median,
             floor_is: heading.floor_is,
-            ratio: ratio.median,
+            ratio: Some(ratio.median).filter(|ratio| ratio.is_finite()),
             required,
             required_of,
             pass: passes(heading.required, judged),
@@ -110,11 +113,26 @@ impl Row {
     }
 }
 
+impl Row {
+    /// Judges something that is counted, or measured once and long enough: repeats would say nothing more.
+    pub(super) fn counted(heading: Heading, value: f64, floor: f64) -> Self {
+        let window = |value| Window {
+            value,
+            ..Window::default()
+        };
+        let once = Paired {
+            floors: vec![window(floor)],
+            subjects: vec![window(value)],
+        };
+        Self::new(heading, &once)
+    }
+}
+
 /// A row fails only if the whole interval does.
 fn passes(required: Required, judged: Estimate) -> bool {
     match required {
         Required::RatioAtLeast(least) | Required::ValueAtLeast(least) => judged.high >= least,
-        Required::RatioAtMost(most) => judged.low <= most,
+        Required::RatioAtMost(most) | Required::ValueAtMost(most) => judged.low <= most,
     }
 }
 
@@ -197,32 +215,36 @@ impl Row {
     /// As a line of the table.
     pub(super) fn print(&self) {
         let number = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.1}"));
-        let cpu = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.2}"));
+        let hundredths = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.2}"));
         let required = match self.required_of {
             "ratio_max" => format!("≤ {}", self.required),
             "value_min" => format!("≥ {}", figure(self.required)),
+            "value_max" => format!("≤ {}", figure(self.required)),
             _ => format!("≥ {}", self.required),
         };
         let interval = match self.required_of {
-            "value_min" => format!("{}–{}", figure(self.spread[0]), figure(self.spread[1])),
+            _ if self.pairs == 1 => "-".to_owned(),
+            "value_min" | "value_max" => {
+                format!("{}–{}", figure(self.spread[0]), figure(self.spread[1]))
+            }
             _ => format!("{:.2}–{:.2}", self.spread[0], self.spread[1]),
         };
         println!(
-            "{:<8} {:<40} {:>10} {:>10} {:<6} {:>6.2} {:>13} {:>8} {:<4} {:>8} {:>8} {:>8} {:>6} {:>6}",
+            "{:<8} {:<40} {:>10} {:>10} {:<6} {:>6} {:>13} {:>8} {:<4} {:>8} {:>8} {:>8} {:>6} {:>6}",
             self.stage,
             self.workload,
             figure(self.value),
             figure(self.floor),
             self.unit,
-            self.ratio,
+            hundredths(self.ratio),
             interval,
             required,
             if self.pass { "ok" } else { "FAIL" },
             number(self.p50_us),
             number(self.p99_us),
             number(self.p999_us),
-            cpu(self.cpu_us_per_io.host),
-            cpu(self.cpu_us_per_io.target),
+            hundredths(self.cpu_us_per_io.host),
+            hundredths(self.cpu_us_per_io.target),
         );
     }
 }
@@ -239,7 +261,6 @@ fn figure(value: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::pairs::Window;
 
     fn row(required: Required, values: [f64; 9]) -> Row {
         let window = |value| Window {
@@ -270,7 +291,7 @@ mod tests {
         let values = [60.0, 61.0, 62.0, 63.0, 64.0, 65.0, 66.0, 74.0, 90.0];
         let failed = row(Required::RatioAtLeast(0.75), values);
         assert!(!failed.pass);
-        assert_eq!((failed.ratio, failed.spread), (0.64, [0.61, 0.74]));
+        assert_eq!((failed.ratio, failed.spread), (Some(0.64), [0.61, 0.74]));
     }
 
     #[test]
@@ -284,6 +305,24 @@ mod tests {
     fn an_absolute_requirement_is_compared_with_the_value() {
         assert!(row(Required::ValueAtLeast(50.0), [50.0; 9]).pass);
         assert!(!row(Required::ValueAtLeast(51.0), [50.0; 9]).pass);
+    }
+
+    #[test]
+    fn a_cost_without_a_floor_has_no_ratio_and_is_compared_with_the_most_it_may_be() {
+        let heading = |required| Heading {
+            stage: "idle",
+            workload: "CPU".into(),
+            unit: "%",
+            floor_is: "nothing",
+            required,
+            processes: 1,
+            drive_kind: "file",
+        };
+        let row = Row::counted(heading(Required::ValueAtMost(2.0)), 1.5, 0.0);
+        assert!(row.pass && row.ratio.is_none());
+        assert_eq!((row.value, row.spread), (1.5, [1.5, 1.5]));
+        assert!(!Row::counted(heading(Required::ValueAtMost(1.0)), 1.5, 0.0).pass);
+        assert!(Row::counted(heading(Required::RatioAtMost(1.25)), 2.5, 2.0).pass);
     }
 
     #[test]

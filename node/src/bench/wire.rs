@@ -142,14 +142,10 @@ impl Incoming {
     /// # Errors
     /// The socket's; `UnexpectedEof` when the peer has closed it.
     pub(super) fn read(&mut self, mut stream: &TcpStream) -> io::Result<bool> {
-        if self.start > 0 {
-            self.buffer.copy_within(self.start..self.end, 0);
-            (self.start, self.end) = (0, self.end - self.start);
-        }
-        match stream.read(&mut self.buffer[self.end..]) {
+        match stream.read(self.space()) {
             Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(bytes) => {
-                self.end += bytes;
+                self.received(bytes);
                 Ok(true)
             }
             Err(error)
@@ -162,6 +158,20 @@ impl Incoming {
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// Where the next bytes go. It stays there until this is called again.
+    pub(super) fn space(&mut self) -> &mut [u8] {
+        if self.start > 0 {
+            self.buffer.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+        }
+        &mut self.buffer[self.end..]
+    }
+
+    /// So many bytes are in that space now.
+    pub(super) fn received(&mut self, bytes: usize) {
+        self.end += bytes;
     }
 
     /// The header of the next PDU that is here with all its data.

@@ -1,13 +1,15 @@
 //! What an engine needs from outside, at its cheapest: a directory in memory that grants bands on a fixed set of
-//! devices and takes freed ones back, and a lease that always holds. No fencing, no failures, nothing durable.
+//! devices and takes freed ones back, and a lease that always holds. No fencing, no failures, nothing durable. The pool
+//! keeps the reserve that the metadata service would, and says when it is tight as that does.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use futures_util::FutureExt as _;
 use futures_util::future::{LocalBoxFuture, ready};
 use weft_block::Device;
+use weft_metadata::state::reserve::{PoolSpace, internal_reserve_mib};
 use weft_metadata::state::space::DriveSpace;
 use weft_proto::band::{
     Band, ChunkAddress, ChunkSize, EpochGrant, Geometry, RootUpdate, WINDOW_ROWS_DEFAULT,
@@ -24,18 +26,16 @@ use crate::agent::env::TokioEnv;
 const VOLUME: VolumeId = VolumeId(1);
 const EPOCH: Epoch = Epoch(1);
 
-/// MiB of each drive that internal bands may use and user bands may not.
-const RESERVE_MIB: u64 = 48;
-
 /// See the module.
 pub(super) struct World {
     env: Rc<TokioEnv>,
     devices: Vec<Device>,
+    geometry: Geometry,
+    tight: Cell<bool>,
     state: RefCell<State>,
 }
 
 struct State {
-    geometry: Option<Geometry>,
     /// Of each drive alike: every band has a chunk at the same offset of every drive.
     space: DriveSpace,
     granted: BTreeMap<BandId, Band>,
@@ -44,14 +44,20 @@ struct State {
 }
 
 impl World {
-    /// With devices of one size.
-    pub(super) fn new(devices: Vec<Device>) -> Rc<Self> {
+    /// A pool of bands of `geometry` on devices of one size, as many as a band has columns.
+    pub(super) fn new(geometry: Geometry, devices: Vec<Device>) -> Rc<Self> {
+        assert_eq!(
+            devices.len(),
+            usize::from(geometry.n()),
+            "a device for each column"
+        );
         let mib = devices.first().map_or(0, |device| device.info().bytes() / MIB) as u32;
         Rc::new(Self {
             env: Rc::new(TokioEnv::new()),
             devices,
+            geometry,
+            tight: Cell::new(false),
             state: RefCell::new(State {
-                geometry: None,
                 // The first MiB is a label's.
                 space: DriveSpace::new(1, mib),
                 granted: BTreeMap::new(),
@@ -65,9 +71,7 @@ impl World {
     ///
     /// # Errors
     /// The engine's.
-    pub(super) async fn open(self: &Rc<Self>, k: u8, m: u8, size_bytes: u64) -> anyhow::Result<Engine> {
-        let geometry = Geometry::new(k, m).ok_or_else(|| anyhow::anyhow!("{k}+{m} is no geometry"))?;
-        self.state.borrow_mut().geometry = Some(geometry);
+    pub(super) async fn open(self: &Rc<Self>, settings: Settings, size_bytes: u64) -> anyhow::Result<Engine> {
         let seams = Seams {
             env: Rc::clone(&self.env) as Rc<dyn Env>,
             drives: Rc::clone(self) as Rc<dyn Drives>,
@@ -85,13 +89,43 @@ impl World {
             epoch: EPOCH,
             recover: None,
             size_bytes,
-            geometry,
+            geometry: self.geometry,
             root_version: 0,
             root: None,
             bands: Vec::new(),
             ended: Vec::new(),
         };
-        Ok(Engine::open(seams, Settings::default(), identity, grant).await?)
+        Ok(Engine::open(seams, settings, identity, grant).await?)
+    }
+
+    /// How full the pool is.
+    pub(super) fn space(&self) -> PoolSpace {
+        let columns = u64::from(self.geometry.n());
+        let state = self.state.borrow();
+        let capacity_mib = state.space.capacity_mib() * columns;
+        PoolSpace {
+            capacity_mib,
+            free_mib: state.space.free_mib() * columns,
+            quarantined_mib: 0,
+            domains: u32::from(self.geometry.n()),
+            // With as many drives as columns there is nowhere to rebuild to.
+            rebuild_reserve_mib: 0,
+            internal_reserve_mib: internal_reserve_mib(1, self.geometry, capacity_mib),
+            geometry: self.geometry,
+        }
+    }
+
+    /// Tells the engine what the metadata service would tell it about the pool.
+    pub(super) fn tell_tightness(&self, engine: &Engine) {
+        let tight = self.space().is_tight(self.tight.get());
+        self.tight.set(tight);
+        engine.set_tight(tight);
+    }
+
+    /// The largest chunks that were granted.
+    pub(super) fn chunk_size_max(&self) -> Option<ChunkSize> {
+        let state = self.state.borrow();
+        state.granted.values().map(|band| band.chunk_size).max()
     }
 
     fn publish(&self, update: &RootUpdate) -> Result<u64, DirectoryError> {
@@ -149,15 +183,15 @@ impl Directory for World {
         count: u32,
         purpose: BandPurpose,
     ) -> LocalBoxFuture<'static, Result<Vec<Band>, DirectoryError>> {
-        let mut state = self.state.borrow_mut();
-        let reserve = if purpose == BandPurpose::User {
-            RESERVE_MIB
-        } else {
-            0
+        let columns = u64::from(self.geometry.n());
+        let reserve = match purpose {
+            BandPurpose::User => self.space().reserve_mib().div_ceil(columns),
+            BandPurpose::Internal => 0,
         };
+        let mut state = self.state.borrow_mut();
         let mut bands = Vec::new();
         for _ in 0..count {
-            let (Some(geometry), Some(offset_mib)) = (state.geometry, state.take(chunk_size, reserve)) else {
+            let Some(offset_mib) = state.take(chunk_size, reserve) else {
                 break;
             };
             state.last_band += 1;
@@ -167,12 +201,12 @@ impl Directory for World {
                 volume,
                 layer: LayerId(1),
                 epoch,
-                geometry,
+                geometry: self.geometry,
                 chunk_size,
                 window_rows: WINDOW_ROWS_DEFAULT,
                 version: 1,
                 columns: drives
-                    .take(usize::from(geometry.n()))
+                    .take(usize::from(self.geometry.n()))
                     .map(|drive| ChunkAddress {
                         drive: DriveId(drive),
                         offset_mib,

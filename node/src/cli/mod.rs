@@ -102,7 +102,11 @@ impl Session {
                 self.metrics_list();
                 Ok(())
             }
-            Command::Agent { .. } | Command::Bench(_) | Command::BenchPeer { .. } | Command::Demo(_) => {
+            Command::Agent { .. }
+            | Command::Bench(_)
+            | Command::BenchPeer { .. }
+            | Command::BenchMap(_)
+            | Command::Demo(_) => {
                 unreachable!("main runs these itself")
             }
         }
