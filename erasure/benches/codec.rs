@@ -1,19 +1,21 @@
 //! How fast each kernel codes, in GB/s of data, beside a plain copy: `cargo bench -p weft-erasure`.
 //!
-//! "Hot" codes one stripe again and again; "cold" walks through 128 MiB, so that memory is what is measured.
-//! Each figure is the best of seven runs of about 40 ms, single thread.
+//! "Hot" codes one stripe again and again; "cold" goes on through 1 GiB and touches every byte of it on the way, so that
+//! memory is what is measured. Each figure is the best of seven runs of about 40 ms, single thread.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use weft_erasure::{Codec, Kernel};
 
-/// Larger than any cache, and enough stripes that none is met twice soon.
-const COLD_BYTES: usize = 128 << 20;
+/// Stripes lie in it one right behind the other. Larger than any last-level cache that is common, and more than is coded
+/// in a few runs.
+const COLD_BYTES: usize = 1 << 30;
 
 fn main() {
     println!("{:<22} {:>9} {:>9}", "", "hot", "cold");
-    report("copy 4 KiB", 4096, &mut |at, memory| {
+    let mut memory: Vec<u8> = (0..COLD_BYTES).map(|at| (at * 7 + at / 4096) as u8).collect();
+    report("copy 4 KiB", 4096, 2 * 4096, &mut memory, &mut |at, memory| {
         let (from, to) = memory[at..at + 2 * 4096].split_at_mut(4096);
         to.copy_from_slice(from);
     });
@@ -23,8 +25,9 @@ fn main() {
             let codec = Codec::with_kernel(m, kernel).expect("available");
             for bytes in [4096, 65536] {
                 let name = format!("  encode {k}+{m} {:>2} KiB", bytes / 1024);
-                report(&name, k * bytes, &mut |at, memory| {
-                    let (data, rest) = memory[at..].split_at_mut(k * bytes);
+                let stripe = (k + usize::from(m)) * bytes;
+                report(&name, k * bytes, stripe, &mut memory, &mut |at, memory| {
+                    let (data, rest) = memory[at..at + stripe].split_at_mut(k * bytes);
                     let mut parity: [&mut [u8]; 4] = Default::default();
                     for (slice, chunk) in parity.iter_mut().zip(rest.chunks_exact_mut(bytes)).take(m.into()) {
                         *slice = chunk;
@@ -43,31 +46,40 @@ fn main() {
             let lost: Vec<u8> = (0..m).collect();
             let bytes = 4096;
             let name = format!("  decode {k}+{m} lost {m}");
-            report(&name, usize::from(k) * bytes, &mut |at, memory| {
-                // The plan is made anew for each block, as for a single degraded read.
-                let plan = codec.reconstruction(k, &present, &lost).expect("k present");
-                let (sources, rest) = memory[at..].split_at_mut(usize::from(k) * bytes);
-                let mut slices: [&[u8]; 16] = [&[]; 16];
-                for (slice, chunk) in slices.iter_mut().zip(sources.chunks_exact(bytes)) {
-                    *slice = chunk;
-                }
-                let (first, second) = rest[..2 * bytes].split_at_mut(bytes);
-                plan.run(&slices[..k.into()], &mut [first, second]);
-            });
+            let stripe = usize::from(k + m) * bytes;
+            report(
+                &name,
+                usize::from(k) * bytes,
+                stripe,
+                &mut memory,
+                &mut |at, memory| {
+                    // The plan is made anew for each block, as for a single degraded read.
+                    let plan = codec.reconstruction(k, &present, &lost).expect("k present");
+                    let (sources, rest) = memory[at..at + stripe].split_at_mut(usize::from(k) * bytes);
+                    let mut slices: [&[u8]; 16] = [&[]; 16];
+                    for (slice, chunk) in slices.iter_mut().zip(sources.chunks_exact(bytes)) {
+                        *slice = chunk;
+                    }
+                    let (first, second) = rest[..2 * bytes].split_at_mut(bytes);
+                    plan.run(&slices[..k.into()], &mut [first, second]);
+                },
+            );
         }
     }
 }
 
-/// Prints one line: `step` handles `bytes` of data at an offset, and may write up to as much again, or 4 shards.
-fn report(name: &str, bytes: usize, step: &mut dyn FnMut(usize, &mut [u8])) {
-    let stride = bytes + bytes.max(4 * 65536);
-    let mut memory: Vec<u8> = (0..COLD_BYTES + stride)
-        .map(|at| (at * 7 + at / 4096) as u8)
-        .collect();
-    let hot = best(bytes, &mut |_| step(0, black_box(&mut memory)));
-    let places = COLD_BYTES / stride;
+/// Prints one line: `step` handles `bytes` of data of a stripe of `stripe` bytes at an offset, all of which it touches.
+fn report(
+    name: &str,
+    bytes: usize,
+    stripe: usize,
+    memory: &mut [u8],
+    step: &mut dyn FnMut(usize, &mut [u8]),
+) {
+    let hot = best(bytes, &mut |_| step(0, black_box(memory)));
+    let places = COLD_BYTES / stripe;
     let cold = best(bytes, &mut |turn| {
-        step(turn % places * stride, black_box(&mut memory))
+        step(turn % places * stripe, black_box(memory));
     });
     println!("{name:<22} {hot:>6.1} GB/s {cold:>4.1}");
 }
