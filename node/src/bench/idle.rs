@@ -76,7 +76,7 @@ pub(super) fn run(plan: &Plan, output: &mut Output) -> anyhow::Result<()> {
         created,
         served,
         connected,
-        cpu,
+        cpu_by_thread,
         resident_bytes,
     } = measured.map_err(|error| match agents.first_dead() {
         Some(sentence) => error.context(sentence),
@@ -92,12 +92,19 @@ pub(super) fn run(plan: &Plan, output: &mut Output) -> anyhow::Result<()> {
         processes: NODES as u32 + 1,
         drive_kind: "file",
     };
-    output.row(Row::counted(heading("CPU", "% core", 2.0), cpu * 100.0, 0.0));
+    let percent: f64 = cpu_by_thread.values().sum::<f64>() * 100.0;
+    output.row(Row::counted(heading("CPU", "% core", 2.0), percent, 0.0));
     let megabytes = resident_bytes as f64 / 1e6;
     output.row(Row::counted(heading("resident", "MB", 200.0), megabytes, 0.0));
+    let threads: Vec<String> = cpu_by_thread
+        .iter()
+        .filter(|(_, share)| **share > 0.0)
+        .map(|(name, share)| format!("{name} {:.2} %", share * 100.0))
+        .collect();
     output.note(format!(
-        "idle: {NODES} agents formed in {:.1} s; {VOLUMES} volumes created in {:.2} s, all served after {:.2} s; {VOLUMES} hosts \
+        "idle: {}; {NODES} agents formed in {:.1} s; {VOLUMES} volumes created in {:.2} s, all served after {:.2} s; {VOLUMES} hosts \
          connected in {:.2} s",
+        threads.join(", "),
         formed.as_secs_f64(),
         created.as_secs_f64(),
         served.as_secs_f64(),
@@ -111,8 +118,8 @@ struct Measured {
     created: Duration,
     served: Duration,
     connected: Duration,
-    /// Share of a core.
-    cpu: f64,
+    /// Share of a core, by the names of threads.
+    cpu_by_thread: BTreeMap<String, f64>,
     resident_bytes: u64,
 }
 
@@ -152,10 +159,12 @@ async fn measure(agents: &Agents, window: Duration) -> anyhow::Result<Measured> 
     let (before, start) = (thread_times(process)?, Instant::now());
     tokio::time::sleep(window).await;
     let (after, elapsed) = (thread_times(process)?, start.elapsed());
-    let spent: u64 = after
-        .iter()
-        .map(|(thread, time)| time.saturating_sub(*before.get(thread).unwrap_or(&0)))
-        .sum();
+    let mut cpu_by_thread = BTreeMap::new();
+    for (thread, (name, time)) in after {
+        let earlier = before.get(&thread).map_or(0, |(_, time)| *time);
+        let share = time.saturating_sub(earlier) as f64 / elapsed.as_nanos() as f64;
+        *cpu_by_thread.entry(name).or_default() += share;
+    }
     let resident_bytes = resident_bytes(process)?;
     ensure!(
         hosts.iter().all(|host| host.controller().is_some()),
@@ -165,7 +174,7 @@ async fn measure(agents: &Agents, window: Duration) -> anyhow::Result<Measured> 
         created,
         served,
         connected,
-        cpu: spent as f64 / elapsed.as_nanos() as f64,
+        cpu_by_thread,
         resident_bytes,
     })
 }
@@ -215,8 +224,8 @@ async fn wait_until_served(client: &MetadataClient, mut map: ClusterMap) -> anyh
     }
 }
 
-/// Nanoseconds of CPU of each thread of a process.
-fn thread_times(process: u32) -> anyhow::Result<BTreeMap<u32, u64>> {
+/// Name and nanoseconds of CPU of each thread of a process.
+fn thread_times(process: u32) -> anyhow::Result<BTreeMap<u32, (String, u64)>> {
     let mut times = BTreeMap::new();
     let folder = format!("/proc/{process}/task");
     for entry in std::fs::read_dir(&folder).with_context(|| format!("read {folder}"))? {
@@ -229,10 +238,12 @@ fn thread_times(process: u32) -> anyhow::Result<BTreeMap<u32, u64>> {
     Ok(times)
 }
 
-fn thread_time(folder: &Path) -> Option<(u32, u64)> {
+fn thread_time(folder: &Path) -> Option<(u32, (String, u64))> {
     let thread = folder.file_name()?.to_str()?.parse().ok()?;
     let text = std::fs::read_to_string(folder.join("schedstat")).ok()?;
-    Some((thread, text.split_whitespace().next()?.parse().ok()?))
+    let name = std::fs::read_to_string(folder.join("comm")).ok()?;
+    let time = text.split_whitespace().next()?.parse().ok()?;
+    Some((thread, (name.trim().to_owned(), time)))
 }
 
 /// What a process has in memory.
@@ -258,8 +269,9 @@ mod tests {
     #[test]
     fn a_process_that_works_uses_cpu_and_memory() {
         let own = std::process::id();
-        let before: u64 = thread_times(own).unwrap().values().sum();
-        while thread_times(own).unwrap().values().sum::<u64>() <= before {
+        let spent = || -> u64 { thread_times(own).unwrap().values().map(|(_, time)| time).sum() };
+        let before = spent();
+        while spent() <= before {
             std::hint::spin_loop();
         }
         assert!(resident_bytes(own).unwrap() > 0);
