@@ -98,7 +98,7 @@ pub(super) fn run(plan: &Plan, output: &mut Output) -> anyhow::Result<()> {
     output.row(Row::counted(heading("resident", "MB", 200.0), megabytes, 0.0));
     let threads: Vec<String> = cpu_by_thread
         .iter()
-        .filter(|(_, share)| **share > 0.0)
+        .filter(|(_, share)| **share >= 0.0001)
         .map(|(name, share)| format!("{name} {:.2} %", share * 100.0))
         .collect();
     output.note(format!(
