@@ -130,9 +130,8 @@ fn a_second_agent_on_the_same_drives_is_locked_out() {
     let agents = agents(folder.path(), 1, 128);
     agents
         .wait_until("the agent has its drives", |agents| {
-            // It answers, be it that it is no member, once it has them.
-            let output = agents.weft(&["status"]);
-            output.is_ok_and(|output| output.status.code() != Some(5))
+            let drive = fs::File::open(&agents.list[0].config.drives[0].path);
+            drive.is_ok_and(|drive| drive.try_lock().is_err())
         })
         .unwrap();
     let config = &agents.list[0].config;

@@ -298,6 +298,14 @@ impl Page {
         Ok(page)
     }
 
+    /// The same in memory of its own: what was lent may be a small part of a receive buffer, all of which it keeps alive.
+    pub(crate) fn kept(&self) -> Self {
+        Self {
+            bytes: Bytes::copy_from_slice(&self.bytes),
+            count: self.count,
+        }
+    }
+
     /// Lays out the block `id`.
     pub(crate) fn encode(identity: MapIdentity, id: PageId, records: &[Record]) -> Bytes {
         debug_assert!(!records.is_empty() && records.len() <= RECORDS_PER_PAGE);

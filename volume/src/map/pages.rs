@@ -108,7 +108,7 @@ impl Pages {
             let pages = Rc::clone(self);
             let reading = async move {
                 let layout = pages.layout.get();
-                let result = pages.read(id, place).await;
+                let result = pages.read(id, place).await.map(|page| page.kept());
                 pages.reading.borrow_mut().remove(&id);
                 // An index block that was rewritten meanwhile must not come back into the cache.
                 if let Ok(page) = &result

@@ -120,6 +120,15 @@ fn a_range_is_looked_up_with_one_read_per_leaf() {
 }
 
 #[test]
+fn a_cached_block_keeps_no_receive_buffer() {
+    let store = MemoryStore::new(50);
+    let map = filled(&store, 20);
+    run(check(&map, (0..COUNT).step_by(41)));
+    assert!(map.stats().cache.resident_bytes > 0);
+    assert_eq!(store.receive_buffers(), 0);
+}
+
+#[test]
 fn the_cache_never_holds_more_than_its_limit() {
     let store = MemoryStore::new(50);
     let map = filled(&store, 5);

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
@@ -37,6 +38,19 @@ pub(crate) struct MemoryStore {
     pub(crate) reads: Cell<u64>,
     /// Fails the appends to come, so many.
     pub(crate) fail_appends: Cell<u32>,
+    receive_buffers: Arc<()>,
+}
+
+/// What a read is lent from: as of a remote drive, far larger than the block in it.
+struct ReceiveBuffer {
+    block: Bytes,
+    _in_use: Arc<()>,
+}
+
+impl AsRef<[u8]> for ReceiveBuffer {
+    fn as_ref(&self) -> &[u8] {
+        &self.block
+    }
 }
 
 impl MemoryStore {
@@ -73,6 +87,11 @@ impl MemoryStore {
             .insert(place_of(&entry), (lba, entry.sequence, data));
         assert!(old.is_none(), "a row is written once");
         entry
+    }
+
+    /// Receive buffers that somebody keeps.
+    pub(crate) fn receive_buffers(&self) -> usize {
+        Arc::strong_count(&self.receive_buffers) - 1
     }
 
     /// Later blocks go to another band.
@@ -153,7 +172,10 @@ impl PageStore for Handle {
             let blocks = store.blocks.borrow();
             match blocks.get(&place_of(&place)) {
                 Some((found, sequence, data)) if *found == lba && *sequence == place.sequence => {
-                    Ok(data.clone())
+                    Ok(Bytes::from_owner(ReceiveBuffer {
+                        block: data.clone(),
+                        _in_use: Arc::clone(&store.receive_buffers),
+                    }))
                 }
                 _ => Err(BlockError::Unrecovered { start: lba }),
             }
