@@ -159,7 +159,11 @@ pub(super) fn decode_header(block: &[u8], place: CopyPlace) -> Result<DecodedHea
         CopyPlace::First => 0,
         CopyPlace::Last => 1,
     };
-    if !(HEADER_BYTES..=COPY_BYTES).contains(&length) || header.place != expected_place {
+    // The last generation leaves none for a change, and no drive sees so many.
+    if !(HEADER_BYTES..=COPY_BYTES).contains(&length)
+        || header.place != expected_place
+        || header.generation.get() == u64::MAX
+    {
         return Err(Invalid::Damaged);
     }
     let class = match header.class {
@@ -318,5 +322,10 @@ mod tests {
         ] {
             assert_eq!(changed(at, &bytes), Err(Invalid::Damaged), "{at}: {bytes:?}");
         }
+        assert_eq!(
+            changed(24, &[0xff; 8]),
+            Err(Invalid::Damaged),
+            "no generation after it"
+        );
     }
 }

@@ -251,6 +251,14 @@ pub async fn read(device: &Device) -> Result<Found, LabelError> {
     }
     let last_at = labelled_mib.map_or(size_mib, u64::from) * MIB - MIB;
     let last = read_copy(device, last_at, CopyPlace::Last).await?;
+    // A last copy that names another place as its own would have chunks and repairs go past the end of the drive.
+    let last = last.and_then(|(label, generation)| {
+        if u64::from(label.size_mib) * MIB == last_at + MIB {
+            Ok((label, generation))
+        } else {
+            Err(Invalid::Damaged)
+        }
+    });
     choose(first, last)
 }
 

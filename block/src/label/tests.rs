@@ -251,6 +251,26 @@ async fn a_drive_that_grew_keeps_its_label_and_one_that_shrank_is_refused() {
 }
 
 #[tokio::test]
+async fn a_last_copy_that_names_another_place_is_damage() {
+    let larger = MemoryDrive::device(SIZE + 10 * MIB);
+    format(&larger, &label(SIZE + 10 * MIB), Overwrite::Refused)
+        .await
+        .unwrap();
+    let last = LbaRange {
+        start: Lba(LAST_BLOCK.0 + 10 * MIB / 4096),
+        count: 1,
+    };
+    let block = larger.read(last).await.unwrap();
+    // The same copy at the end of a smaller drive, without a first one that would say how large the drive was.
+    let device = MemoryDrive::device(SIZE);
+    device
+        .write(LAST_BLOCK, vec![block], Durability::Durable)
+        .await
+        .unwrap();
+    assert_eq!(read(&device).await, Err(LabelError::Damaged));
+}
+
+#[tokio::test]
 async fn an_erased_drive_is_empty_again() {
     let (device, _) = formatted().await;
     erase(&device).await.unwrap();
