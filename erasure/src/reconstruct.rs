@@ -137,11 +137,11 @@ fn data_from(w: usize, sources: &[u8; DATA_SHARDS_MAX]) -> [Row; DATA_SHARDS_MAX
     let mut data = [[0; DATA_SHARDS_MAX]; DATA_SHARDS_MAX];
     let mut missing = [0; PARITY_SHARDS_MAX];
     let mut e = 0;
-    for shard in 0..w {
+    for (shard, row) in data[..w].iter_mut().enumerate() {
         // As many of the data shards before this one are sources as are not missing.
         let position = shard - e;
         if usize::from(sources[position]) == shard {
-            data[shard][position] = 1;
+            row[position] = 1;
         } else {
             missing[e] = shard;
             e += 1;

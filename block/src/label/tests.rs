@@ -271,6 +271,21 @@ async fn a_last_copy_that_names_another_place_is_damage() {
 }
 
 #[tokio::test]
+async fn a_label_of_the_last_generation_is_read_and_not_changed() {
+    let (device, mut found) = formatted().await;
+    found.generation = u64::MAX - 1;
+    let changed = found.label.clone();
+    update(&device, &mut found, changed.clone()).await.unwrap();
+    assert_eq!(read(&device).await.unwrap().generation, u64::MAX);
+    let refused = update(&device, &mut found, changed.clone()).await;
+    assert_eq!(refused, Err(LabelError::LastGeneration));
+    let refused = format(&device, &changed, Overwrite::Forced).await;
+    assert_eq!(refused, Err(LabelError::LastGeneration));
+    erase(&device).await.unwrap();
+    format(&device, &changed, Overwrite::Refused).await.unwrap();
+}
+
+#[tokio::test]
 async fn an_erased_drive_is_empty_again() {
     let (device, _) = formatted().await;
     erase(&device).await.unwrap();

@@ -97,5 +97,16 @@ pub(crate) fn seeds() -> Vec<(bool, Vec<u8>)> {
     }
     let mut zeroed = segment.clone();
     zeroed.resize(4096, 0);
-    vec![(true, segment), (true, zeroed), (false, bodies)]
+    // Numbers that no log reaches.
+    let mut last = Vec::new();
+    record::write(&mut last, RecordKind::SEGMENT, u64::MAX, u32::MAX, &records[0].1);
+    record::write(
+        &mut last,
+        RecordKind::TRUNCATE,
+        0,
+        0,
+        &encode(&Some(id(u64::MAX))),
+    );
+    record::write(&mut last, RecordKind::PURGE, 1, 1, &encode(&id(u64::MAX)));
+    vec![(true, segment), (true, zeroed), (true, last), (false, bodies)]
 }

@@ -65,12 +65,13 @@ struct Head {
 
 impl Cache {
     fn truncate_after(&mut self, last: Option<LogId>) {
-        let next = last.map_or(0, |last| last.index + 1);
+        // No log gets to the last index; a file could name it.
+        let next = last.map_or(0, |last| last.index.saturating_add(1));
         self.entries.split_off(&next);
     }
 
     fn purge(&mut self, purged: LogId) {
-        self.entries = self.entries.split_off(&(purged.index + 1));
+        self.entries = self.entries.split_off(&purged.index.saturating_add(1));
         if self.head.purged < Some(purged) {
             self.head.purged = Some(purged);
         }
@@ -236,7 +237,10 @@ fn load(directory: &Path, segment_bytes: u64) -> io::Result<(Cache, Wal)> {
         cache.purge(purged);
     }
     let indices = cache.entries.keys().copied();
-    let first = cache.head.purged.map_or(0, |purged| purged.index + 1);
+    let first = cache
+        .head
+        .purged
+        .map_or(0, |purged| purged.index.saturating_add(1));
     if indices.zip(first..).any(|(index, expected)| index != expected) {
         return Err(io::Error::new(
             io::ErrorKind::InvalidData,

@@ -10,8 +10,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::entry::MapEntry;
 
-use super::address::{INDEX_LEVEL_MAX, RUNS};
-use super::format::{FormatError, MapIdentity, PAGE_BODY_BYTES, Record, crc32c};
+use super::address::{INDEX_LEVEL_MAX, POSITIONS, RUNS};
+use super::format::{FormatError, MapIdentity, PAGE_BODY_BYTES, RECORDS_PER_PAGE, Record, crc32c};
 use super::root::{BandState, Root, RootBand, Spilled};
 use super::run::RunDescriptor;
 use super::{MapRoot, RunRoot};
@@ -513,6 +513,14 @@ impl<'a> Input<'a> {
         }
         if record.number.get() >= RUNS {
             return Err(FormatError::Field("number"));
+        }
+        if !(1..POSITIONS).contains(&record.leaves.get()) {
+            return Err(FormatError::Field("leaves"));
+        }
+        // Every leaf has a record, and room for so many.
+        let leaves = u64::from(record.leaves.get());
+        if !(leaves..=leaves * RECORDS_PER_PAGE as u64).contains(&record.records.get()) {
+            return Err(FormatError::Field("records"));
         }
         Ok(RunDescriptor {
             number: record.number.get(),

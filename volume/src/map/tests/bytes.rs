@@ -317,7 +317,7 @@ fn every_flipped_bit_and_truncation_of_a_root_is_noticed() {
 }
 
 #[test]
-fn a_root_with_run_numbers_past_the_last_one_is_refused() {
+fn a_root_with_runs_that_no_writer_makes_is_refused() {
     let load = |change: fn(&mut Root), spilled: Option<&Spilled>| {
         let mut root = example_root();
         change(&mut root);
@@ -332,6 +332,20 @@ fn a_root_with_run_numbers_past_the_last_one_is_refused() {
         load(|root| root.map.runs[0].run.number = RUNS, None),
         refused("number")
     );
+    for (leaves, records, field) in [
+        (0, 1, "leaves"),
+        (POSITIONS, u64::from(POSITIONS), "leaves"),
+        (2, 1, "records"),
+        (2, 2 * 89 + 1, "records"),
+    ] {
+        let mut root = example_root();
+        root.map.runs[0].run.leaves = leaves;
+        root.map.runs[0].run.records = records;
+        let body = root_format::encode_body(&root);
+        let head = RootHead::read(&root_format::encode_head(&root, &body, None), None).unwrap();
+        let loaded = run(head.load(&*MemoryStore::new(10).handle())).map(|_| ());
+        assert_eq!(loaded, refused(field), "{leaves} leaves, {records} records");
+    }
     let spilled = Spilled {
         run: RUNS,
         places: vec![example_root().map.runs[0].run.top],
