@@ -67,8 +67,11 @@ struct Work {
     reconstruct: bool,
 }
 
+/// Makes outputs of sources.
+type Step<'a> = dyn FnMut(&[&[u8]], &mut [&mut [u8]]) + 'a;
+
 /// Who does it.
-type Competitor<'a> = (String, Box<dyn FnMut(&[&[u8]], &mut [&mut [u8]]) + 'a>);
+type Competitor<'a> = (String, Box<Step<'a>>);
 
 impl Work {
     fn line(&self, isal: Option<&IsaL>, arena: &mut [u8]) -> String {
@@ -103,7 +106,7 @@ impl Work {
             let codec = Codec::with_kernel(m, kernel).expect("available");
             let lost: Vec<u8> = (0..m.min(k)).collect();
             let present: Vec<u8> = (lost.len() as u8..k + m).collect();
-            let step: Box<dyn FnMut(&[&[u8]], &mut [&mut [u8]])> = if self.reconstruct {
+            let step: Box<Step<'a>> = if self.reconstruct {
                 Box::new(move |sources, outputs| {
                     let plan = codec.reconstruction(k, &present, &lost).expect("k are present");
                     plan.run(sources, &mut outputs[..lost.len()]);
@@ -132,12 +135,7 @@ impl Work {
     }
 
     /// GB/s of source shards by the CPU time of this thread.
-    fn window(
-        &self,
-        arena: &mut [u8],
-        stripe: &mut usize,
-        step: &mut dyn FnMut(&[&[u8]], &mut [&mut [u8]]),
-    ) -> f64 {
+    fn window(&self, arena: &mut [u8], stripe: &mut usize, step: &mut Step<'_>) -> f64 {
         let start = cpu_ns();
         let mut coded = 0;
         loop {
@@ -154,7 +152,7 @@ impl Work {
         }
     }
 
-    fn with_stripe(&self, arena: &mut [u8], index: usize, step: &mut dyn FnMut(&[&[u8]], &mut [&mut [u8]])) {
+    fn with_stripe(&self, arena: &mut [u8], index: usize, step: &mut Step<'_>) {
         let stripe_bytes = (self.k + self.m) * self.bytes;
         let stripe = &mut arena[index * stripe_bytes..(index + 1) * stripe_bytes];
         let (data, parity) = stripe.split_at_mut(self.k * self.bytes);
