@@ -27,17 +27,40 @@ pub(crate) const fn mul(mut a: u8, mut b: u8) -> u8 {
 /// 1 / a. `a` must not be 0.
 pub(crate) const fn inverse(a: u8) -> u8 {
     assert!(a != 0, "0 has no inverse");
-    // a^254, because a^255 = 1: 254 = 2 + 4 + … + 128.
-    let mut square = a;
-    let mut result = 1;
-    let mut step = 0;
-    while step < 7 {
-        square = mul(square, square);
-        result = mul(result, square);
-        step += 1;
-    }
-    result
+    LOGARITHMS.power[255 - LOGARITHMS.of[a as usize] as usize]
 }
+
+/// a · b by logarithms, for the few products of a plan: some times faster than [`mul`].
+pub(crate) fn product(a: u8, b: u8) -> u8 {
+    if a == 0 || b == 0 {
+        return 0;
+    }
+    let of = |a: u8| usize::from(LOGARITHMS.of[usize::from(a)]);
+    LOGARITHMS.power[of(a) + of(b)]
+}
+
+/// Powers of x, which generates every element but 0, and what power each element is.
+struct Logarithms {
+    /// Of 0 it means nothing.
+    of: [u8; 256],
+    /// Twice over, so that the sum of two logarithms needs no reduction.
+    power: [u8; 2 * 255],
+}
+
+static LOGARITHMS: Logarithms = {
+    let mut of = [0; 256];
+    let mut power = [0; 2 * 255];
+    let mut element = 1;
+    let mut exponent = 0;
+    while exponent < 255 {
+        of[element as usize] = exponent as u8;
+        power[exponent] = element;
+        power[exponent + 255] = element;
+        element = mul(element, 2);
+        exponent += 1;
+    }
+    Logarithms { of, power }
+};
 
 /// Products of one coefficient with each low and each high nibble: what a byte shuffle looks up.
 #[derive(Clone, Copy)]
@@ -114,6 +137,15 @@ mod tests {
     fn every_element_but_zero_has_an_inverse() {
         for a in 1..=255 {
             assert_eq!(mul(a, inverse(a)), 1);
+        }
+    }
+
+    #[test]
+    fn logarithms_multiply() {
+        for a in 0..=255 {
+            for b in 0..=255 {
+                assert_eq!(product(a, b), mul(a, b));
+            }
         }
     }
 

@@ -6,7 +6,7 @@
 use crate::SHARDS_MAX;
 use crate::codec::Codec;
 use crate::coefficients::{COEFFICIENTS, DATA_SHARDS_MAX, PARITY_SHARDS_MAX, Row};
-use crate::field::{inverse, mul};
+use crate::field::{inverse, product};
 use crate::kernel::{Kernel, Mode};
 
 /// Why shards cannot be reconstructed.
@@ -132,41 +132,41 @@ impl Reconstruction {
     }
 }
 
-/// Each of the w data shards as a sum of multiples of the sources.
+/// Each of the w data shards as a sum of multiples of the sources, which are ascending.
 fn data_from(w: usize, sources: &[u8; DATA_SHARDS_MAX]) -> [Row; DATA_SHARDS_MAX] {
     let mut data = [[0; DATA_SHARDS_MAX]; DATA_SHARDS_MAX];
     let mut missing = [0; PARITY_SHARDS_MAX];
     let mut e = 0;
     for (shard, row) in data[..w].iter_mut().enumerate() {
-        match sources[..w]
-            .iter()
-            .position(|&source| usize::from(source) == shard)
-        {
-            Some(position) => row[position] = 1,
-            None => {
-                missing[e] = shard;
-                e += 1;
-            }
+        // As many of the data shards before this one are sources as are not missing.
+        let position = shard - e;
+        if usize::from(sources[position]) == shard {
+            row[position] = 1;
+        } else {
+            missing[e] = shard;
+            e += 1;
         }
     }
 
     // The e sources at the end are parities. Each says: Σ C·(missing) = parity − Σ C·(data at hand).
+    let at_hand = w - e;
+    let equation = |number: usize| &COEFFICIENTS[usize::from(sources[at_hand + number]) - w];
     let mut system = [[0; PARITY_SHARDS_MAX]; PARITY_SHARDS_MAX];
-    let mut known = [[0; DATA_SHARDS_MAX]; PARITY_SHARDS_MAX];
-    for equation in 0..e {
-        let position = w - e + equation;
-        let coefficients = &COEFFICIENTS[usize::from(sources[position]) - w];
-        known[equation][position] = 1;
-        for (source, &shard) in sources[..w - e].iter().enumerate() {
-            known[equation][source] = coefficients[usize::from(shard)];
-        }
-        for (unknown, &shard) in missing[..e].iter().enumerate() {
-            system[equation][unknown] = coefficients[shard];
+    for (number, row) in system[..e].iter_mut().enumerate() {
+        for (value, &shard) in row.iter_mut().zip(&missing[..e]) {
+            *value = equation(number)[shard];
         }
     }
-    solve(&mut system, &mut known, e);
-    for (unknown, &shard) in missing[..e].iter().enumerate() {
-        data[shard] = known[unknown];
+    let inverted = invert(system, e);
+    for (&shard, multiples) in missing[..e].iter().zip(&inverted) {
+        let row = &mut data[shard];
+        for (number, &multiple) in multiples[..e].iter().enumerate() {
+            row[at_hand + number] = multiple;
+            let coefficients = equation(number);
+            for (value, &source) in row[..at_hand].iter_mut().zip(sources) {
+                *value ^= product(multiple, coefficients[usize::from(source)]);
+            }
+        }
     }
     data
 }
@@ -180,30 +180,34 @@ fn parity_from(data: &[Row], coefficients: &Row) -> Row {
     row
 }
 
-/// Gauss-Jordan: turns the leading e × e of `system` into the identity and `known` into the solution.
-fn solve(
-    system: &mut [[u8; PARITY_SHARDS_MAX]; PARITY_SHARDS_MAX],
-    known: &mut [Row; PARITY_SHARDS_MAX],
+/// The inverse of the leading e × e of `system`, by Gauss-Jordan.
+fn invert(
+    mut system: [[u8; PARITY_SHARDS_MAX]; PARITY_SHARDS_MAX],
     e: usize,
-) {
+) -> [[u8; PARITY_SHARDS_MAX]; PARITY_SHARDS_MAX] {
+    let mut inverted = [[0; PARITY_SHARDS_MAX]; PARITY_SHARDS_MAX];
+    for (diagonal, row) in inverted.iter_mut().enumerate() {
+        row[diagonal] = 1;
+    }
     for pivot in 0..e {
         // Every leading minor of a submatrix of C is itself a minor of C and so not 0: eliminating in order
         // always leaves a pivot, and no rows need to be exchanged.
         let scale = inverse(system[pivot][pivot]);
-        system[pivot] = system[pivot].map(|value| mul(value, scale));
-        known[pivot] = known[pivot].map(|value| mul(value, scale));
-        let (pivot_system, pivot_known) = (system[pivot], known[pivot]);
+        system[pivot] = system[pivot].map(|value| product(value, scale));
+        inverted[pivot] = inverted[pivot].map(|value| product(value, scale));
+        let (pivot_system, pivot_inverted) = (system[pivot], inverted[pivot]);
         for row in (0..e).filter(|&row| row != pivot) {
             let factor = system[row][pivot];
             add_multiple(&mut system[row], &pivot_system, factor);
-            add_multiple(&mut known[row], &pivot_known, factor);
+            add_multiple(&mut inverted[row], &pivot_inverted, factor);
         }
     }
+    inverted
 }
 
 /// `row += factor · other`.
 fn add_multiple<const N: usize>(row: &mut [u8; N], other: &[u8; N], factor: u8) {
     for (value, &other) in row.iter_mut().zip(other) {
-        *value ^= mul(factor, other);
+        *value ^= product(factor, other);
     }
 }

@@ -112,6 +112,19 @@ pub(crate) fn crc32c(bytes: &[u8]) -> u32 {
 pub(crate) fn seal<T: Serialize>(kind: Kind, value: &T) -> Vec<u8> {
     let mut bytes = vec![0; HEADER_BYTES];
     ciborium::into_writer(value, &mut bytes).expect("our own types serialize, and a Vec takes all of it");
+    with_header(kind, bytes)
+}
+
+/// Puts a body into an envelope, whatever it is.
+#[cfg(fuzzing)]
+pub(crate) fn wrap(kind: Kind, body: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![0; HEADER_BYTES];
+    bytes.extend_from_slice(body);
+    with_header(kind, bytes)
+}
+
+/// Fills in the header before a body.
+fn with_header(kind: Kind, mut bytes: Vec<u8>) -> Vec<u8> {
     let body = &bytes[HEADER_BYTES..];
     let mut header = Header {
         magic: MAGIC,

@@ -16,6 +16,8 @@
 
 pub mod client;
 pub mod envelope;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 pub mod leader;
 mod log;
 pub mod metrics;

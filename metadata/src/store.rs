@@ -431,6 +431,35 @@ impl Snapshots {
     }
 }
 
+/// Judges bytes as the envelope of a snapshot or of a stored part, by `survives`.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz(kind: u8, survives: &mut crate::fuzzing::Judge<'_>) {
+    match kind {
+        0 => survives.judge::<SnapshotBody>(Kind::SNAPSHOT),
+        1 => survives.judge::<MapPart>(Kind::PART),
+        _ => survives.judge::<Applied>(Kind::PART),
+    }
+}
+
+/// The envelope of a snapshot of `state`, and of the map's part.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz_seeds(state: &ClusterState) -> [Vec<u8>; 3] {
+    let applied = Applied::default();
+    let part = MapPart {
+        map: state.map.clone(),
+        next: state.next,
+    };
+    let snapshot = SnapshotBody {
+        applied: applied.clone(),
+        state: state.clone(),
+    };
+    [
+        envelope::seal(Kind::SNAPSHOT, &snapshot),
+        envelope::seal(Kind::PART, &part),
+        envelope::seal(Kind::PART, &applied),
+    ]
+}
+
 #[cfg(test)]
 mod tests {
     use openraft::testing::log::{StoreBuilder, Suite};

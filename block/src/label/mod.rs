@@ -217,6 +217,9 @@ pub enum LabelError {
         /// [`BODY_BYTES_MAX`].
         maximum: usize,
     },
+    /// The label says that it is the last one there can be; nothing that counts changes from 1 gets there.
+    #[error("the drive's label has the last generation and cannot be changed, only erased")]
+    LastGeneration,
     /// The drive could not be asked.
     #[error("{0}")]
     Io(#[from] BlockError),
@@ -251,6 +254,14 @@ pub async fn read(device: &Device) -> Result<Found, LabelError> {
     }
     let last_at = labelled_mib.map_or(size_mib, u64::from) * MIB - MIB;
     let last = read_copy(device, last_at, CopyPlace::Last).await?;
+    // A last copy that names another place as its own would have chunks and repairs go past the end of the drive.
+    let last = last.and_then(|(label, generation)| {
+        if u64::from(label.size_mib) * MIB == last_at + MIB {
+            Ok((label, generation))
+        } else {
+            Err(Invalid::Damaged)
+        }
+    });
     choose(first, last)
 }
 
@@ -349,7 +360,7 @@ pub async fn format(device: &Device, label: &Label, overwrite: Overwrite) -> Res
         }
     }
     // Above whatever is there, so that an old copy never wins over a new one.
-    let generation = found.map_or(1, |found| found.generation + 1);
+    let generation = found.map_or(Ok(1), |found| generation_after(&found))?;
     write_copy(device, label, generation, CopyPlace::First).await?;
     write_copy(device, label, generation, CopyPlace::Last).await?;
     Ok(Found {
@@ -365,7 +376,7 @@ pub async fn format(device: &Device, label: &Label, overwrite: Overwrite) -> Res
 /// [`LabelError::Io`]: then the drive holds the old or the new label, and `found` has to be read again.
 pub async fn update(device: &Device, found: &mut Found, label: Label) -> Result<(), LabelError> {
     check_body(&label)?;
-    let generation = found.generation + 1;
+    let generation = generation_after(found)?;
     // The worse copy first: until it is durable, the other one is the only whole one.
     let first = found.worse.unwrap_or(CopyPlace::First);
     write_copy(device, &label, generation, first).await?;
@@ -395,6 +406,10 @@ pub async fn erase(device: &Device) -> Result<(), LabelError> {
         zero_header(device, (end_mib - 1) * MIB).await?;
     }
     zero_header(device, 0).await
+}
+
+fn generation_after(found: &Found) -> Result<u64, LabelError> {
+    found.generation.checked_add(1).ok_or(LabelError::LastGeneration)
 }
 
 fn check_body(label: &Label) -> Result<(), LabelError> {

@@ -251,6 +251,41 @@ async fn a_drive_that_grew_keeps_its_label_and_one_that_shrank_is_refused() {
 }
 
 #[tokio::test]
+async fn a_last_copy_that_names_another_place_is_damage() {
+    let larger = MemoryDrive::device(SIZE + 10 * MIB);
+    format(&larger, &label(SIZE + 10 * MIB), Overwrite::Refused)
+        .await
+        .unwrap();
+    let last = LbaRange {
+        start: Lba(LAST_BLOCK.0 + 10 * MIB / 4096),
+        count: 1,
+    };
+    let block = larger.read(last).await.unwrap();
+    // The same copy at the end of a smaller drive, without a first one that would say how large the drive was.
+    let device = MemoryDrive::device(SIZE);
+    device
+        .write(LAST_BLOCK, vec![block], Durability::Durable)
+        .await
+        .unwrap();
+    assert_eq!(read(&device).await, Err(LabelError::Damaged));
+}
+
+#[tokio::test]
+async fn a_label_of_the_last_generation_is_read_and_not_changed() {
+    let (device, mut found) = formatted().await;
+    found.generation = u64::MAX - 1;
+    let changed = found.label.clone();
+    update(&device, &mut found, changed.clone()).await.unwrap();
+    assert_eq!(read(&device).await.unwrap().generation, u64::MAX);
+    let refused = update(&device, &mut found, changed.clone()).await;
+    assert_eq!(refused, Err(LabelError::LastGeneration));
+    let refused = format(&device, &changed, Overwrite::Forced).await;
+    assert_eq!(refused, Err(LabelError::LastGeneration));
+    erase(&device).await.unwrap();
+    format(&device, &changed, Overwrite::Refused).await.unwrap();
+}
+
+#[tokio::test]
 async fn an_erased_drive_is_empty_again() {
     let (device, _) = formatted().await;
     erase(&device).await.unwrap();

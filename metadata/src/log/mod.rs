@@ -13,6 +13,8 @@
 //! A vote is durable when `save_vote` returns; entries are when their callback is called. Both are written in the order
 //! in which openraft asked. The committed position is an optimisation and rides along with the next flush.
 
+#[cfg(fuzzing)]
+pub(crate) mod fuzzing;
 mod record;
 #[cfg(test)]
 mod tests;
@@ -63,12 +65,13 @@ struct Head {
 
 impl Cache {
     fn truncate_after(&mut self, last: Option<LogId>) {
-        let next = last.map_or(0, |last| last.index + 1);
+        // No log gets to the last index; a file could name it.
+        let next = last.map_or(0, |last| last.index.saturating_add(1));
         self.entries.split_off(&next);
     }
 
     fn purge(&mut self, purged: LogId) {
-        self.entries = self.entries.split_off(&(purged.index + 1));
+        self.entries = self.entries.split_off(&purged.index.saturating_add(1));
         if self.head.purged < Some(purged) {
             self.head.purged = Some(purged);
         }
@@ -104,23 +107,7 @@ impl LogStore {
     pub(crate) fn open(directory: &Path, segment_bytes: u64) -> io::Result<Self> {
         std::fs::create_dir_all(directory)?;
         let lock = writer::lock(directory)?;
-        let mut cache = Cache::default();
-        let mut wal = Wal::open(directory, segment_bytes, |kind, body| cache.replay(kind, body))?;
-        // Segments are deleted as a whole: the oldest may begin with entries that are purged.
-        if let Some(purged) = cache.head.purged {
-            cache.purge(purged);
-        }
-        let indices = cache.entries.keys().copied();
-        let first = cache.head.purged.map_or(0, |purged| purged.index + 1);
-        if indices.zip(first..).any(|(index, expected)| index != expected) {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                "the Raft log is damaged: an entry between others is missing",
-            ));
-        }
-        if wal.is_empty() {
-            wal.begin(&encode(&cache.head))?;
-        }
+        let (cache, wal) = load(directory, segment_bytes)?;
         let writer = Writer::start(wal, cache.head.clone(), lock)?;
         Ok(Self {
             cache: Arc::new(Mutex::new(cache)),
@@ -239,6 +226,31 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         self.cache().purge(log_id);
         Ok(())
     }
+}
+
+/// What the files in `directory` say, and they themselves, ready to be appended to.
+fn load(directory: &Path, segment_bytes: u64) -> io::Result<(Cache, Wal)> {
+    let mut cache = Cache::default();
+    let mut wal = Wal::open(directory, segment_bytes, |kind, body| cache.replay(kind, body))?;
+    // Segments are deleted as a whole: the oldest may begin with entries that are purged.
+    if let Some(purged) = cache.head.purged {
+        cache.purge(purged);
+    }
+    let indices = cache.entries.keys().copied();
+    let first = cache
+        .head
+        .purged
+        .map_or(0, |purged| purged.index.saturating_add(1));
+    if indices.zip(first..).any(|(index, expected)| index != expected) {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "the Raft log is damaged: an entry between others is missing",
+        ));
+    }
+    if wal.is_empty() {
+        wal.begin(&encode(&cache.head))?;
+    }
+    Ok((cache, wal))
 }
 
 fn encode<T: Serialize>(value: &T) -> Vec<u8> {

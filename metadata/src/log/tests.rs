@@ -9,7 +9,7 @@ use openraft::vote::RaftLeaderId;
 use openraft::{EntryPayload, RaftLogReader};
 
 use super::LogStore;
-use super::record::RecordKind;
+use super::record::{self, RecordKind};
 use super::wal::Wal;
 use crate::raft::Proposal;
 use crate::raft::types::{Entry, LogId, Vote};
@@ -311,4 +311,30 @@ fn an_append_is_readable_before_it_is_durable() {
         assert_eq!(log.try_get_log_entries(1..=2).await.unwrap().len(), 2);
         assert_eq!(log.try_get_log_entries(2..2).await.unwrap().len(), 0);
     });
+}
+
+#[test]
+fn a_log_that_names_the_last_index_opens() {
+    let directory = tempfile::tempdir().unwrap();
+    let last = |index| Some(log_id(1, index));
+    let mut segment = Vec::new();
+    let head = super::encode(&super::Head::default());
+    record::write(&mut segment, RecordKind::SEGMENT, u64::MAX, u32::MAX, &head);
+    record::write(
+        &mut segment,
+        RecordKind::TRUNCATE,
+        0,
+        0,
+        &super::encode(&last(u64::MAX)),
+    );
+    record::write(
+        &mut segment,
+        RecordKind::PURGE,
+        1,
+        1,
+        &super::encode(&log_id(1, u64::MAX)),
+    );
+    std::fs::write(directory.path().join("0000000000000001.wal"), segment).unwrap();
+    let (cache, _) = super::load(directory.path(), 4096).unwrap();
+    assert_eq!(cache.head.purged, last(u64::MAX));
 }

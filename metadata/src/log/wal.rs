@@ -105,7 +105,7 @@ impl Wal {
                 if expected.is_some_and(|expected| record.sequence != expected) {
                     break;
                 }
-                expected = Some(record.sequence + 1);
+                expected = Some(record.sequence.wrapping_add(1));
                 batch = record.batch;
                 segment.last_index = segment.last_index.max(found(record.kind, record.body)?);
                 offset += record.bytes;
@@ -149,7 +149,7 @@ impl Wal {
             offset,
             allocated,
             sequence: expected.unwrap_or(1),
-            batch: batch + 1,
+            batch: batch.wrapping_add(1),
             pending: Vec::new(),
             poisoned: false,
         })
@@ -169,7 +169,7 @@ impl Wal {
     /// Adds a record to the batch. `index` is that of an entry, 0 for anything else.
     pub(super) fn append(&mut self, kind: RecordKind, body: &[u8], index: u64) {
         record::write(&mut self.pending, kind, self.sequence, self.batch, body);
-        self.sequence += 1;
+        self.sequence = self.sequence.wrapping_add(1);
         if let Some(segment) = self.segments.back_mut() {
             segment.last_index = segment.last_index.max(index);
         }

@@ -2,7 +2,7 @@
 //!
 //! Every count that comes from a drive is bounded by the bytes that are there before it sizes anything.
 
-use weft_proto::band::{Band, ChunkAddress, ChunkSize, Geometry};
+use weft_proto::band::{Band, ChunkAddress, ChunkSize, DATA_SHARDS_MAX, Geometry, PARITY_SHARDS_MAX};
 use weft_proto::id::{BandId, ClusterId, DriveId, Epoch, LayerId, Sequence, StripeNumber, VolumeId};
 use weft_proto::units::Lba;
 use zerocopy::little_endian::{U16, U32, U64};
@@ -10,8 +10,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::entry::MapEntry;
 
-use super::address::INDEX_LEVEL_MAX;
-use super::format::{FormatError, MapIdentity, PAGE_BODY_BYTES, Record, crc32c};
+use super::address::{INDEX_LEVEL_MAX, POSITIONS, RUNS};
+use super::format::{FormatError, MapIdentity, PAGE_BODY_BYTES, RECORDS_PER_PAGE, Record, crc32c};
 use super::root::{BandState, Root, RootBand, Spilled};
 use super::run::RunDescriptor;
 use super::{MapRoot, RunRoot};
@@ -130,6 +130,9 @@ struct EndedRecord {
     epoch: U64,
     stripe: U64,
 }
+
+/// Most blocks of a band: what a run can refer to in one.
+const BAND_BLOCKS_MAX: u64 = (DATA_SHARDS_MAX + PARITY_SHARDS_MAX) as u64 * 16384;
 
 /// A root's stripe, checked.
 #[derive(Clone, Debug)]
@@ -329,6 +332,9 @@ impl Head {
         if body_bytes.div_ceil(PAGE_BODY_BYTES) != table_blocks {
             return Err(FormatError::Field("table_blocks"));
         }
+        if header.table_run.get() >= RUNS {
+            return Err(FormatError::Field("table_run"));
+        }
         let mut input = Input(inline);
         let mut places = Vec::new();
         for _ in 0..table_blocks {
@@ -374,15 +380,18 @@ pub(crate) fn decode_body(head: &Head, body: &[u8]) -> Result<Root, FormatError>
     for _ in 0..input.count(size_of::<RunRecord>())? {
         runs.push(RunRoot {
             run: input.run()?,
-            page_counts: input.counts()?,
+            page_counts: input.counts(BAND_BLOCKS_MAX)?,
         });
     }
     let mut moved = Vec::new();
     for _ in 0..input.count(size_of::<Record>())? {
         moved.push(input.place()?);
     }
-    let record_counts = input.counts()?;
+    let record_counts = input.counts(BAND_BLOCKS_MAX * u64::from(RUNS))?;
     input.end()?;
+    if header.run_next.get() >= RUNS {
+        return Err(FormatError::Field("run_next"));
+    }
     Ok(Root {
         cluster: ClusterId(header.cluster),
         volume: head.identity.volume,
@@ -502,6 +511,17 @@ impl<'a> Input<'a> {
         if record.height > INDEX_LEVEL_MAX {
             return Err(FormatError::Field("height"));
         }
+        if record.number.get() >= RUNS {
+            return Err(FormatError::Field("number"));
+        }
+        if !(1..POSITIONS).contains(&record.leaves.get()) {
+            return Err(FormatError::Field("leaves"));
+        }
+        // Every leaf has a record, and room for so many.
+        let leaves = u64::from(record.leaves.get());
+        if !(leaves..=leaves * RECORDS_PER_PAGE as u64).contains(&record.records.get()) {
+            return Err(FormatError::Field("records"));
+        }
         Ok(RunDescriptor {
             number: record.number.get(),
             height: record.height,
@@ -515,11 +535,19 @@ impl<'a> Input<'a> {
         })
     }
 
-    fn counts(&mut self) -> Result<Vec<(BandId, u64)>, FormatError> {
-        let mut counts = Vec::new();
+    /// In ascending order of bands, each from 1 to `count_max`: so that no sum of them overflows.
+    fn counts(&mut self, count_max: u64) -> Result<Vec<(BandId, u64)>, FormatError> {
+        let mut counts: Vec<(BandId, u64)> = Vec::new();
         for _ in 0..self.count(size_of::<CountRecord>())? {
             let record = self.take::<CountRecord>()?;
-            counts.push((BandId(record.band.get()), record.count.get()));
+            let (band, count) = (BandId(record.band.get()), record.count.get());
+            if counts.last().is_some_and(|(last, _)| *last >= band) {
+                return Err(FormatError::Field("band of a count"));
+            }
+            if !(1..=count_max).contains(&count) {
+                return Err(FormatError::Field("count"));
+            }
+            counts.push((band, count));
         }
         Ok(counts)
     }

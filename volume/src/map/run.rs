@@ -10,7 +10,7 @@ use weft_proto::id::Sequence;
 
 use crate::entry::MapEntry;
 
-use super::address::PageId;
+use super::address::{POSITIONS, PageId};
 use super::format::{FormatError, Page, RECORDS_PER_PAGE, Record, damaged};
 use super::pages::Pages;
 use super::slot::Slots;
@@ -142,10 +142,14 @@ pub(crate) fn child(parent: PageId, slot: usize, page: &Page) -> Result<(PageId,
         .and_then(Record::child)
         .ok_or_else(out_of_range)?;
     let position = u64::from(parent.position) * RECORDS_PER_PAGE as u64 + slot as u64;
+    let position = u32::try_from(position)
+        .ok()
+        .filter(|position| *position < POSITIONS)
+        .ok_or_else(out_of_range)?;
     let id = PageId {
         run: parent.run,
         level: parent.level - 1,
-        position: u32::try_from(position).map_err(|_| out_of_range())?,
+        position,
     };
     Ok((id, place))
 }

@@ -6,10 +6,11 @@ use weft_proto::id::{BandId, ClusterId, DriveId, Epoch, LayerId, Sequence, Strip
 use weft_proto::units::Lba;
 
 use crate::entry::{ColumnSet, MapEntry};
-use crate::map::address::{PageId, TABLE_LEVEL};
+use crate::map::address::{POSITIONS, PageId, RUNS, TABLE_LEVEL};
 use crate::map::format::{FormatError, Item, MapIdentity, Page, Record, encode_table, read_table};
-use crate::map::root::{BandState, Root, RootBand, RootHead};
-use crate::map::run::RunDescriptor;
+use crate::map::root::{BandState, Root, RootBand, RootHead, Spilled};
+use crate::map::root_format;
+use crate::map::run::{RunDescriptor, child};
 use crate::map::slot::Cell;
 use crate::map::{MapError, MapRoot, MapSettings, PageMap, RunRoot};
 
@@ -312,6 +313,90 @@ fn every_flipped_bit_and_truncation_of_a_root_is_noticed() {
     });
     for length in 0..bytes.len() {
         assert!(read(&bytes[..length]).is_err(), "{length} bytes");
+    }
+}
+
+#[test]
+fn a_root_with_runs_that_no_writer_makes_is_refused() {
+    let load = |change: fn(&mut Root), spilled: Option<&Spilled>| {
+        let mut root = example_root();
+        change(&mut root);
+        let body = root_format::encode_body(&root);
+        let head = RootHead::read(&root_format::encode_head(&root, &body, spilled), None)?;
+        run(head.load(&*MemoryStore::new(10).handle())).map(|_| ())
+    };
+    let refused = |field| Err(MapError::Root(FormatError::Field(field)));
+    assert_eq!(load(|_| {}, None), Ok(()));
+    assert_eq!(load(|root| root.map.run_next = RUNS, None), refused("run_next"));
+    assert_eq!(
+        load(|root| root.map.runs[0].run.number = RUNS, None),
+        refused("number")
+    );
+    for (leaves, records, field) in [
+        (0, 1, "leaves"),
+        (POSITIONS, u64::from(POSITIONS), "leaves"),
+        (2, 1, "records"),
+        (2, 2 * 89 + 1, "records"),
+    ] {
+        let mut root = example_root();
+        root.map.runs[0].run.leaves = leaves;
+        root.map.runs[0].run.records = records;
+        let body = root_format::encode_body(&root);
+        let head = RootHead::read(&root_format::encode_head(&root, &body, None), None).unwrap();
+        let loaded = run(head.load(&*MemoryStore::new(10).handle())).map(|_| ());
+        assert_eq!(loaded, refused(field), "{leaves} leaves, {records} records");
+    }
+    let spilled = Spilled {
+        run: RUNS,
+        places: vec![example_root().map.runs[0].run.top],
+        bands: Vec::new(),
+    };
+    assert_eq!(load(|_| {}, Some(&spilled)), refused("table_run"));
+}
+
+#[test]
+fn a_root_whose_counts_could_overflow_is_refused() {
+    let load = |page_counts: &[(u64, u64)], record_counts: &[(u64, u64)]| {
+        let counts = |list: &[(u64, u64)]| list.iter().map(|(band, count)| (BandId(*band), *count)).collect();
+        let mut root = example_root();
+        root.map.runs[0].page_counts = counts(page_counts);
+        root.map.record_counts = counts(record_counts);
+        let body = root_format::encode_body(&root);
+        let head = RootHead::read(&root_format::encode_head(&root, &body, None), None)?;
+        run(head.load(&*MemoryStore::new(10).handle())).map(|_| ())
+    };
+    let refused = |field| Err(MapError::Root(FormatError::Field(field)));
+    assert_eq!(load(&[(1, 20 * 16384), (2, 1)], &[(1, 1 << 49), (2, 1)]), Ok(()));
+    assert_eq!(load(&[(1, 20 * 16384 + 1)], &[]), refused("count"));
+    assert_eq!(load(&[], &[(1, u64::MAX)]), refused("count"));
+    assert_eq!(load(&[], &[(1, 0)]), refused("count"));
+    assert_eq!(load(&[], &[(1, 1), (1, 1)]), refused("band of a count"));
+}
+
+#[test]
+fn an_index_block_has_no_children_past_the_last_position() {
+    let index = |position| PageId {
+        run: 9,
+        level: 1,
+        position,
+    };
+    let last = POSITIONS / 89;
+    let slot_of_the_last = (POSITIONS - 1 - last * 89) as usize;
+    let records: Vec<Record> = (0..89)
+        .map(|lba| {
+            Record::new(&Item {
+                lba,
+                ..leaf_items()[0]
+            })
+        })
+        .collect();
+    for (id, slot, exists) in [
+        (index(last), slot_of_the_last, true),
+        (index(last), slot_of_the_last + 1, false),
+        (index(POSITIONS - 1), 0, false),
+    ] {
+        let page = Page::read(Page::encode(IDENTITY, id, &records), IDENTITY, id).unwrap();
+        assert_eq!(child(id, slot, &page).is_ok(), exists, "slot {slot}");
     }
 }
 
