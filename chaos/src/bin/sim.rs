@@ -107,8 +107,9 @@ impl Total {
         print!("{}", self.coverage);
         let empty = self.coverage.empty();
         if !empty.is_empty() {
-            let cells = empty.iter().map(|(fault, step)| format!("{} × {}", fault.label(), step.label()));
-            println!("empty cells: {}", cells.collect::<Vec<_>>().join(", "));
+            let shown = empty.iter().take(20);
+            let cells = shown.map(|(fault, step)| format!("{} × {}", fault.label(), step.label()));
+            println!("{} empty cells: {}", empty.len(), cells.collect::<Vec<_>>().join(", "));
         }
         println!(
             "median of a seed: {} events, {} faults, {} operations",

@@ -206,6 +206,7 @@ impl Agent {
                     .preempt_and_abort(host, key, dead.key, RESERVATION);
                 preempt.await.is_ok()
             } else {
+                local.namespace.drain_preempted().await;
                 true
             };
             if fenced {

@@ -73,7 +73,7 @@ impl Plan {
             faults,
             length: Duration::from_millis(rng.between(6_000, 20_000)),
             damaged,
-            restart_all: rng.chance(1, 3),
+            restart_all: rng.chance(1, 3) && damaged.is_none(),
             joins: rng.chance(1, 4),
         }
     }

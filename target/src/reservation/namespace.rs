@@ -245,7 +245,8 @@ impl ReservedNamespace {
     ///
     /// # Errors
     /// [`ReservationError`]. [`ReservationError::NotPersisted`] is reported after the wait: the victim is out now and
-    /// might be back after power loss.
+    /// might be back after power loss. A conflict is reported after a wait too: whoever asks takes "nobody has this key" for
+    /// "fenced", and another one's Preempt and Abort of the same host may still be waiting.
     pub async fn preempt_and_abort(
         &self,
         host: HostId,
@@ -267,6 +268,10 @@ impl ReservedNamespace {
             Ok(effects)
         });
         let applied = applied.await;
+        if applied == Err(Refused::Conflict.into()) {
+            self.drain_preempted().await;
+            return applied;
+        }
         // Even when it could not be persisted: the victims' commands are doomed either way, and whoever hears of
         // the error must not find them still running.
         self.drain(&victims).await;
@@ -391,6 +396,16 @@ impl ReservedNamespace {
             hosts.retain(|_, execution| Rc::strong_count(execution) > 1);
         }
         Rc::clone(hosts.entry(host).or_default())
+    }
+
+    /// Waits until nothing that any Preempt and Abort so far was meant to end is in the device.
+    pub async fn drain_preempted(&self) {
+        let victims: Vec<Rc<Execution>> = {
+            let hosts = self.0.hosts.borrow();
+            let preempted = hosts.values().filter(|execution| execution.older.get() > 0);
+            preempted.cloned().collect()
+        };
+        self.drain(&victims).await;
     }
 
     /// Waits until nothing submitted in an earlier generation is in the device.
