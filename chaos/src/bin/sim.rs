@@ -24,6 +24,10 @@ struct Arguments {
     /// Runs this one seed alone, bit for bit as before.
     #[arg(long)]
     seed: Option<u64>,
+    /// Plants this bug, which the run is then expected to find; `list` names them all, `all` hunts one after the other.
+    #[cfg(feature = "deliberate-bugs")]
+    #[arg(long)]
+    bug: Option<String>,
     /// Prints everything that happens.
     #[arg(long)]
     trace: bool,
@@ -38,6 +42,10 @@ fn main() -> ExitCode {
         Some(seed) => seed..seed + 1,
         None => arguments.seed_base..arguments.seed_base + arguments.seeds,
     };
+    #[cfg(feature = "deliberate-bugs")]
+    if let Some(bug) = &arguments.bug {
+        return hunt(bug, seeds);
+    }
     let mut total = Total::default();
     for seed in seeds {
         let ran = catch_unwind(AssertUnwindSafe(|| sim::run(seed, arguments.trace)));
@@ -52,6 +60,44 @@ fn main() -> ExitCode {
     }
     total.print();
     if total.failed.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+/// Plants bugs, and tells how many seeds it takes to find each.
+#[cfg(feature = "deliberate-bugs")]
+fn hunt(wanted: &str, seeds: std::ops::Range<u64>) -> ExitCode {
+    use weft_proto::deliberate::Bug;
+
+    // A planted bug may break what asserts protect: a panic counts as found, and need not be seen.
+    std::panic::set_hook(Box::new(|_| {}));
+    let bugs = Bug::ALL
+        .iter()
+        .filter(|bug| wanted == "all" || format!("{bug:?}") == wanted);
+    let (mut hunted, mut missed) = (0, 0);
+    for bug in bugs {
+        hunted += 1;
+        match sim::hunt(*bug, seeds.clone()) {
+            Some(found) => println!(
+                "{:<26} {:>6} seeds  {:.150}",
+                format!("{bug:?}"),
+                found.seeds,
+                found.how
+            ),
+            None => {
+                missed += 1;
+                println!(
+                    "{:<26} not found in {} seeds",
+                    format!("{bug:?}"),
+                    seeds.end - seeds.start
+                );
+            }
+        }
+    }
+    println!("{hunted} bugs planted, {missed} not found");
+    if hunted > 0 && missed == 0 {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
@@ -109,7 +155,11 @@ impl Total {
         if !empty.is_empty() {
             let shown = empty.iter().take(20);
             let cells = shown.map(|(fault, step)| format!("{} × {}", fault.label(), step.label()));
-            println!("{} empty cells: {}", empty.len(), cells.collect::<Vec<_>>().join(", "));
+            println!(
+                "{} empty cells: {}",
+                empty.len(),
+                cells.collect::<Vec<_>>().join(", ")
+            );
         }
         println!(
             "median of a seed: {} events, {} faults, {} operations",

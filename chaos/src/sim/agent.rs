@@ -114,11 +114,17 @@ impl Agent {
             return self.give_up("no incarnation");
         };
         self.incarnation.set(Some(incarnation));
-        self.cluster.watch.incarnation_started(self.process.id, incarnation);
+        self.cluster
+            .watch
+            .incarnation_started(self.process.id, incarnation);
         self.process.spawn(Rc::clone(&self).keep_session(incarnation));
         self.process.spawn(Rc::clone(&self).follow_map());
         let mut receiver = self.map.subscribe();
-        while !receiver.borrow_and_update().incarnations.contains_key(&incarnation) {
+        while !receiver
+            .borrow_and_update()
+            .incarnations
+            .contains_key(&incarnation)
+        {
             if receiver.changed().await.is_err() {
                 return;
             }
@@ -155,7 +161,12 @@ impl Agent {
     /// Puts the server's drive into service: reservation in force, dead incarnations fenced, then online.
     async fn serve_drive(self: &Rc<Self>) {
         let local = self.cluster.local_drive(self.node);
-        let cluster = self.map.borrow().cluster.clone().expect("a cluster with an identity");
+        let cluster = self
+            .map
+            .borrow()
+            .cluster
+            .clone()
+            .expect("a cluster with an identity");
         let report = local.namespace.report();
         let (host, key) = (cluster.fencing_host_id, cluster.fencing_key);
         if !report.registrants.iter().any(|found| found.hostid == host) {
@@ -246,8 +257,7 @@ impl Agent {
                     && home != self.node
                     && !self.fabric().knows(drive.id)
                 {
-                    let remote =
-                        RemoteDrive::new(&self.cluster, &self.process, self.host, drive.id, home);
+                    let remote = RemoteDrive::new(&self.cluster, &self.process, self.host, drive.id, home);
                     self.fabric().add(drive.id, Reach::Remote(remote));
                 }
             }

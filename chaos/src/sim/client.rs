@@ -66,7 +66,9 @@ impl Client {
             self.process.spawn(async move {
                 let twice = Rc::clone(&cluster);
                 let _ = cluster
-                    .call(&process, to, ATTEMPT, move |agent| twice.answer(agent, again).boxed_local())
+                    .call(&process, to, ATTEMPT, move |agent| {
+                        twice.answer(agent, again).boxed_local()
+                    })
                     .await;
             });
         }

@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use weft_block::DeviceInfo;
 use weft_metadata::state::command::{NewDrive, NewNode, NewPool, NewVolume};
-use weft_metadata::state::map::{DomainLevel, DriveClass, DriveHome, Presentation, Settings as ClusterSettings};
+use weft_metadata::state::map::{
+    DomainLevel, DriveClass, DriveHome, Presentation, Settings as ClusterSettings,
+};
 use weft_metadata::state::{Command, Reply};
 use weft_proto::band::ChunkSize;
 use weft_proto::id::{ClusterId, DriveId, DriveUuid, HostId, IncarnationId, NodeId, PoolId};
@@ -53,7 +55,11 @@ impl Cluster {
     /// The cluster as an operator has just set it up; its agents start at once.
     pub(super) fn new(world: &Rc<World>, plan: Plan) -> Rc<Self> {
         let rng = Rng::new(world.seed());
-        let voters = if plan.nodes >= 5 && plan.geometry.m > 1 { 5 } else { 3 };
+        let voters = if plan.nodes >= 5 && plan.geometry.m > 1 {
+            5
+        } else {
+            3
+        };
         let voters: Vec<NodeId> = (1..=voters).map(NodeId).collect();
         let cluster = Rc::new(Self {
             world: Rc::downgrade(world),
@@ -71,9 +77,7 @@ impl Cluster {
         let weak = Rc::downgrade(&cluster);
         world.watch_landings(Rc::new(move |landed| {
             if let Some(cluster) = weak.upgrade() {
-                cluster
-                    .raft
-                    .inspect(|state| cluster.watch.landing(state, landed));
+                cluster.raft.inspect(|state| cluster.watch.landing(state, landed));
             }
         }));
         cluster.set_up();
@@ -175,6 +179,8 @@ impl Cluster {
         Settings {
             chunk_size_max: ChunkSize::Mib1,
             log_budget_bytes: self.plan.log_budget_bytes,
+            garbage_max: self.plan.garbage_max,
+            garbage_max_tight: self.plan.garbage_max.min(0.15),
             map: MapSettings {
                 cache_bytes: 64 << 10,
                 runs_max: 4,
@@ -291,9 +297,7 @@ impl Cluster {
         let agent = {
             let mut servers = self.servers.borrow_mut();
             let server = servers.get_mut(&node)?;
-            let found = server
-                .agent
-                .take_if(|agent| agent.process.id == process);
+            let found = server.agent.take_if(|agent| agent.process.id == process);
             found?
         };
         self.world().kill(process);

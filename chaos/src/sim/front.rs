@@ -80,7 +80,9 @@ impl Agent {
         let done = match command.what {
             What::Read => {
                 let bytes = engine.read(range).await?;
-                self.cluster.watch.answered(command.volume, owner, self.process.id);
+                self.cluster
+                    .watch
+                    .answered(command.volume, owner, self.process.id);
                 return Ok(bytes);
             }
             What::Write(bytes) => {
@@ -96,7 +98,9 @@ impl Agent {
             What::Deallocate => engine.deallocate(vec![range]).await,
         };
         if done.is_ok() {
-            self.cluster.watch.answered(command.volume, owner, self.process.id);
+            self.cluster
+                .watch
+                .answered(command.volume, owner, self.process.id);
         }
         done.map(|()| Bytes::new())
     }

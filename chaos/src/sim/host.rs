@@ -66,7 +66,11 @@ impl Host {
         };
         let count = count.min(u64::from(plan.blocks));
         // Half of all commands meet on a few blocks.
-        let end = if rng.chance(1, 2) && count <= 8 { 8 } else { u64::from(plan.blocks) };
+        let end = if rng.chance(1, 2) && count <= 8 {
+            8
+        } else {
+            u64::from(plan.blocks)
+        };
         let start = rng.below(end - count + 1);
         let range = LbaRange {
             start: Lba(start),
@@ -96,7 +100,11 @@ impl Host {
     }
 
     async fn write(&self, volume: u16, node: NodeId, range: LbaRange) {
-        let wide = if range.count >= 8 { Step::WideWrite } else { Step::Write };
+        let wide = if range.count >= 8 {
+            Step::WideWrite
+        } else {
+            Step::Write
+        };
         let _under = self.cluster.steps.enter(wide);
         let version = self.cluster.watch.next_version();
         let mut bytes = BytesMut::with_capacity(range.count as usize * BLOCK_BYTES);

@@ -130,6 +130,38 @@ pub fn run(seed: u64, trace: bool) -> Outcome {
     outcome
 }
 
+/// How a planted bug was found.
+#[cfg(feature = "deliberate-bugs")]
+#[derive(Clone, Debug)]
+pub struct FoundBug {
+    /// Seeds that it took.
+    pub seeds: u64,
+    /// The first thing that was wrong.
+    pub how: String,
+}
+
+/// Plants `bug` and runs seeds until something is wrong.
+#[cfg(feature = "deliberate-bugs")]
+#[must_use]
+pub fn hunt(bug: weft_proto::deliberate::Bug, seeds: std::ops::Range<u64>) -> Option<FoundBug> {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    weft_proto::deliberate::plant(Some(bug));
+    let found = (1..).zip(seeds).find_map(|(count, seed)| {
+        let how = match catch_unwind(AssertUnwindSafe(|| run(seed, false))) {
+            Ok(outcome) => outcome.failures.into_iter().next()?,
+            Err(panic) => match panic.downcast_ref::<String>() {
+                Some(message) => format!("an assertion: {message}"),
+                None => "an assertion".to_owned(),
+            },
+        };
+        let how = how.lines().next().unwrap_or_default().to_owned();
+        Some(FoundBug { seeds: count, how })
+    });
+    weft_proto::deliberate::plant(None);
+    found
+}
+
 /// Lets time pass.
 fn pass(world: &Rc<World>, duration: Duration) {
     world.run_for(duration).expect("nobody asks the world to stop");

@@ -17,10 +17,13 @@ use super::client::Client;
 use super::cluster::Cluster;
 use super::host::FIRST_HOST;
 use super::process::Process;
-use super::steps::Fault;
+use super::steps::{Fault, Step};
 
 /// How long a node counts as hurt after its fault is over: it may have been declared dead, and comes back.
 const RECOVERY: Duration = Duration::from_secs(4);
+
+/// How many polls a fault waits for the step that it is aimed at.
+const AIM_POLLS: u64 = 6_000;
 
 /// See the module.
 pub(super) struct Nemesis {
@@ -55,9 +58,14 @@ impl Nemesis {
             let at = Duration::from_micros(self.rng.borrow_mut().between(500_000, length * 1_000));
             let nemesis = Rc::clone(self);
             world.at(world.now().after(at), None, move |world| {
-                // Between any two awaits of anybody, not only where time passes.
-                let polls = nemesis.between(1, 40);
-                world.after_polls(polls, move |_| nemesis.strike(fault));
+                if nemesis.rng.borrow_mut().chance(1, 4) {
+                    // Between any two awaits of anybody, not only where time passes.
+                    let polls = nemesis.between(1, 40);
+                    world.after_polls(polls, move |_| nemesis.strike(fault));
+                } else {
+                    let step = Step::ALL[nemesis.rng.borrow_mut().index(Step::ALL.len())];
+                    nemesis.aim(fault, step, AIM_POLLS);
+                }
             });
         }
         let operator = Process::start(&world, NodeId(FIRST_HOST + 900));
@@ -144,6 +152,21 @@ impl Nemesis {
         world.at(world.now().after(after), None, move |_| heal(&cluster));
     }
 
+    /// Waits until `step` is under way, and strikes somewhere in it.
+    fn aim(self: &Rc<Self>, fault: Fault, step: Step, polls_left: u64) {
+        let met = self.cluster.steps.under_way().contains(&step);
+        let pause = self.between(1, if met { 6 } else { 3 });
+        let nemesis = Rc::clone(self);
+        self.cluster.world().after_polls(pause, move |_| {
+            // What was under way may have ended meanwhile: the faults that just miss are worth as much.
+            if met || polls_left <= pause {
+                nemesis.strike(fault);
+            } else {
+                nemesis.aim(fault, step, polls_left - pause);
+            }
+        });
+    }
+
     /// One fault, now.
     fn strike(self: &Rc<Self>, fault: Fault) {
         if !self.cluster.is_working() {
@@ -200,7 +223,8 @@ impl Nemesis {
             if self.rng.borrow_mut().chance(1, 2) {
                 self.cluster.lose_power(*node, (500, 4_000));
             } else if let Some(agent) = self.cluster.agent(*node) {
-                self.cluster.end_agent(*node, agent.process.id, Some((100, 4_000)));
+                self.cluster
+                    .end_agent(*node, agent.process.id, Some((100, 4_000)));
             }
         }
         nodes.first().copied()

@@ -124,13 +124,7 @@ impl Agent {
                 key: HeaderKey(cluster.authentication_key),
                 name: volume_found.name,
             };
-            let opened = Engine::open(
-                self.seams(),
-                self.cluster.settings(),
-                identity,
-                grant.clone(),
-            )
-            .await;
+            let opened = Engine::open(self.seams(), self.cluster.settings(), identity, grant.clone()).await;
             drop(under);
             match opened {
                 Ok(engine) => {
@@ -222,7 +216,10 @@ impl Agent {
             map.nodes.get(&to).is_some_and(|node| node.state == NodeState::Up)
         };
         if !up {
-            let _ = self.client.propose(Command::RequestMove { volume, to: None }).await;
+            let _ = self
+                .client
+                .propose(Command::RequestMove { volume, to: None })
+                .await;
             return false;
         }
         let _under = self.cluster.steps.enter(Step::Move);
@@ -243,7 +240,10 @@ impl Agent {
         };
         if self.client.propose(handover(to)).await.is_err() {
             // The engine has ended, so somebody has to open the volume again: this node does.
-            let _ = self.client.propose(Command::RequestMove { volume, to: None }).await;
+            let _ = self
+                .client
+                .propose(Command::RequestMove { volume, to: None })
+                .await;
             let _: Result<Reply, _> = self.client.propose(handover(self.node)).await;
         }
         true
@@ -262,7 +262,9 @@ impl Agent {
                     .map(|dead| (*drive, dead.id, ReservationKey(dead.key)))
             })
             .collect();
-        let fences = due.iter().map(|(drive, _, key)| self.fabric().fence(*drive, *key));
+        let fences = due
+            .iter()
+            .map(|(drive, _, key)| self.fabric().fence(*drive, *key));
         let outcomes = join_all(fences).await;
         let mut fenced: BTreeMap<IncarnationId, BTreeSet<DriveId>> = BTreeMap::new();
         let mut missing: BTreeSet<DriveId> = BTreeSet::new();

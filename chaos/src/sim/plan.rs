@@ -25,6 +25,8 @@ pub(super) struct Plan {
     pub(super) volatile_write_cache: bool,
     pub(super) tear_bytes: usize,
     pub(super) log_budget_bytes: u64,
+    /// Share of dead blocks at which compaction begins.
+    pub(super) garbage_max: f64,
     pub(super) faults: Vec<Fault>,
     pub(super) fault_count: u64,
     /// How long faults and workload last.
@@ -47,10 +49,11 @@ impl Plan {
         let mut faults: Vec<Fault> = Fault::ALL.to_vec();
         rng.shuffle(&mut faults);
         faults.truncate(rng.between(2, 6) as usize);
-        let damages = |fault: &Fault| {
-            matches!(fault, Fault::LostWrite | Fault::Misdirected | Fault::BitFlip)
-        };
-        let damaged = faults.iter().any(damages).then(|| rng.between(1, u64::from(nodes)) as u32);
+        let damages = |fault: &Fault| matches!(fault, Fault::LostWrite | Fault::Misdirected | Fault::BitFlip);
+        let damaged = faults
+            .iter()
+            .any(damages)
+            .then(|| rng.between(1, u64::from(nodes)) as u32);
         if damaged.is_some() {
             // What cannot be told from the loss of several drives would be more than is tolerated.
             let unbounded: BTreeSet<Fault> =
@@ -65,7 +68,8 @@ impl Plan {
             hosts: rng.between(2, 4) as u16,
             depth: rng.between(1, 3),
             think_us: [20_000, 100_000, 400_000][rng.index(3)],
-            drive_mib: [24, 40, 64][rng.index(3)],
+            drive_mib: [12, 24, 40][rng.index(3)],
+            garbage_max: [0.1, 0.3, 0.5][rng.index(3)],
             volatile_write_cache: rng.chance(1, 2),
             tear_bytes: if rng.chance(1, 2) { 512 } else { 4096 },
             log_budget_bytes: [256 << 10, 1 << 20, 4 << 20][rng.index(3)],

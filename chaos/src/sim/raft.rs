@@ -127,7 +127,9 @@ impl Raft {
         let mut violations = invariants::violations(&state);
         violations.extend(invariants::violations_between(&before, &state));
         for violation in violations {
-            cluster.watch.violation(format!("metadata after {what}: {violation}"));
+            cluster
+                .watch
+                .violation(format!("metadata after {what}: {violation}"));
         }
         if state.layouts != before.layouts || state.chunks != before.chunks {
             cluster.watch.layout_changed();
@@ -209,7 +211,10 @@ impl Cluster {
             deciding: false,
         });
         let cluster = Rc::clone(self);
-        agent.process.clone().spawn(async move { cluster.lead(term, agent).await });
+        agent
+            .process
+            .clone()
+            .spawn(async move { cluster.lead(term, agent).await });
     }
 
     /// The duties of a leader.
@@ -340,9 +345,7 @@ impl Cluster {
                     Err(refusal) => Response::Reply(Reply::Refused(refusal)),
                 }
             }
-            Request::EpochGrant(volume) => {
-                Response::EpochGrant(self.raft.state.borrow().epoch_grant(volume))
-            }
+            Request::EpochGrant(volume) => Response::EpochGrant(self.raft.state.borrow().epoch_grant(volume)),
             Request::Bands(volume) => {
                 let state = self.raft.state.borrow();
                 let layout = state.layouts.get(&volume);

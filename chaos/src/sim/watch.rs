@@ -117,7 +117,9 @@ impl Watch {
     }
 
     pub(super) fn io_error(&self, what: String) {
-        self.violation(format!("a host met an error within the tolerated failures: {what}"));
+        self.violation(format!(
+            "a host met an error within the tolerated failures: {what}"
+        ));
     }
 
     pub(super) fn unreadable(&self, volume: VolumeId, epoch: Epoch, error: &VolumeError) {
@@ -255,12 +257,18 @@ impl Watch {
         }
         for (row, bytes) in (first..).zip(blocks) {
             let Some(bytes) = bytes else {
-                return Err(format!("row {row} of {} is deallocated while it is held", band.id));
+                return Err(format!(
+                    "row {row} of {} is deallocated while it is held",
+                    band.id
+                ));
             };
             let hash = hash(bytes);
             let before = self.rows.borrow_mut().insert((band.id, *column, row), hash);
             if before.is_some_and(|before| before != hash) {
-                return Err(format!("row {row} of column {column} of {} is written twice", band.id));
+                return Err(format!(
+                    "row {row} of column {column} of {} is written twice",
+                    band.id
+                ));
             }
         }
         if landed.whole {
@@ -269,18 +277,34 @@ impl Watch {
         Ok(())
     }
 
-    fn shard_landed(&self, state: &ClusterState, band: &Band, column: u8, row: u32, blocks: &[Option<Bytes>]) {
+    fn shard_landed(
+        &self,
+        state: &ClusterState,
+        band: &Band,
+        column: u8,
+        row: u32,
+        blocks: &[Option<Bytes>],
+    ) {
         let Some(cluster) = &state.map.cluster else { return };
-        let Some(Some(header)) = blocks.first() else { return };
+        let Some(Some(header)) = blocks.first() else {
+            return;
+        };
         let key = HeaderKey(cluster.authentication_key);
         let id: ClusterId = cluster.id;
         let Ok((header, part)) = StripeHeader::parse(header, &key, id, band, row, column) else {
             self.violation(format!("{} gets a shard whose header cannot be read", band.id));
             return;
         };
-        let wanted = state.map.volumes.get(&band.volume).map(|volume| volume.geometry.m);
+        let wanted = state
+            .map
+            .volumes
+            .get(&band.volume)
+            .map(|volume| volume.geometry.m);
         if Some(header.geometry.m) != wanted {
-            self.violation(format!("a stripe of {} has {} parities", band.id, header.geometry.m));
+            self.violation(format!(
+                "a stripe of {} has {} parities",
+                band.id, header.geometry.m
+            ));
         }
         let key = (header.volume, header.epoch, header.stripe, header.band);
         let mut stripes = self.stripes.borrow_mut();

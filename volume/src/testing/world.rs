@@ -102,7 +102,11 @@ impl Clock {
     fn local(self, world: Timestamp) -> Timestamp {
         let passed = i128::from(world.0.saturating_sub(self.origin.0));
         let local = passed * i128::from(1_000_000 + self.drift_ppm) / 1_000_000;
-        Timestamp(self.origin.1.saturating_add(u64::try_from(local).unwrap_or(u64::MAX)))
+        Timestamp(
+            self.origin
+                .1
+                .saturating_add(u64::try_from(local).unwrap_or(u64::MAX)),
+        )
     }
 
     /// The first world time at which the clock shows `local` or more.
@@ -110,7 +114,11 @@ impl Clock {
         let wanted = i128::from(local.0.saturating_sub(self.origin.1));
         let rate = i128::from(1_000_000 + self.drift_ppm);
         let passed = (wanted * 1_000_000 + rate - 1) / rate;
-        Timestamp(self.origin.0.saturating_add(u64::try_from(passed).unwrap_or(u64::MAX)))
+        Timestamp(
+            self.origin
+                .0
+                .saturating_add(u64::try_from(passed).unwrap_or(u64::MAX)),
+        )
     }
 }
 
@@ -775,7 +783,8 @@ impl Env for SimEnv {
         let deadline = {
             let core = world.core.borrow();
             let life = core.lives.get(&self.incarnation);
-            life.map_or(deadline, |life| life.clock.world(deadline)).max(core.now)
+            life.map_or(deadline, |life| life.clock.world(deadline))
+                .max(core.now)
         };
         let key = world.at(deadline, Some(self.incarnation), move |_| giver.give(()));
         Box::pin(Sleep {
