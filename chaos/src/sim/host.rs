@@ -49,7 +49,9 @@ impl Host {
         self.process.spawn(async move {
             while host.cluster.is_working() {
                 host.random_command(&mut rng).await;
-                let pause = rng.between(0, host.cluster.plan.think_us);
+                // In bursts, so that commands overlap.
+                let most = if rng.chance(2, 3) { 300 } else { 3 * host.cluster.plan.think_us };
+                let pause = rng.between(0, most);
                 host.process.sleep(Duration::from_micros(pause)).await;
             }
         });

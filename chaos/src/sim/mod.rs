@@ -194,10 +194,12 @@ fn settle(cluster: &Rc<Cluster>, host: &Rc<Host>, failures: &mut Vec<String>) {
     if failed.get() > 0 {
         let phases = cluster.raft.inspect(|state| {
             let volumes = state.map.volumes.values();
-            volumes
+            let phases: Vec<String> = volumes
                 .map(|volume| format!("{} {:?} {:?}", volume.id, volume.epoch, volume.phase))
-                .collect::<Vec<_>>()
-                .join(", ")
+                .collect();
+            let pools = state.map.pools.values();
+            let space: Vec<_> = pools.map(|pool| state.pool_space(pool)).collect();
+            format!("{}; {space:?}", phases.join(", "))
         });
         failures.push(format!(
             "not everything was served {HEALED:?} after the faults: {phases}"

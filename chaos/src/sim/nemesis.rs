@@ -309,7 +309,11 @@ impl Nemesis {
 
     /// Cuts one node, or several, off from some or all others.
     fn partition(self: &Rc<Self>, one_way: bool) -> Option<NodeId> {
-        let duration = self.some_time(100, 5_000);
+        let duration = if self.rng.borrow_mut().chance(1, 3) {
+            self.some_time(50, 1_500)
+        } else {
+            self.some_time(1_500, 8_000)
+        };
         let first = self.victim(duration)?;
         let mut nodes = self.cluster.nodes();
         self.rng.borrow_mut().shuffle(&mut nodes);

@@ -19,7 +19,7 @@ pub(super) struct Plan {
     pub(super) hosts: u16,
     /// Commands of one host at once.
     pub(super) depth: u64,
-    /// Longest pause between two commands, in microseconds.
+    /// Longest pause between two bursts of commands, in microseconds.
     pub(super) think_us: u64,
     pub(super) drive_mib: u32,
     pub(super) volatile_write_cache: bool,
@@ -68,7 +68,7 @@ impl Plan {
             hosts: rng.between(2, 4) as u16,
             depth: rng.between(1, 3),
             think_us: [20_000, 100_000, 400_000][rng.index(3)],
-            drive_mib: [12, 24, 40][rng.index(3)],
+            drive_mib: [24, 32, 40][rng.index(3)],
             garbage_max: [0.1, 0.3, 0.5][rng.index(3)],
             volatile_write_cache: rng.chance(1, 2),
             tear_bytes: if rng.chance(1, 2) { 512 } else { 4096 },

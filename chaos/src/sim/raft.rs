@@ -135,6 +135,7 @@ impl Raft {
             cluster.watch.layout_changed();
         }
         if state.map.version != before.map.version {
+            cluster.watch.applied(&state);
             *self.map.borrow_mut() = Rc::new(state.map.clone());
             self.changed.notify_waiters();
         }

@@ -4,7 +4,7 @@
 //!   fence, and gives a row the bytes it gave it before, if it did;
 //! - nothing lands of an incarnation after its fence on that drive was complete;
 //! - an acknowledged write has a stripe with full m, all w+m shards of which have landed;
-//! - one process answers for an epoch.
+//! - an epoch is granted once, to one incarnation, and one process answers for it.
 //!
 //! It keeps the history of the hosts as well, for [`crate::checker`].
 
@@ -38,6 +38,7 @@ pub(super) struct Watch {
     incarnations: RefCell<BTreeMap<IncarnationId, IncarnationId>>,
     fenced: RefCell<BTreeSet<(IncarnationId, DriveId)>>,
     answering: RefCell<BTreeMap<(VolumeId, Epoch), IncarnationId>>,
+    granted: RefCell<BTreeMap<(VolumeId, Epoch), IncarnationId>>,
     acknowledgements: Cell<u64>,
     stale: Cell<bool>,
     holders: RefCell<BTreeMap<(DriveId, u32), Holder>>,
@@ -137,6 +138,23 @@ impl Watch {
     /// A fence is complete.
     pub(super) fn fenced(&self, incarnation: IncarnationId, drive: DriveId) {
         self.fenced.borrow_mut().insert((incarnation, drive));
+    }
+
+    /// Metadata has applied a command: an epoch belongs to one incarnation for ever.
+    pub(super) fn applied(&self, state: &ClusterState) {
+        for volume in state.map.volumes.values() {
+            let Some(owner) = volume.phase.owner() else { continue };
+            let mut granted = self.granted.borrow_mut();
+            let first = *granted
+                .entry((volume.id, owner.epoch))
+                .or_insert(owner.incarnation);
+            if first != owner.incarnation {
+                self.violation(format!(
+                    "{} of {} was granted to {first} and then to {}",
+                    owner.epoch, volume.id, owner.incarnation
+                ));
+            }
+        }
     }
 
     pub(super) fn answered(&self, volume: VolumeId, owner: Owner, process: IncarnationId) {
