@@ -85,6 +85,11 @@ impl Agent {
         served.as_ref().filter(|local| local.id == drive).cloned()
     }
 
+    /// Whether others may reach the server's drive.
+    pub(super) fn is_in_service(&self) -> bool {
+        self.served.borrow().is_some()
+    }
+
     /// The drive of a server, by the map.
     pub(super) fn drive_at(&self, node: NodeId) -> Option<DriveId> {
         let map = self.map.borrow();
@@ -137,10 +142,12 @@ impl Agent {
 
     async fn keep_session(self: Rc<Self>, incarnation: IncarnationId) {
         loop {
-            if self.client.heartbeat(incarnation).await == Some(false) {
-                return self.give_up("declared dead");
+            match self.client.heartbeat(incarnation).await {
+                Some(false) => return self.give_up("declared dead"),
+                Some(true) => self.process.sleep(HEARTBEAT).await,
+                // Another member is asked at once.
+                None => self.process.sleep(Duration::from_millis(20)).await,
             }
-            self.process.sleep(HEARTBEAT).await;
         }
     }
 
@@ -183,6 +190,7 @@ impl Agent {
         let map = self.map.borrow().clone();
         self.fence_local(&local, &map).await;
         *self.served.borrow_mut() = Some(Rc::clone(&local));
+        self.cluster.note_hurt(self.node);
         self.process.spawn(Rc::clone(self).watch_health(local));
     }
 

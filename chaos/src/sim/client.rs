@@ -23,6 +23,8 @@ use super::steps::Step;
 
 /// Until one member counts as not answering.
 const ATTEMPT: Duration = Duration::from_millis(1000);
+/// The same for a heartbeat: well below the second that a new leader gives sessions to come.
+const SESSION_ATTEMPT: Duration = Duration::from_millis(300);
 /// Between attempts.
 const PAUSE: Duration = Duration::from_millis(50);
 /// As in `node/src/agent/directory.rs`.
@@ -51,14 +53,14 @@ impl Client {
     /// Asks until a leader answers.
     async fn ask(&self, request: Request) -> Response {
         loop {
-            if let Some(response) = self.try_once(request.clone()).await {
+            if let Some(response) = self.try_once(request.clone(), ATTEMPT).await {
                 return response;
             }
             self.process.sleep(PAUSE).await;
         }
     }
 
-    async fn try_once(&self, request: Request) -> Option<Response> {
+    async fn try_once(&self, request: Request, limit: Duration) -> Option<Response> {
         let to = self.guess.get();
         if self.cluster.network.is_bad() {
             // The same request, heard twice.
@@ -75,7 +77,7 @@ impl Client {
         let cluster = Rc::clone(&self.cluster);
         let answer = self
             .cluster
-            .call(&self.process, to, ATTEMPT, move |agent| {
+            .call(&self.process, to, limit, move |agent| {
                 cluster.answer(agent, request).boxed_local()
             })
             .await;
@@ -108,7 +110,7 @@ impl Client {
 
     /// The map, once it is newer than `known`; `None` when nobody told in time.
     pub(super) async fn map_after(&self, known: MapVersion) -> Option<Rc<ClusterMap>> {
-        match self.try_once(Request::Map(known)).await {
+        match self.try_once(Request::Map(known), ATTEMPT).await {
             Some(Response::Map(map)) => Some(map),
             _ => None,
         }
@@ -116,7 +118,10 @@ impl Client {
 
     /// Whether the leader holds the incarnation to be live; `None` without a leader.
     pub(super) async fn heartbeat(&self, incarnation: IncarnationId) -> Option<bool> {
-        match self.try_once(Request::Heartbeat(incarnation)).await {
+        match self
+            .try_once(Request::Heartbeat(incarnation), SESSION_ATTEMPT)
+            .await
+        {
             Some(Response::Heard(live)) => Some(live),
             _ => None,
         }

@@ -16,7 +16,7 @@ use weft_proto::id::{ClusterId, DriveId, DriveUuid, HostId, IncarnationId, NodeI
 use weft_volume::map::MapSettings;
 use weft_volume::settings::Settings;
 use weft_volume::testing::World;
-use weft_volume::testing::drive::DriveSpec;
+use weft_volume::testing::drive::{DriveSpec, Health};
 use weft_volume::testing::rng::Rng;
 
 use super::agent::Agent;
@@ -26,6 +26,9 @@ use super::plan::Plan;
 use super::raft::Raft;
 use super::steps::{Coverage, Steps};
 use super::watch::Watch;
+
+/// Nanoseconds after which a node that was healed is one like any other.
+const SETTLED: u64 = 2_000_000_000;
 
 struct Server {
     drive: Rc<LocalDrive>,
@@ -47,6 +50,8 @@ pub(super) struct Cluster {
     servers: RefCell<BTreeMap<NodeId, Server>>,
     rng: RefCell<Rng>,
     working: Cell<bool>,
+    /// When each node was last hurt or healed.
+    hurt_at: RefCell<BTreeMap<NodeId, u64>>,
     /// How wrong clocks go, in parts in a million.
     pub(super) drift_ppm: Cell<u64>,
 }
@@ -71,6 +76,7 @@ impl Cluster {
             servers: RefCell::default(),
             rng: RefCell::new(rng.fork(23)),
             working: Cell::new(true),
+            hurt_at: RefCell::default(),
             drift_ppm: Cell::new(0),
             plan,
         });
@@ -195,6 +201,33 @@ impl Cluster {
         self.rng.borrow_mut().between(low, high)
     }
 
+    // What redundancy has to cover.
+
+    /// A node was hurt, or is whole again, now.
+    pub(super) fn note_hurt(&self, node: NodeId) {
+        let now = self.world().now().0;
+        self.hurt_at.borrow_mut().insert(node, now);
+    }
+
+    /// Whether no more than m nodes are hurt, for long enough that everybody can have noticed.
+    pub(super) fn is_tolerated(&self) -> bool {
+        let world = self.world();
+        let now = world.now().0;
+        let hurt_at = self.hurt_at.borrow();
+        let servers = self.servers.borrow();
+        let whole = |(node, server): &(&NodeId, &Server)| {
+            let lives = server
+                .agent
+                .as_ref()
+                .is_some_and(|agent| agent.is_in_service() && !world.is_paused(agent.process.id));
+            let long_ago = hurt_at.get(node).is_none_or(|at| at + SETTLED < now);
+            let damaged = self.plan.damaged == Some(node.0);
+            lives && long_ago && !damaged && server.drive.medium.health() == Health::Serving
+        };
+        let hurt = servers.len() - servers.iter().filter(whole).count();
+        hurt <= usize::from(self.plan.geometry.m) && !self.network.is_troubled()
+    }
+
     // The workload.
 
     pub(super) fn is_working(&self) -> bool {
@@ -268,7 +301,7 @@ impl Cluster {
         let Some(agent) = self.take_agent(node, process) else {
             return;
         };
-        self.local_drive(node).medium.restart(false);
+        self.restart_drive(node, false);
         if let Some(incarnation) = agent.incarnation.get() {
             let cluster = Rc::clone(self);
             let after = Duration::from_micros(self.draw(100, 3_000));
@@ -289,8 +322,16 @@ impl Cluster {
             server.dark = true;
         }
         self.take_agent(node, process);
-        self.local_drive(node).medium.restart(true);
+        self.restart_drive(node, true);
         self.restart_agent(node, Some(restart_ms));
+    }
+
+    /// Nobody serves the drive of a server any more.
+    fn restart_drive(&self, node: NodeId, power: bool) {
+        self.local_drive(node).medium.restart(power);
+        if let Some(server) = self.servers.borrow_mut().get_mut(&node) {
+            server.drive = Rc::new(server.drive.restarted());
+        }
     }
 
     fn take_agent(&self, node: NodeId, process: IncarnationId) -> Option<Rc<Agent>> {

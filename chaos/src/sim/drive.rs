@@ -8,6 +8,7 @@ use bytes::Bytes;
 use futures_util::FutureExt as _;
 use weft_block::{BlockDevice, BlockError, Device, DeviceInfo, Durability, Io};
 use weft_proto::id::{DriveId, HostId, IncarnationId, NodeId};
+use weft_proto::nvme::reservation::{PersistChange, RegisterAction};
 use weft_proto::units::{Lba, LbaRange};
 use weft_target::reservation::ReservedNamespace;
 use weft_volume::testing::answer::answer;
@@ -19,7 +20,7 @@ use super::process::Process;
 /// Silence after which the association with a drive is given up: commands on it end with an unknown outcome.
 const KEEP_ALIVE: Duration = Duration::from_millis(1000);
 
-/// A drive in its server. It outlives the agents that serve it, with its reservations: they are persistent.
+/// A drive in its server, as one agent serves it.
 pub(super) struct LocalDrive {
     pub(super) id: DriveId,
     pub(super) medium: Rc<SimDrive>,
@@ -41,6 +42,25 @@ impl LocalDrive {
             namespace,
             sender,
         }
+    }
+
+    /// The drive as the next agent of its server finds it: nothing in execution, and the reservations that its file tells of.
+    pub(super) fn restarted(&self) -> Self {
+        let restarted = Self::new(Rc::clone(&self.medium));
+        let report = self.namespace.report();
+        for registrant in &report.registrants {
+            let (host, key) = (registrant.hostid, registrant.key);
+            let (register, keep) = (RegisterAction::Register, PersistChange::Keep);
+            let registered = restarted.namespace.register(host, register, false, 0, key, keep);
+            let done = registered.now_or_never().expect("no file is written");
+            done.expect("it was registered before");
+        }
+        if let (Some(rtype), Some(holder)) = (report.rtype, report.registrants.first()) {
+            let acquired = restarted.namespace.acquire(holder.hostid, holder.key, rtype);
+            let done = acquired.now_or_never().expect("no file is written");
+            done.expect("the reservation was in force before");
+        }
+        restarted
     }
 
     /// The drive as `host` may use it; `sender` is the process, for those who watch.

@@ -21,7 +21,7 @@ use super::steps::Step;
 use crate::history::{Action, BLOCK_BYTES, Block, Outcome, Record, Value, observe, stamp};
 
 /// After this a host holds a command to be lost.
-pub(super) const COMMAND_LIMIT: Duration = Duration::from_secs(10);
+pub(super) const COMMAND_LIMIT: Duration = Duration::from_secs(2);
 
 /// Node numbers from here on are hosts.
 pub(super) const FIRST_HOST: u32 = 1000;
@@ -43,21 +43,25 @@ impl Host {
         })
     }
 
-    /// Random commands until the workload ends.
-    pub(super) fn work(self: &Rc<Self>, mut rng: Rng) {
+    /// Random commands until the workload ends, or reads alone.
+    pub(super) fn work(self: &Rc<Self>, mut rng: Rng, reads_only: bool) {
         let host = Rc::clone(self);
         self.process.spawn(async move {
             while host.cluster.is_working() {
-                host.random_command(&mut rng).await;
+                host.random_command(&mut rng, reads_only).await;
                 // In bursts, so that commands overlap.
-                let most = if rng.chance(2, 3) { 300 } else { 3 * host.cluster.plan.think_us };
+                let most = if rng.chance(2, 3) {
+                    300
+                } else {
+                    3 * host.cluster.plan.think_us
+                };
                 let pause = rng.between(0, most);
                 host.process.sleep(Duration::from_micros(pause)).await;
             }
         });
     }
 
-    async fn random_command(&self, rng: &mut Rng) {
+    async fn random_command(&self, rng: &mut Rng, reads_only: bool) {
         let plan = &self.cluster.plan;
         let volume = rng.below(u64::from(plan.volumes)) as u16;
         let count = match rng.below(8) {
@@ -80,6 +84,7 @@ impl Host {
         };
         let node = self.cluster.any_node(rng);
         match rng.below(100) {
+            _ if reads_only => drop(self.read(volume, node, range, Step::Read).await),
             0..=44 => self.write(volume, node, range).await,
             45..=49 => self.zeroes(volume, node, range, Action::WriteZeroes).await,
             50..=57 => self.zeroes(volume, node, range, Action::Deallocate).await,
@@ -95,6 +100,13 @@ impl Host {
                 agent.serve_host(command).boxed_local()
             });
         called.await.unwrap_or(Err(BlockError::Unknown))
+    }
+
+    fn io_error(&self, what: &str) {
+        if self.cluster.is_tolerated() {
+            let what = format!("a host met an error within the tolerated failures: {what}");
+            self.cluster.watch.violation(what);
+        }
     }
 
     fn now(&self) -> u64 {
@@ -161,9 +173,7 @@ impl Host {
             // An engine that stops with a stripe in flight cannot say whether the next owner finds it.
             Err(BlockError::Unknown | BlockError::NotReady) => Outcome::Unknown,
             Err(error) => {
-                self.cluster
-                    .watch
-                    .io_error(format!("{action:?} of {range:?} on volume {volume}: {error}"));
+                self.io_error(&format!("{action:?} of {range:?} on volume {volume}: {error}"));
                 Outcome::Unknown
             }
         };
@@ -185,9 +195,7 @@ impl Host {
             Ok(bytes) => bytes,
             Err(BlockError::Unknown | BlockError::NotReady) => return false,
             Err(error) => {
-                self.cluster
-                    .watch
-                    .io_error(format!("read of {range:?} on volume {volume}: {error}"));
+                self.io_error(&format!("read of {range:?} on volume {volume}: {error}"));
                 return false;
             }
         };

@@ -91,7 +91,7 @@ pub fn run(seed: u64, trace: bool) -> Outcome {
     let rng = Rng::new(seed).fork(41);
     for (number, host) in (0..).zip(&hosts) {
         for task in 0..cluster.plan.depth {
-            host.work(rng.fork(number * 16 + task));
+            host.work(rng.fork(number * 16 + task), task == 0);
         }
     }
     Nemesis::new(&cluster).schedule();

@@ -146,10 +146,13 @@ impl Nemesis {
         Duration::from_millis(self.between(low, high))
     }
 
-    fn later(self: &Rc<Self>, after: Duration, heal: impl FnOnce(&Rc<Cluster>) + 'static) {
+    fn later(self: &Rc<Self>, node: NodeId, after: Duration, heal: impl FnOnce(&Rc<Cluster>) + 'static) {
         let cluster = Rc::clone(&self.cluster);
         let world = self.cluster.world();
-        world.at(world.now().after(after), None, move |_| heal(&cluster));
+        world.at(world.now().after(after), None, move |_| {
+            heal(&cluster);
+            cluster.note_hurt(node);
+        });
     }
 
     /// Waits until `step` is under way, and strikes somewhere in it.
@@ -195,6 +198,7 @@ impl Nemesis {
             Fault::Drift => self.drift(),
         };
         if let Some(whom) = struck {
+            self.cluster.note_hurt(whom);
             world.note(|| format!("fault: {} at {whom}, during {met:?}", fault.label()));
             self.cluster.coverage.borrow_mut().note(fault, &met);
         }
@@ -239,7 +243,7 @@ impl Nemesis {
         let node = self.victim(duration)?;
         let process = self.cluster.agent(node)?.process.id;
         self.cluster.world().pause(process);
-        self.later(duration, move |cluster| cluster.world().resume(process));
+        self.later(node, duration, move |cluster| cluster.world().resume(process));
         Some(node)
     }
 
@@ -247,7 +251,7 @@ impl Nemesis {
         let duration = self.some_time(50, 4_000);
         let node = self.victim(duration)?;
         self.cluster.local_drive(node).medium.set_health(health);
-        self.later(duration, move |cluster| {
+        self.later(node, duration, move |cluster| {
             cluster.local_drive(node).medium.set_health(Health::Serving);
         });
         Some(node)
@@ -258,7 +262,7 @@ impl Nemesis {
         let node = self.victim(duration)?;
         let factor = [10, 100, 1000][self.rng.borrow_mut().index(3)];
         self.cluster.local_drive(node).medium.set_slowness(factor);
-        self.later(duration, move |cluster| {
+        self.later(node, duration, move |cluster| {
             cluster.local_drive(node).medium.set_slowness(1);
         });
         Some(node)
@@ -268,7 +272,7 @@ impl Nemesis {
         let duration = self.some_time(200, 4_000);
         let node = self.victim(duration)?;
         self.cluster.local_drive(node).medium.set_full(true);
-        self.later(duration, move |cluster| {
+        self.later(node, duration, move |cluster| {
             cluster.local_drive(node).medium.set_full(false);
         });
         Some(node)
@@ -303,7 +307,7 @@ impl Nemesis {
         let one_in = [8, 40, 200][self.rng.borrow_mut().index(3)];
         self.cluster.network.bad_one_in.set(one_in);
         let duration = self.some_time(200, 4_000);
-        self.later(duration, |cluster| cluster.network.bad_one_in.set(0));
+        self.later(NodeId(0), duration, |cluster| cluster.network.bad_one_in.set(0));
         Some(NodeId(0))
     }
 
@@ -337,7 +341,7 @@ impl Nemesis {
         for (from, to) in &cuts {
             self.cluster.network.cut(*from, *to);
         }
-        self.later(duration, move |cluster| {
+        self.later(first, duration, move |cluster| {
             for (from, to) in cuts {
                 cluster.network.mend(from, to);
             }
@@ -357,6 +361,7 @@ impl Nemesis {
 pub(super) fn heal_all(cluster: &Rc<Cluster>) {
     cluster.network.mend_all();
     for node in cluster.nodes() {
+        cluster.note_hurt(node);
         let medium = &cluster.local_drive(node).medium;
         medium.set_health(Health::Serving);
         medium.set_slowness(1);

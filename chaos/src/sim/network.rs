@@ -65,6 +65,11 @@ impl Network {
         self.bad_one_in.set(0);
     }
 
+    /// Whether anything but delays is to be expected of it.
+    pub(super) fn is_troubled(&self) -> bool {
+        self.bad_one_in.get() > 0 || !self.cuts.borrow().is_empty()
+    }
+
     pub(super) fn is_cut(&self, from: NodeId, to: NodeId) -> bool {
         self.cuts.borrow().contains(&(from, to))
     }

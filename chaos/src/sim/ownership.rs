@@ -142,7 +142,9 @@ impl Agent {
                     | VolumeError::RootUnreadable { .. }
                     | VolumeError::UnknownBand { .. }),
                 ) => {
-                    self.cluster.watch.unreadable(volume, owner.epoch, &error);
+                    if self.cluster.is_tolerated() {
+                        self.cluster.watch.unreadable(volume, owner.epoch, &error);
+                    }
                     self.process.sleep(UNREADABLE_RETRY).await;
                 }
                 // Stripe numbers and sequences of an epoch are given once, so this epoch is spent.

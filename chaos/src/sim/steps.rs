@@ -156,6 +156,12 @@ impl Coverage {
         self.faults.values().sum()
     }
 
+    /// How often a fault happened.
+    #[must_use]
+    pub fn times(&self, fault: Fault) -> u64 {
+        self.faults.get(&fault).copied().unwrap_or(0)
+    }
+
     /// Fault and step that have not met.
     #[must_use]
     pub fn empty(&self) -> Vec<(Fault, Step)> {

@@ -117,12 +117,6 @@ impl Watch {
         self.violations.borrow().clone()
     }
 
-    pub(super) fn io_error(&self, what: String) {
-        self.violation(format!(
-            "a host met an error within the tolerated failures: {what}"
-        ));
-    }
-
     pub(super) fn unreadable(&self, volume: VolumeId, epoch: Epoch, error: &VolumeError) {
         self.violation(format!(
             "{volume} cannot be opened under {epoch} within the tolerated failures: {error}"
@@ -143,7 +137,9 @@ impl Watch {
     /// Metadata has applied a command: an epoch belongs to one incarnation for ever.
     pub(super) fn applied(&self, state: &ClusterState) {
         for volume in state.map.volumes.values() {
-            let Some(owner) = volume.phase.owner() else { continue };
+            let Some(owner) = volume.phase.owner() else {
+                continue;
+            };
             let mut granted = self.granted.borrow_mut();
             let first = *granted
                 .entry((volume.id, owner.epoch))
