@@ -357,11 +357,15 @@ impl Cluster {
     /// Lets go of everything that holds this, so that it can be dropped.
     pub(super) fn dismantle(&self) {
         self.raft.dismantle();
-        let agents: Vec<_> = {
-            let mut servers = self.servers.borrow_mut();
-            servers.values_mut().map(|server| server.agent.take()).collect()
-        };
-        drop(agents);
+        for node in self.nodes() {
+            if let Some(agent) = self.agent(node) {
+                self.take_agent(node, agent.process.id);
+            }
+        }
+        for server in std::mem::take(&mut *self.servers.borrow_mut()).into_values() {
+            server.drive.medium.restart(false);
+            server.drive.let_go();
+        }
     }
 }
 

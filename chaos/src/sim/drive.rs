@@ -60,7 +60,14 @@ impl LocalDrive {
             let done = acquired.now_or_never().expect("no file is written");
             done.expect("the reservation was in force before");
         }
+        self.let_go();
         restarted
+    }
+
+    /// Drops what callers left in execution: it has ended with its agent.
+    pub(super) fn let_go(&self) {
+        // Looks at everything that was left once, which is all it takes when the drive has ended it.
+        let _ = self.namespace.drain_preempted().now_or_never();
     }
 
     /// The drive as `host` may use it; `sender` is the process, for those who watch.
@@ -183,7 +190,7 @@ impl RemoteDrive {
                 Err(BlockError::Unknown)
             }));
         });
-        Box::pin(answered)
+        Io::running(answered)
     }
 }
 

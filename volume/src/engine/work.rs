@@ -225,3 +225,33 @@ impl Work {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_util::FutureExt as _;
+
+    #[test]
+    fn a_write_that_is_refused_for_space_is_answered_when_its_other_parts_have_ended() {
+        let op = Op::new(3);
+        op.part_done();
+        op.fail(BlockError::CapacityExceeded);
+        assert_eq!(
+            op.answer().now_or_never(),
+            None,
+            "a part is in flight and may land"
+        );
+        op.part_done();
+        assert_eq!(
+            op.answer().now_or_never(),
+            Some(Err(BlockError::CapacityExceeded))
+        );
+    }
+
+    #[test]
+    fn an_error_of_unknown_outcome_is_answered_at_once() {
+        let op = Op::new(2);
+        op.fail(BlockError::NotReady);
+        assert_eq!(op.answer().now_or_never(), Some(Err(BlockError::NotReady)));
+    }
+}
