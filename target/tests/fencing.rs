@@ -16,6 +16,7 @@ use weft_proto::id::HostId;
 use weft_proto::nvme::reservation::{PersistChange, RegisterAction, ReservationType};
 use weft_proto::units::{Lba, LbaRange};
 use weft_target::reservation::ReservedNamespace;
+use weft_target::reservation::table::Refused;
 use weft_target::{NamespaceConfig, Source};
 
 const ALL_REGISTRANTS: ReservationType = ReservationType::WriteExclusiveAllRegistrants;
@@ -153,6 +154,38 @@ fn preempt_and_abort_waits_for_io_whose_caller_is_gone() {
         assert_eq!(faults.held(), 2);
         faults.release();
         preempt.await.unwrap().unwrap();
+    });
+}
+
+/// Two nodes take over from the same dead host: the second one finds its key gone while the first one still waits.
+#[test]
+fn a_key_that_is_not_found_is_not_reported_while_its_host_is_still_being_aborted() {
+    run(async {
+        let (device, faults) = Faulty::wrap(MemoryDrive::device(8 << 20));
+        let namespace = ReservedNamespace::open(device, UUID, None).unwrap();
+        reserve(&namespace).await;
+        faults.next(Ops::WRITE, 1, Fault::Hold);
+        drop(
+            namespace
+                .local(VICTIM)
+                .write(Lba(0), block(1), Durability::Durable),
+        );
+        let preempts = [1, 2].map(|_| {
+            let preempting = namespace.clone();
+            tokio::task::spawn_local(async move {
+                preempting
+                    .preempt_and_abort(CLUSTER, CLUSTER_KEY, VICTIM_KEY, ALL_REGISTRANTS)
+                    .await
+            })
+        });
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+        assert!(preempts.iter().all(|preempt| !preempt.is_finished()));
+        faults.release();
+        let [first, second] = preempts;
+        first.await.unwrap().unwrap();
+        assert_eq!(second.await.unwrap(), Err(Refused::Conflict.into()));
     });
 }
 

@@ -219,6 +219,8 @@ impl Member {
                     .preempt_and_abort(host, key, dead.key, local_reach::RESERVATION)
                     .await
             } else {
+                // Preempted by somebody else, whose command may still wait for what is in execution.
+                namespace.drain_preempted().await;
                 Ok(())
             };
             match fenced {

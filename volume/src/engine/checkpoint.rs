@@ -20,6 +20,7 @@ use std::rc::Rc;
 use bytes::Bytes;
 use weft_block::BlockError;
 use weft_proto::band::{ChunkAddress, RootPointer, RootUpdate};
+use weft_proto::deliberate::{Bug, planted};
 use weft_proto::id::{BandId, Epoch, Sequence, StripeNumber};
 use weft_proto::units::{BLOCK_BYTES, Lba};
 
@@ -305,7 +306,8 @@ impl Core {
             .over
             .iter()
             .filter_map(|band| bands.get(band))
-            .filter(|band| band.is_quiet() && !self.map().refers_to(band.id))
+            .filter(|band| band.is_quiet())
+            .filter(|band| !self.map().refers_to(band.id) || planted(Bug::FreeBandTooEarly))
             .map(|band| band.id)
             .collect()
     }

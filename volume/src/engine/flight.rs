@@ -17,6 +17,7 @@ use weft_block::buffer::AlignedBuf;
 use weft_block::{BlockError, Durability, Io};
 use weft_erasure::Codec;
 use weft_proto::band::{Geometry, RootPointer};
+use weft_proto::deliberate::{Bug, planted};
 use weft_proto::id::{DriveId, StripeNumber};
 use weft_proto::units::{BLOCK_BYTES, Lba};
 
@@ -241,7 +242,7 @@ impl Core {
             .filter_map(|column| Some((column, flight.band.chunk(column)?.drive)))
             .collect();
         let complete = loop {
-            if waiting.is_empty() {
+            if waiting.is_empty() || planted(Bug::AcknowledgeBeforeDurable) && waiting.len() == 1 {
                 break true;
             }
             if self.is_over() {
@@ -264,6 +265,9 @@ impl Core {
                     band.outstanding.set(band.outstanding.get() - 1);
                     match result {
                         Ok(()) => {
+                            waiting.remove(&column);
+                        }
+                        Err(_) if planted(Bug::AcknowledgeDespiteError) => {
                             waiting.remove(&column);
                         }
                         Err(error) => {
@@ -488,7 +492,7 @@ impl BlockWork {
 
 /// A write of unknown outcome may land at any time: the chunk must not be reused under it.
 fn note_unknown(band: &BandState, column: u8, error: &BlockError) {
-    if *error == BlockError::Unknown {
+    if *error == BlockError::Unknown && !planted(Bug::ForgetUnsettled) {
         band.unsettled.borrow_mut().extend(band.chunk(column));
     }
 }

@@ -17,6 +17,7 @@ use std::rc::Rc;
 
 use futures_util::StreamExt as _;
 use weft_proto::band::{EpochGrant, RootPointer};
+use weft_proto::deliberate::{Bug, planted};
 use weft_proto::id::{Epoch, StripeNumber};
 
 use super::Core;
@@ -173,7 +174,10 @@ impl Core {
             .map_or(StripeNumber(0), |pointer| pointer.stripe);
         let claimed = stripes.values().map(|found| found.header.closed_through).max();
         let ended_at = published.max(claimed.unwrap_or(StripeNumber(0)));
-        let above = stripes.split_off(&StripeNumber(ended_at.0 + 1));
+        let mut above = stripes.split_off(&StripeNumber(ended_at.0 + 1));
+        if planted(Bug::DropLastStripe) {
+            above.pop_last();
+        }
         tracing::info!(volume = %self.volume, %epoch, %ended_at, replayed = stripes.len(), above = above.len(), "recovery scan done");
         // From here on the new epoch writes.
         self.ask_for_bands(&self.internal);
@@ -196,6 +200,7 @@ impl Core {
             let listed = root.and_then(|root| root.bands.iter().find(|listed| listed.band.id == band.id));
             let from = match listed {
                 Some(listed) if listed.state == RootBandState::Sealed => return None,
+                Some(listed) if planted(Bug::RecoverFromTooHigh) => listed.append_row + 2,
                 Some(listed) => listed.append_row,
                 None => 0,
             };

@@ -7,6 +7,7 @@ use std::rc::Rc;
 use bytes::Bytes;
 use weft_block::BlockError;
 use weft_proto::band::RootPointer;
+use weft_proto::deliberate::{Bug, planted};
 use weft_proto::id::{Sequence, StripeNumber};
 use weft_proto::units::{Lba, LbaRange};
 
@@ -18,6 +19,8 @@ use crate::sync::Reply;
 /// One operation of the host (or of recovery): answered once all its parts are durable and in the map.
 pub(crate) struct Op {
     remaining: Cell<usize>,
+    /// A part was refused for want of space.
+    refused: Cell<bool>,
     reply: Reply<Result<(), BlockError>>,
 }
 
@@ -26,6 +29,7 @@ impl Op {
     pub(crate) fn new(parts: usize) -> Rc<Self> {
         let op = Rc::new(Self {
             remaining: Cell::new(parts),
+            refused: Cell::new(false),
             reply: Reply::default(),
         });
         if parts == 0 {
@@ -44,13 +48,20 @@ impl Op {
         let remaining = self.remaining.get() - 1;
         self.remaining.set(remaining);
         if remaining == 0 {
-            self.reply.give(Ok(()));
+            let refused = self.refused.get().then_some(BlockError::CapacityExceeded);
+            self.reply.give(refused.map_or(Ok(()), Err));
         }
     }
 
-    /// A part will not be written. The first error is the answer.
+    /// A part will not be written. The first error is the answer: at once where the outcome is open anyway, and only when
+    /// every other part has ended where the answer promises that nothing takes effect after it.
     pub(crate) fn fail(&self, error: BlockError) {
-        self.reply.give(Err(error));
+        if error == BlockError::CapacityExceeded {
+            self.refused.set(true);
+            self.part_done();
+        } else {
+            self.reply.give(Err(error));
+        }
     }
 }
 
@@ -100,7 +111,9 @@ pub(crate) struct Copy {
 impl Copy {
     /// Whether a newer version is visible.
     pub(crate) fn is_dead(&self) -> bool {
-        self.sequence.get().is_some() && self.newest.get() > self.sequence.get()
+        self.sequence.get().is_some()
+            && self.newest.get() > self.sequence.get()
+            && !planted(Bug::CopyWinsOverNewer)
     }
 }
 
@@ -210,5 +223,35 @@ impl Work {
             Self::Block(block) => block.target.fail(error),
             Self::Zeroes(zeroes) => zeroes.op.fail(error),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_util::FutureExt as _;
+
+    #[test]
+    fn a_write_that_is_refused_for_space_is_answered_when_its_other_parts_have_ended() {
+        let op = Op::new(3);
+        op.part_done();
+        op.fail(BlockError::CapacityExceeded);
+        assert_eq!(
+            op.answer().now_or_never(),
+            None,
+            "a part is in flight and may land"
+        );
+        op.part_done();
+        assert_eq!(
+            op.answer().now_or_never(),
+            Some(Err(BlockError::CapacityExceeded))
+        );
+    }
+
+    #[test]
+    fn an_error_of_unknown_outcome_is_answered_at_once() {
+        let op = Op::new(2);
+        op.fail(BlockError::NotReady);
+        assert_eq!(op.answer().now_or_never(), Some(Err(BlockError::NotReady)));
     }
 }

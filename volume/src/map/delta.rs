@@ -10,6 +10,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
 use foldhash::fast::FixedState;
+use weft_proto::deliberate::{Bug, planted};
 use weft_proto::id::{Epoch, Sequence};
 use weft_proto::units::{Lba, LbaRange};
 
@@ -80,7 +81,7 @@ impl Delta {
             }
             Entry::Occupied(mut occupied) => {
                 let old = occupied.get_mut();
-                if old.entry.sequence > entry.sequence {
+                if old.entry.sequence > entry.sequence && !planted(Bug::LowerSequenceWins) {
                     return false;
                 }
                 new.settled |= old.settled;

@@ -43,6 +43,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use futures_util::lock::Mutex;
+use weft_proto::deliberate::{Bug, planted};
 use weft_proto::id::{BandId, Sequence};
 use weft_proto::units::{Lba, LbaRange};
 
@@ -263,6 +264,7 @@ impl PageMap {
     pub fn relocate(&self, lba: Lba, expected: &MapEntry, copy: MapEntry, seen: Generation) -> bool {
         debug_assert_eq!(expected.sequence, copy.sequence, "a copy keeps its sequence");
         let stands = |found: Option<(slot::Cell, bool)>| match found {
+            _ if planted(Bug::CopyWinsOverNewer) => true,
             None => true,
             Some((slot::Cell::Data(entry), _)) => {
                 entry.sequence < copy.sequence

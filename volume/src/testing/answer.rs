@@ -7,17 +7,19 @@ use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 
 /// The giving end. Dropped without giving, it leaves the other side waiting for ever, as a lost answer does.
-pub(super) struct Giver<T>(Rc<RefCell<Slot<T>>>);
+pub struct Giver<T>(Rc<RefCell<Slot<T>>>);
 
 /// The waiting end. Dropped, it abandons the answer and nothing else.
-pub(super) struct Answer<T>(Rc<RefCell<Slot<T>>>);
+pub struct Answer<T>(Rc<RefCell<Slot<T>>>);
 
 struct Slot<T> {
     value: Option<T>,
     waker: Option<Waker>,
 }
 
-pub(super) fn answer<T>() -> (Giver<T>, Answer<T>) {
+/// Both ends.
+#[must_use]
+pub fn answer<T>() -> (Giver<T>, Answer<T>) {
     let slot = Rc::new(RefCell::new(Slot {
         value: None,
         waker: None,
@@ -26,7 +28,8 @@ pub(super) fn answer<T>() -> (Giver<T>, Answer<T>) {
 }
 
 impl<T> Giver<T> {
-    pub(super) fn give(self, value: T) {
+    /// Gives it.
+    pub fn give(self, value: T) {
         let waker = {
             let mut slot = self.0.borrow_mut();
             slot.value = Some(value);
@@ -40,11 +43,14 @@ impl<T> Giver<T> {
 
 impl<T> Answer<T> {
     /// The value, if it is there.
-    pub(super) fn take(&self) -> Option<T> {
+    #[must_use]
+    pub fn take(&self) -> Option<T> {
         self.0.borrow_mut().value.take()
     }
 
-    pub(super) fn is_given(&self) -> bool {
+    /// Whether there is a value that was not taken.
+    #[must_use]
+    pub fn is_given(&self) -> bool {
         self.0.borrow().value.is_some()
     }
 }

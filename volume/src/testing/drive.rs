@@ -7,7 +7,8 @@
 //!   the sender is fenced;
 //! - a fence ([`SimDrive::fence`]) that completes only when nothing of the fenced incarnation is left in
 //!   execution (Preempt and Abort), after which its writes get [`BlockError::ReservationConflict`];
-//! - faults: dead (and back again with what it held), stalled, cut off from one incarnation, bit flips, lost blocks, read errors.
+//! - faults: dead (and back again with what it held), stalled, slow, full, cut off from one incarnation, bit flips, lost blocks,
+//!   read errors, writes that are answered and never land or land elsewhere.
 //!
 //! Blocks are 4096 bytes. The write of one block is atomic, as NVMe's AWUPF of 0 promises, unless
 //! [`DriveSpec::tear_bytes`] says 512.
@@ -24,7 +25,7 @@ use weft_proto::units::{BLOCK_BYTES, Lba, LbaRange};
 
 use super::answer::{Giver, answer};
 use super::rng::Rng;
-use super::world::{InFlight, World};
+use super::world::{InFlight, Landed, World};
 use crate::seams::{Drives, FenceError, Timestamp};
 
 /// What kind of drive.
@@ -99,6 +100,19 @@ struct State {
     reads: u64,
     /// Most commands in flight at once.
     in_flight_peak: usize,
+    /// Refuses writes: a thin drive whose pool is full.
+    full: bool,
+    /// How many of the next writes go wrong, and how.
+    astray: Option<(Astray, u32)>,
+}
+
+/// How a drive betrays a write that it answers as done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Astray {
+    /// It never reaches the medium.
+    Lost,
+    /// It lands this many blocks further on, over what is there.
+    Misdirected(u64),
 }
 
 struct Command {
@@ -155,6 +169,8 @@ impl SimDrive {
                 bytes_written: 0,
                 in_flight_peak: 0,
                 reads: 0,
+                full: false,
+                astray: None,
             }),
         })
     }
@@ -244,6 +260,34 @@ impl SimDrive {
         for reply in replies {
             reply.refuse(BlockError::Unknown);
         }
+    }
+
+    /// Ends every command in flight without an answer, as the death of the server that runs the drive does: landed, partly
+    /// landed or lost. With `power` lost, the volatile cache is gone as well.
+    pub fn restart(&self, power: bool) {
+        if power {
+            self.lose_power();
+        } else {
+            self.abort_all();
+        }
+    }
+
+    fn abort_all(&self) {
+        let ids: Vec<u64> = self.state.borrow().in_flight.keys().copied().collect();
+        for id in ids {
+            let landed = self.state.borrow_mut().rng.chance(2, 3);
+            self.abort(id, landed);
+        }
+    }
+
+    /// Lets it refuse writes for want of space, or take them again.
+    pub fn set_full(&self, full: bool) {
+        self.state.borrow_mut().full = full;
+    }
+
+    /// Lets the next `count` writes go wrong although they are answered as done.
+    pub fn set_astray(&self, how: Astray, count: u32) {
+        self.state.borrow_mut().astray = (count > 0).then_some((how, count));
     }
 
     /// Multiplies every latency from now on.
@@ -485,6 +529,8 @@ impl SimDrive {
                 Some(BlockError::Unknown)
             } else if matches!(kind, Kind::Write { .. }) && state.fenced.contains_key(&sender) {
                 Some(BlockError::ReservationConflict)
+            } else if matches!(kind, Kind::Write { .. }) && state.full {
+                Some(BlockError::CapacityExceeded)
             } else {
                 None
             };
@@ -570,9 +616,19 @@ impl SimDrive {
                 durable,
             } => {
                 let count = blocks.len();
-                self.state
-                    .borrow_mut()
-                    .land(id, start, &blocks, durable || !self.spec.volatile_write_cache);
+                self.tell_landing(command.sender, start, &blocks, true);
+                let durable = durable || !self.spec.volatile_write_cache;
+                let blocks_end = self.info().blocks;
+                let mut state = self.state.borrow_mut();
+                match state.next_astray() {
+                    None => state.land(id, start, &blocks, durable),
+                    Some(Astray::Lost) => {}
+                    Some(Astray::Misdirected(by)) => {
+                        let start = (start + by).min(blocks_end - count as u64);
+                        state.land(id, start, &blocks, durable);
+                    }
+                }
+                drop(state);
                 self.count(|| {
                     format!(
                         "{} of {} writes {count} blocks at {start}",
@@ -599,6 +655,7 @@ impl SimDrive {
             return;
         };
         if let (Kind::Write { start, blocks, .. }, true) = (&command.kind, landed) {
+            self.tell_landing(command.sender, *start, blocks, false);
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
             for (block, bytes) in (*start..).zip(blocks) {
@@ -617,6 +674,18 @@ impl SimDrive {
         }
         if let Some(reply) = command.reply {
             reply.refuse(BlockError::Unknown);
+        }
+    }
+
+    fn tell_landing(&self, sender: IncarnationId, start: u64, blocks: &[Option<Bytes>], whole: bool) {
+        if let Some(world) = self.world.upgrade() {
+            world.landed(&Landed {
+                sender,
+                drive: self.id,
+                start,
+                blocks,
+                whole,
+            });
         }
     }
 
@@ -682,6 +751,12 @@ impl SimDrive {
 }
 
 impl State {
+    fn next_astray(&mut self) -> Option<Astray> {
+        let (how, left) = self.astray?;
+        self.astray = (left > 1).then_some((how, left - 1));
+        Some(how)
+    }
+
     fn current(&self, block: u64) -> Bytes {
         let cached = self.cache.get(&block).and_then(|versions| versions.last());
         cached

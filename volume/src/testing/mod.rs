@@ -7,7 +7,7 @@
 //!
 //! What it does not simulate: NVMe, Raft, a network. Those have tests of their own.
 
-mod answer;
+pub mod answer;
 pub mod cluster;
 pub mod directory;
 pub mod drive;

@@ -20,6 +20,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
 use weft_proto::id::{DriveId, IncarnationId};
 
@@ -59,6 +60,24 @@ struct Task {
 
 type Event = Box<dyn FnOnce(&Rc<World>)>;
 
+/// A write that takes effect on a drive.
+#[derive(Clone, Copy, Debug)]
+pub struct Landed<'a> {
+    /// Who sent it.
+    pub sender: IncarnationId,
+    /// Where.
+    pub drive: DriveId,
+    /// The first block.
+    pub start: u64,
+    /// What each block holds from now on; `None` is zeroes.
+    pub blocks: &'a [Option<Bytes>],
+    /// Whether all of it does, and the sender may be told so.
+    pub whole: bool,
+}
+
+/// Told of every write that takes effect.
+pub type Landing = Rc<dyn Fn(&Landed<'_>)>;
+
 /// What the world knows of one life of an agent.
 struct Life {
     rng: Rng,
@@ -67,6 +86,40 @@ struct Life {
     paused: bool,
     /// The stretches it was paused for; the end of the last one is `None` while it lasts.
     pauses: Vec<(Timestamp, Option<Timestamp>)>,
+    clock: Clock,
+}
+
+/// The clock of one life: right at some moment, and too fast or too slow from then on.
+#[derive(Clone, Copy, Debug)]
+struct Clock {
+    /// World time and local time of that moment.
+    origin: (u64, u64),
+    /// Local nanoseconds more, in a million.
+    drift_ppm: i64,
+}
+
+impl Clock {
+    fn local(self, world: Timestamp) -> Timestamp {
+        let passed = i128::from(world.0.saturating_sub(self.origin.0));
+        let local = passed * i128::from(1_000_000 + self.drift_ppm) / 1_000_000;
+        Timestamp(
+            self.origin
+                .1
+                .saturating_add(u64::try_from(local).unwrap_or(u64::MAX)),
+        )
+    }
+
+    /// The first world time at which the clock shows `local` or more.
+    fn world(self, local: Timestamp) -> Timestamp {
+        let wanted = i128::from(local.0.saturating_sub(self.origin.1));
+        let rate = i128::from(1_000_000 + self.drift_ppm);
+        let passed = (wanted * 1_000_000 + rate - 1) / rate;
+        Timestamp(
+            self.origin
+                .0
+                .saturating_add(u64::try_from(passed).unwrap_or(u64::MAX)),
+        )
+    }
 }
 
 struct Core {
@@ -83,6 +136,35 @@ struct Core {
     effects: u64,
     crash_after: Option<u64>,
     stopped: bool,
+    /// Polls of tasks so far, and what is to happen after some number of them.
+    polls: u64,
+    interruptions: BTreeMap<u64, Event>,
+    paused: usize,
+    digest: u64,
+}
+
+impl Core {
+    /// One of the tasks that can run, by the seed.
+    fn pick(&mut self) -> Option<usize> {
+        if self.ready.is_empty() {
+            return None;
+        }
+        if self.paused == 0 {
+            return Some(self.rng.index(self.ready.len()));
+        }
+        let runs = |index: &usize| {
+            let incarnation = self.tasks[&self.ready[*index]].incarnation;
+            !self.lives.get(&incarnation).is_some_and(|life| life.paused)
+        };
+        let runnable: Vec<usize> = (0..self.ready.len()).filter(runs).collect();
+        (!runnable.is_empty()).then(|| runnable[self.rng.index(runnable.len())])
+    }
+
+    /// Goes into the digest: the order of everything that happens.
+    fn digest(&mut self, what: u64) {
+        let mixed = (self.digest ^ what).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.digest = mixed.rotate_left(23) ^ self.now.0;
+    }
 }
 
 /// See the module. Held by the harness alone; everything else holds it weakly, so that dropping it ends every task.
@@ -94,6 +176,7 @@ pub struct World {
     drives: RefCell<BTreeMap<DriveId, Rc<SimDrive>>>,
     pub(super) metadata: RefCell<Metadata>,
     violations: RefCell<Vec<String>>,
+    landing: RefCell<Option<Landing>>,
     trace: Cell<bool>,
 }
 
@@ -117,11 +200,16 @@ impl World {
                 effects: 0,
                 crash_after: None,
                 stopped: false,
+                polls: 0,
+                interruptions: BTreeMap::new(),
+                paused: 0,
+                digest: seed,
             }),
             woken: Arc::default(),
             drives: RefCell::default(),
             metadata: RefCell::new(Metadata::new(seed)),
             violations: RefCell::default(),
+            landing: RefCell::default(),
             trace: Cell::new(false),
         })
     }
@@ -154,6 +242,10 @@ impl World {
             dead: false,
             paused: false,
             pauses: Vec::new(),
+            clock: Clock {
+                origin: (core.now.0, core.now.0),
+                drift_ppm: 0,
+            },
         };
         core.lives.insert(id, life);
         id
@@ -171,13 +263,22 @@ impl World {
     /// Kills `incarnation`: its tasks and timers are dropped, and what it had in flight at drives and at the
     /// metadata service meets the fate `in_flight`.
     pub fn crash(&self, incarnation: IncarnationId, in_flight: InFlight) {
+        self.go_on();
+        self.kill(incarnation);
+        for drive in self.all_drives() {
+            drive.crash(incarnation, in_flight);
+        }
+        super::directory::crash(self, incarnation, in_flight);
+    }
+
+    /// Ends the process of `incarnation` and nothing else: what it has sent is the affair of whoever carries it.
+    pub fn kill(&self, incarnation: IncarnationId) {
+        self.resume(incarnation);
         let tasks: Vec<Task> = {
             let mut core = self.core.borrow_mut();
             if let Some(life) = core.lives.get_mut(&incarnation) {
                 life.dead = true;
             }
-            core.stopped = false;
-            core.crash_after = None;
             let ids: Vec<TaskId> = core
                 .tasks
                 .iter()
@@ -200,10 +301,19 @@ impl World {
             keys.iter().filter_map(|key| core.events.remove(key)).collect()
         };
         drop(timers);
-        for drive in self.all_drives() {
-            drive.crash(incarnation, in_flight);
+    }
+
+    /// Lets the clock of `incarnation` go too fast by this many parts in a million from now on, or too slow.
+    pub fn set_drift(&self, incarnation: IncarnationId, drift_ppm: i64) {
+        let mut core = self.core.borrow_mut();
+        let now = core.now;
+        if let Some(life) = core.lives.get_mut(&incarnation) {
+            let local = life.clock.local(now);
+            life.clock = Clock {
+                origin: (now.0, local.0),
+                drift_ppm,
+            };
         }
-        super::directory::crash(self, incarnation, in_flight);
     }
 
     /// SIGSTOP: its tasks stop running; what it sent goes on.
@@ -211,9 +321,10 @@ impl World {
         let mut core = self.core.borrow_mut();
         let now = core.now;
         let life = core.lives.get_mut(&incarnation).expect("a known incarnation");
-        if !life.paused {
+        if !life.paused && !life.dead {
             life.paused = true;
             life.pauses.push((now, None));
+            core.paused += 1;
         }
     }
 
@@ -227,7 +338,18 @@ impl World {
             if let Some(pause) = life.pauses.last_mut() {
                 pause.1 = Some(now);
             }
+            core.paused -= 1;
         }
+    }
+
+    /// Whether `incarnation` is stopped now.
+    #[must_use]
+    pub fn is_paused(&self, incarnation: IncarnationId) -> bool {
+        self.core
+            .borrow()
+            .lives
+            .get(&incarnation)
+            .is_some_and(|life| life.paused)
     }
 
     /// Whether `incarnation` has crashed.
@@ -335,7 +457,7 @@ impl World {
     // Violations.
 
     /// Notes that an invariant was broken. Noted, not panicked, so that all of them print.
-    pub(super) fn violation(&self, what: String) {
+    pub fn violation(&self, what: String) {
         self.note(|| format!("violation: {what}"));
         self.violations.borrow_mut().push(what);
     }
@@ -429,37 +551,50 @@ impl World {
                     core.ready.push(id);
                 }
             }
-            let runnable: Vec<usize> = (0..core.ready.len())
-                .filter(|index| {
-                    let incarnation = core.tasks[&core.ready[*index]].incarnation;
-                    !core.lives.get(&incarnation).is_some_and(|life| life.paused)
-                })
-                .collect();
-            if runnable.is_empty() {
-                None
-            } else {
-                let id = core.ready.swap_remove(runnable[core.rng.index(runnable.len())]);
+            if let Some(index) = core.pick() {
+                let id = core.ready.swap_remove(index);
+                core.polls += 1;
+                core.digest(id);
                 let task = core.tasks.get_mut(&id).expect("only live tasks are ready");
                 task.polls += 1;
                 task.future.take().map(|future| (id, future))
+            } else {
+                None
             }
         };
         if let Some((id, future)) = next {
             self.poll(id, future);
+            self.interrupt();
             return true;
         }
         let event = {
             let mut core = self.core.borrow_mut();
-            let Some(((time, _), (_, event))) = core.events.pop_first() else {
+            let Some(((time, number), (_, event))) = core.events.pop_first() else {
                 return false;
             };
             core.now = core.now.max(time);
+            core.digest(number);
             event
         };
         if let Some(this) = self.this.upgrade() {
             event(&this);
         }
         true
+    }
+
+    /// Does what was to happen after as many polls as there were.
+    fn interrupt(&self) {
+        let due = {
+            let mut core = self.core.borrow_mut();
+            let polls = core.polls;
+            let first = core.interruptions.first_entry();
+            first
+                .filter(|entry| *entry.key() <= polls)
+                .map(std::collections::btree_map::OccupiedEntry::remove)
+        };
+        if let (Some(event), Some(this)) = (due, self.this.upgrade()) {
+            event(&this);
+        }
     }
 
     fn poll(&self, id: TaskId, mut future: LocalBoxFuture<'static, ()>) {
@@ -518,8 +653,42 @@ impl World {
         core.ready.push(id);
     }
 
+    /// Does `event` after `polls` more polls of tasks: between any two awaits, not only where time passes.
+    pub fn after_polls(&self, polls: u64, event: impl FnOnce(&Rc<Self>) + 'static) {
+        let mut core = self.core.borrow_mut();
+        let mut due = core.polls + polls.max(1);
+        while core.interruptions.contains_key(&due) {
+            due += 1;
+        }
+        core.interruptions.insert(due, Box::new(event));
+    }
+
+    /// Polls of tasks so far.
+    #[must_use]
+    pub fn polls(&self) -> u64 {
+        self.core.borrow().polls
+    }
+
+    /// Stands for the order of everything that has happened: equal for two runs of one seed.
+    #[must_use]
+    pub fn digest(&self) -> u64 {
+        self.core.borrow().digest
+    }
+
+    /// Has every write that takes effect told to `landing`.
+    pub fn watch_landings(&self, landing: Landing) {
+        *self.landing.borrow_mut() = Some(landing);
+    }
+
+    pub(super) fn landed(&self, landed: &Landed<'_>) {
+        let landing = self.landing.borrow().clone();
+        if let Some(landing) = landing {
+            landing(landed);
+        }
+    }
+
     /// Does `event` at `time`; unless `owner` has crashed by then.
-    pub(crate) fn at(
+    pub fn at(
         &self,
         time: Timestamp,
         owner: Option<IncarnationId>,
@@ -598,7 +767,11 @@ pub struct SimEnv {
 
 impl Env for SimEnv {
     fn now(&self) -> Timestamp {
-        self.world.upgrade().map_or(Timestamp(0), |world| world.now())
+        self.world.upgrade().map_or(Timestamp(0), |world| {
+            let core = world.core.borrow();
+            let life = core.lives.get(&self.incarnation);
+            life.map_or(core.now, |life| life.clock.local(core.now))
+        })
     }
 
     fn sleep_until(&self, deadline: Timestamp) -> LocalBoxFuture<'static, ()> {
@@ -607,7 +780,12 @@ impl Env for SimEnv {
         };
         let (giver, wakeup) = answer();
         // A paused process notices late, never early: the task simply does not run.
-        let deadline = deadline.max(world.now());
+        let deadline = {
+            let core = world.core.borrow();
+            let life = core.lives.get(&self.incarnation);
+            life.map_or(deadline, |life| life.clock.world(deadline))
+                .max(core.now)
+        };
         let key = world.at(deadline, Some(self.incarnation), move |_| giver.give(()));
         Box::pin(Sleep {
             world: self.world.clone(),

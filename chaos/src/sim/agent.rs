@@ -1,0 +1,286 @@
+//! One life of an agent: starts its incarnation, brings its server's drive into service, follows the map, and owns
+//! volumes ([`super::ownership`]).
+//!
+//! A counterpart of `node/src/agent/member.rs` and `life/incarnation.rs`.
+
+use std::cell::{Cell, OnceCell, RefCell};
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use weft_metadata::leader::HEARTBEAT;
+use weft_metadata::state::map::{DriveHome, DriveState, Owner};
+use weft_metadata::state::{ClusterMap, Command, Reply};
+use weft_proto::id::{DriveId, HostId, IncarnationId, NodeId, VolumeId};
+use weft_proto::nvme::reservation::{PersistChange, RegisterAction};
+use weft_volume::engine::Engine;
+use weft_volume::seams::ReservationKey;
+
+use super::client::Client;
+use super::cluster::Cluster;
+use super::drive::{LocalDrive, RemoteDrive, is_present};
+use super::fabric::{Fabric, RESERVATION, Reach};
+use super::process::Process;
+use super::steps::Step;
+
+/// Between looks at the health of the server's own drive.
+const HEALTH_LOOK: Duration = Duration::from_millis(100);
+
+/// An agent from its start to its end.
+pub(super) struct Agent {
+    pub(super) cluster: Rc<Cluster>,
+    pub(super) node: NodeId,
+    pub(super) process: Process,
+    pub(super) client: Rc<Client>,
+    pub(super) fabric: OnceCell<Rc<Fabric>>,
+    pub(super) map: watch::Sender<Rc<ClusterMap>>,
+    pub(super) host: HostId,
+    pub(super) key: ReservationKey,
+    pub(super) incarnation: Cell<Option<IncarnationId>>,
+    /// The server's drive, once others may reach it.
+    served: RefCell<Option<Rc<LocalDrive>>>,
+    /// Epochs that have a task.
+    pub(super) tasks: RefCell<BTreeMap<VolumeId, Owner>>,
+    pub(super) engines: RefCell<BTreeMap<VolumeId, (Owner, Engine)>>,
+}
+
+impl Agent {
+    /// Starts the process. It lives until it is killed or gives up.
+    pub(super) fn start(cluster: &Rc<Cluster>, node: NodeId) -> Rc<Self> {
+        let process = Process::start(&cluster.world(), node);
+        let mut host = [0; 16];
+        host[..8].copy_from_slice(&process.random().to_le_bytes());
+        host[8..].copy_from_slice(&process.random().to_le_bytes());
+        let (host, key) = (HostId(host), ReservationKey(process.random() | 1));
+        let agent = Rc::new(Self {
+            cluster: Rc::clone(cluster),
+            node,
+            client: Client::new(cluster, &process),
+            process,
+            fabric: OnceCell::new(),
+            map: watch::Sender::new(Rc::default()),
+            host,
+            key,
+            incarnation: Cell::new(None),
+            served: RefCell::default(),
+            tasks: RefCell::default(),
+            engines: RefCell::default(),
+        });
+        let fabric = Fabric::new(Rc::downgrade(&agent), agent.process.clone(), host, key);
+        if agent.fabric.set(fabric).is_err() {
+            unreachable!("an agent has one fabric");
+        }
+        agent.process.spawn(Rc::clone(&agent).live());
+        agent
+    }
+
+    pub(super) fn fabric(&self) -> &Rc<Fabric> {
+        self.fabric.get().expect("set when the agent was made")
+    }
+
+    /// The server's drive, if `drive` is it and it is in service.
+    pub(super) fn served_drive(&self, drive: DriveId) -> Option<Rc<LocalDrive>> {
+        let served = self.served.borrow();
+        served.as_ref().filter(|local| local.id == drive).cloned()
+    }
+
+    /// Whether others may reach the server's drive.
+    pub(super) fn is_in_service(&self) -> bool {
+        self.served.borrow().is_some()
+    }
+
+    /// The drive of a server, by the map.
+    pub(super) fn drive_at(&self, node: NodeId) -> Option<DriveId> {
+        let map = self.map.borrow();
+        let mut drives = map.drives.values();
+        drives
+            .find(|drive| drive.home == DriveHome::Node(node))
+            .map(|drive| drive.id)
+    }
+
+    /// Ends this process, which comes back as a new one.
+    pub(super) fn give_up(&self, why: &str) {
+        let node = self.node;
+        self.cluster
+            .world()
+            .note(|| format!("the agent of {node} gives up: {why}"));
+        self.cluster.end_agent(node, self.process.id, Some((50, 300)));
+    }
+
+    async fn live(self: Rc<Self>) {
+        let registering = self.cluster.steps.enter(Step::Register);
+        let start = Command::StartIncarnation {
+            node: self.node,
+            host_id: self.host,
+            key: self.key.0,
+        };
+        let Ok(Reply::Incarnation(incarnation)) = self.client.propose(start).await else {
+            return self.give_up("no incarnation");
+        };
+        self.incarnation.set(Some(incarnation));
+        self.cluster
+            .watch
+            .incarnation_started(self.process.id, incarnation);
+        self.process.spawn(Rc::clone(&self).keep_session(incarnation));
+        self.process.spawn(Rc::clone(&self).follow_map());
+        let mut receiver = self.map.subscribe();
+        while !receiver
+            .borrow_and_update()
+            .incarnations
+            .contains_key(&incarnation)
+        {
+            if receiver.changed().await.is_err() {
+                return;
+            }
+        }
+        self.serve_drive().await;
+        self.process.spawn(Rc::clone(&self).record_registrations());
+        drop(registering);
+        self.follow(receiver).await;
+    }
+
+    async fn keep_session(self: Rc<Self>, incarnation: IncarnationId) {
+        loop {
+            match self.client.heartbeat(incarnation).await {
+                Some(false) => return self.give_up("declared dead"),
+                Some(true) => self.process.sleep(HEARTBEAT).await,
+                // Another member is asked at once.
+                None => self.process.sleep(Duration::from_millis(20)).await,
+            }
+        }
+    }
+
+    async fn follow_map(self: Rc<Self>) {
+        loop {
+            let known = self.map.borrow().version;
+            match self.client.map_after(known).await {
+                // An answer may be older than what another one has brought meanwhile.
+                Some(map) if map.version > known => {
+                    self.map.send_replace(map);
+                }
+                Some(_) => {}
+                None => self.process.sleep(Duration::from_millis(50)).await,
+            }
+        }
+    }
+
+    /// Puts the server's drive into service: reservation in force, dead incarnations fenced, then online.
+    async fn serve_drive(self: &Rc<Self>) {
+        let local = self.cluster.local_drive(self.node);
+        let cluster = self
+            .map
+            .borrow()
+            .cluster
+            .clone()
+            .expect("a cluster with an identity");
+        let report = local.namespace.report();
+        let (host, key) = (cluster.fencing_host_id, cluster.fencing_key);
+        if !report.registrants.iter().any(|found| found.hostid == host) {
+            let register = RegisterAction::Register;
+            let keep = PersistChange::Keep;
+            let registered = local.namespace.register(host, register, true, 0, key, keep);
+            registered.await.expect("the cluster's own registration");
+        }
+        if report.rtype != Some(RESERVATION) {
+            let acquired = local.namespace.acquire(host, key, RESERVATION).await;
+            acquired.expect("nobody else reserves a drive of the cluster");
+        }
+        self.fabric().add(local.id, Reach::Local(Rc::clone(&local)));
+        let map = self.map.borrow().clone();
+        self.fence_local(&local, &map).await;
+        *self.served.borrow_mut() = Some(Rc::clone(&local));
+        self.cluster.note_hurt(self.node);
+        self.process.spawn(Rc::clone(self).watch_health(local));
+    }
+
+    /// Says in Raft whether the drive is there.
+    async fn watch_health(self: Rc<Self>, local: Rc<LocalDrive>) {
+        loop {
+            let state = if is_present(&local.medium) {
+                DriveState::Online
+            } else {
+                DriveState::Failed
+            };
+            let known = self.map.borrow().drives.get(&local.id).map(|drive| drive.state);
+            if known != Some(state) {
+                let drive = local.id;
+                let _ = self.client.propose(Command::SetDriveState { drive, state }).await;
+            }
+            self.process.sleep(HEALTH_LOOK).await;
+        }
+    }
+
+    /// Fences dead incarnations on the server's drive, in the cluster's own name, and has that recorded.
+    async fn fence_local(&self, local: &LocalDrive, map: &ClusterMap) {
+        let Some(cluster) = &map.cluster else { return };
+        let mut commands = Vec::new();
+        for dead in map.fences_due(local.id) {
+            let _under = self.cluster.steps.enter(Step::Fence);
+            let report = local.namespace.report();
+            let fenced = if report.registrants.iter().any(|found| found.key == dead.key) {
+                let (host, key) = (cluster.fencing_host_id, cluster.fencing_key);
+                let preempt = local
+                    .namespace
+                    .preempt_and_abort(host, key, dead.key, RESERVATION);
+                preempt.await.is_ok()
+            } else {
+                local.namespace.drain_preempted().await;
+                true
+            };
+            if fenced {
+                self.cluster.watch.fenced(dead.id, local.id);
+                commands.push(Command::RecordFenced {
+                    incarnation: dead.id,
+                    drives: BTreeSet::from([local.id]),
+                });
+            }
+        }
+        if !commands.is_empty() {
+            let _ = self.client.propose(Command::Batch(commands)).await;
+        }
+    }
+
+    /// Has Raft record where this incarnation has registered.
+    async fn record_registrations(self: Rc<Self>) {
+        loop {
+            let drives = self.fabric().registrations_to_record().await;
+            let Some(incarnation) = self.incarnation.get() else {
+                return;
+            };
+            let _under = self.cluster.steps.enter(Step::Register);
+            let _ = self
+                .client
+                .propose(Command::RecordRegistrations { incarnation, drives })
+                .await;
+        }
+    }
+
+    /// Acts on every version of the map.
+    async fn follow(self: Rc<Self>, mut receiver: watch::Receiver<Rc<ClusterMap>>) {
+        loop {
+            let map = receiver.borrow_and_update().clone();
+            for drive in map.drives.values() {
+                if let DriveHome::Node(home) = drive.home
+                    && home != self.node
+                    && !self.fabric().knows(drive.id)
+                {
+                    let remote = RemoteDrive::new(&self.cluster, &self.process, self.host, drive.id, home);
+                    self.fabric().add(drive.id, Reach::Remote(remote));
+                }
+            }
+            self.follow_ownership(&map);
+            let local = self.served.borrow().clone();
+            if let Some(local) = local
+                && map.fences_due(local.id).next().is_some()
+            {
+                let (this, map) = (Rc::clone(&self), Rc::clone(&map));
+                self.process
+                    .spawn(async move { this.fence_local(&local, &map).await });
+            }
+            if receiver.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+}

@@ -1,0 +1,359 @@
+//! What is checked while a run goes on, whoever does what.
+//!
+//! - every write that lands on a drive lands in a chunk that a band of its sender holds, or that waits for its sender's
+//!   fence, and gives a row the bytes it gave it before, if it did;
+//! - nothing lands of an incarnation after its fence on that drive was complete;
+//! - an acknowledged write has a stripe with full m, all w+m shards of which have landed;
+//! - an epoch is granted once, to one incarnation, and one process answers for it.
+//!
+//! It keeps the history of the hosts as well, for [`crate::checker`].
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, BTreeSet};
+
+use bytes::Bytes;
+use weft_metadata::state::ClusterState;
+use weft_metadata::state::map::Owner;
+use weft_proto::band::Band;
+use weft_proto::id::{BandId, ClusterId, DriveId, Epoch, IncarnationId, StripeNumber, VolumeId};
+use weft_proto::units::LbaRange;
+use weft_volume::error::VolumeError;
+use weft_volume::format::header::{HeaderKey, StripeHeader};
+use weft_volume::testing::world::Landed;
+
+use crate::history::{BLOCK_BYTES, Block, Outcome, Record, Value, observe};
+
+/// 4 KiB blocks in a MiB.
+const BLOCKS_PER_MIB: u64 = 256;
+/// Violations kept: the first ones tell most.
+const KEPT: usize = 20;
+
+/// See the module.
+#[derive(Default)]
+pub(super) struct Watch {
+    history: RefCell<Vec<Record>>,
+    version: Cell<u32>,
+    violations: RefCell<Vec<String>>,
+    /// Incarnations by process. Processes are numbered by the world, incarnations by metadata.
+    incarnations: RefCell<BTreeMap<IncarnationId, IncarnationId>>,
+    fenced: RefCell<BTreeSet<(IncarnationId, DriveId)>>,
+    answering: RefCell<BTreeMap<(VolumeId, Epoch), IncarnationId>>,
+    granted: RefCell<BTreeMap<(VolumeId, Epoch), IncarnationId>>,
+    acknowledgements: Cell<u64>,
+    stale: Cell<bool>,
+    holders: RefCell<BTreeMap<(DriveId, u32), Holder>>,
+    rows: RefCell<BTreeMap<(BandId, u8, u32), u64>>,
+    stripes: RefCell<BTreeMap<StripeKey, Shards>>,
+    /// The stripes whose data shards hold what a write wrote to a block.
+    places: RefCell<BTreeMap<(Block, u16, u32), Vec<StripeKey>>>,
+}
+
+type StripeKey = (VolumeId, Epoch, StripeNumber, BandId);
+
+/// Who may write to a chunk.
+#[derive(Clone)]
+struct Holder {
+    mib: u32,
+    writer: IncarnationId,
+    /// `None` in quarantine.
+    band: Option<(Band, u8)>,
+}
+
+#[derive(Default)]
+struct Shards {
+    landed: BTreeSet<u8>,
+    needed: usize,
+}
+
+/// Where an open operation's records are.
+pub(super) struct Open {
+    first: usize,
+    count: usize,
+}
+
+impl Watch {
+    // The history.
+
+    pub(super) fn next_version(&self) -> u32 {
+        self.version.set(self.version.get() + 1);
+        self.version.get()
+    }
+
+    pub(super) fn record(&self, record: Record) {
+        self.history.borrow_mut().push(record);
+    }
+
+    pub(super) fn open(&self, records: impl Iterator<Item = Record>) -> Open {
+        let mut history = self.history.borrow_mut();
+        let first = history.len();
+        history.extend(records);
+        Open {
+            first,
+            count: history.len() - first,
+        }
+    }
+
+    pub(super) fn close(&self, open: Open, outcome: Outcome, completed_ns: u64) {
+        for record in &mut self.history.borrow_mut()[open.first..open.first + open.count] {
+            record.outcome = outcome;
+            record.completed_ns = completed_ns;
+        }
+    }
+
+    pub(super) fn take_history(&self) -> Vec<Record> {
+        self.history.take()
+    }
+
+    // Violations.
+
+    pub(super) fn violation(&self, what: String) {
+        let mut violations = self.violations.borrow_mut();
+        if violations.len() < KEPT {
+            violations.push(what);
+        }
+    }
+
+    pub(super) fn violations(&self) -> Vec<String> {
+        self.violations.borrow().clone()
+    }
+
+    pub(super) fn unreadable(&self, volume: VolumeId, epoch: Epoch, error: &VolumeError) {
+        self.violation(format!(
+            "{volume} cannot be opened under {epoch} within the tolerated failures: {error}"
+        ));
+    }
+
+    // Who is who.
+
+    pub(super) fn incarnation_started(&self, process: IncarnationId, incarnation: IncarnationId) {
+        self.incarnations.borrow_mut().insert(process, incarnation);
+    }
+
+    /// A fence is complete.
+    pub(super) fn fenced(&self, incarnation: IncarnationId, drive: DriveId) {
+        self.fenced.borrow_mut().insert((incarnation, drive));
+    }
+
+    /// Metadata has applied a command: an epoch belongs to one incarnation for ever.
+    pub(super) fn applied(&self, state: &ClusterState) {
+        for volume in state.map.volumes.values() {
+            let Some(owner) = volume.phase.owner() else {
+                continue;
+            };
+            let mut granted = self.granted.borrow_mut();
+            let first = *granted
+                .entry((volume.id, owner.epoch))
+                .or_insert(owner.incarnation);
+            if first != owner.incarnation {
+                self.violation(format!(
+                    "{} of {} was granted to {first} and then to {}",
+                    owner.epoch, volume.id, owner.incarnation
+                ));
+            }
+        }
+    }
+
+    pub(super) fn answered(&self, volume: VolumeId, owner: Owner, process: IncarnationId) {
+        let key = (volume, owner.epoch);
+        let first = *self.answering.borrow_mut().entry(key).or_insert(process);
+        if first != process {
+            self.violation(format!(
+                "processes {first} and {process} both answer for {volume} under {}",
+                owner.epoch
+            ));
+        }
+    }
+
+    // Redundancy.
+
+    /// A write was acknowledged by its engine: every block of it must lie in a stripe that is complete.
+    pub(super) fn acknowledged(&self, volume: VolumeId, range: LbaRange, bytes: &Bytes) {
+        self.acknowledgements.set(self.acknowledgements.get() + 1);
+        for (lba, bytes) in (range.start.0..).zip(bytes.chunks(BLOCK_BYTES)) {
+            let block = Block {
+                volume: (volume.0 - 1) as u16,
+                lba: lba as u32,
+            };
+            let Value::Written { client, version } = observe(block, bytes) else {
+                continue;
+            };
+            let places = self.places.borrow();
+            let stripes = self.stripes.borrow();
+            let complete = places.get(&(block, client, version)).is_some_and(|keys| {
+                let mut found = keys.iter().filter_map(|key| stripes.get(key));
+                found.any(|shards| shards.landed.len() >= shards.needed)
+            });
+            if !complete {
+                self.violation(format!(
+                    "c{client}v{version} on {volume} block {lba} is acknowledged, and no stripe with it is complete"
+                ));
+            }
+        }
+    }
+
+    pub(super) fn acknowledgements(&self) -> u64 {
+        self.acknowledgements.get()
+    }
+
+    // Landing.
+
+    /// Bands or chunks have changed.
+    pub(super) fn layout_changed(&self) {
+        self.stale.set(true);
+    }
+
+    fn refresh(&self, state: &ClusterState) {
+        if !self.stale.replace(false) {
+            return;
+        }
+        let mut holders = BTreeMap::new();
+        for record in state.layouts.values().flat_map(|layout| layout.bands.values()) {
+            for (column, chunk) in (0..).zip(&record.band.columns) {
+                let holder = Holder {
+                    mib: record.band.chunk_size.mib(),
+                    writer: record.writer,
+                    band: Some((record.band.clone(), column)),
+                };
+                holders.insert((chunk.drive, chunk.offset_mib), holder);
+            }
+        }
+        for (drive, chunks) in &state.chunks {
+            for (offset_mib, quarantined) in &chunks.quarantine {
+                let holder = Holder {
+                    mib: quarantined.size.mib(),
+                    writer: quarantined.writer,
+                    band: None,
+                };
+                holders.insert((*drive, *offset_mib), holder);
+            }
+        }
+        *self.holders.borrow_mut() = holders;
+    }
+
+    /// A write lands.
+    pub(super) fn landing(&self, state: &ClusterState, landed: &Landed<'_>) {
+        if let Err(what) = self.judge(state, landed) {
+            self.violation(format!(
+                "{} blocks of process {} land at {} of {}: {what}",
+                landed.blocks.len(),
+                landed.sender,
+                landed.start,
+                landed.drive
+            ));
+        }
+    }
+
+    fn judge(&self, state: &ClusterState, landed: &Landed<'_>) -> Result<(), String> {
+        self.refresh(state);
+        let &Landed {
+            drive, start, blocks, ..
+        } = landed;
+        let sender = self.incarnations.borrow().get(&landed.sender).copied();
+        let sender = sender.ok_or("nobody's process")?;
+        if self.fenced.borrow().contains(&(sender, drive)) {
+            return Err(format!("{sender} was fenced there, and that was complete"));
+        }
+        let mib = (start / BLOCKS_PER_MIB) as u32;
+        let holders = self.holders.borrow();
+        let found = holders.range((drive, 0)..=(drive, mib)).next_back();
+        let ((_, offset_mib), holder) = found
+            .filter(|((_, offset), holder)| mib < offset + holder.mib)
+            .ok_or("nobody holds a chunk there")?;
+        if holder.writer != sender {
+            return Err(format!("the chunk is {}'s, not {sender}'s", holder.writer));
+        }
+        let Some((band, column)) = &holder.band else {
+            return Ok(());
+        };
+        let first = (start - u64::from(*offset_mib) * BLOCKS_PER_MIB) as u32;
+        if first + blocks.len() as u32 > band.chunk_size.rows() {
+            return Err(format!("it ends past the chunk of {}", band.id));
+        }
+        for (row, bytes) in (first..).zip(blocks) {
+            let Some(bytes) = bytes else {
+                return Err(format!(
+                    "row {row} of {} is deallocated while it is held",
+                    band.id
+                ));
+            };
+            let hash = hash(bytes);
+            let before = self.rows.borrow_mut().insert((band.id, *column, row), hash);
+            if before.is_some_and(|before| before != hash) {
+                return Err(format!(
+                    "row {row} of column {column} of {} is written twice",
+                    band.id
+                ));
+            }
+        }
+        if landed.whole {
+            self.shard_landed(state, band, *column, first, blocks);
+        }
+        Ok(())
+    }
+
+    fn shard_landed(
+        &self,
+        state: &ClusterState,
+        band: &Band,
+        column: u8,
+        row: u32,
+        blocks: &[Option<Bytes>],
+    ) {
+        let Some(cluster) = &state.map.cluster else { return };
+        let Some(Some(header)) = blocks.first() else {
+            return;
+        };
+        let key = HeaderKey(cluster.authentication_key);
+        let id: ClusterId = cluster.id;
+        let Ok((header, part)) = StripeHeader::parse(header, &key, id, band, row, column) else {
+            self.violation(format!("{} gets a shard whose header cannot be read", band.id));
+            return;
+        };
+        let wanted = state
+            .map
+            .volumes
+            .get(&band.volume)
+            .map(|volume| volume.geometry.m);
+        if Some(header.geometry.m) != wanted {
+            self.violation(format!(
+                "a stripe of {} has {} parities",
+                band.id, header.geometry.m
+            ));
+        }
+        let key = (header.volume, header.epoch, header.stripe, header.band);
+        let mut stripes = self.stripes.borrow_mut();
+        let shards = stripes.entry(key).or_default();
+        shards.needed = usize::from(header.shape.w) + usize::from(header.geometry.m);
+        shards.landed.insert(part.index);
+        if part.index >= header.shape.w {
+            return;
+        }
+        let depth = usize::from(header.d);
+        for (index, payload) in blocks[1..].iter().enumerate() {
+            let record = header.blocks.get(usize::from(part.index) * depth + index);
+            let (Some(record), Some(payload)) = (record, payload) else {
+                continue;
+            };
+            let block = Block {
+                volume: (band.volume.0 - 1) as u16,
+                lba: record.lba.0 as u32,
+            };
+            if record.lba.0 < u64::from(u32::MAX)
+                && let Value::Written { client, version } = observe(block, payload)
+            {
+                let mut places = self.places.borrow_mut();
+                places.entry((block, client, version)).or_default().push(key);
+            }
+        }
+    }
+}
+
+/// Tells bytes apart; nobody here looks for collisions.
+fn hash(bytes: &[u8]) -> u64 {
+    let mut hash = 0x9e37_79b9_7f4a_7c15_u64;
+    for word in bytes.chunks_exact(8) {
+        let word = u64::from_le_bytes(word.try_into().expect("eight bytes"));
+        hash = (hash ^ word).wrapping_mul(0xff51_afd7_ed55_8ccd).rotate_left(29);
+    }
+    hash
+}

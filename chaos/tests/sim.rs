@@ -1,0 +1,54 @@
+//! The simulator itself: a seed is one history, and the bugs that are planted are found.
+
+use weft_chaos::sim::{self, Fault};
+
+#[test]
+fn a_seed_is_replayed_bit_for_bit() {
+    let digests = |seeds: std::ops::Range<u64>| -> Vec<u64> {
+        seeds.map(|seed| sim::run(seed, false).digest).collect()
+    };
+    let first = digests(0..12);
+    assert_eq!(first, digests(0..12));
+    let mut distinct = first.clone();
+    distinct.sort_unstable();
+    distinct.dedup();
+    assert_eq!(distinct.len(), first.len(), "every seed is a history of its own");
+}
+
+#[test]
+fn a_few_seeds_do_what_a_run_is_for_and_nothing_is_wrong() {
+    let mut coverage = sim::Coverage::default();
+    let mut operations = 0;
+    for seed in 100..140 {
+        let outcome = sim::run(seed, false);
+        assert_eq!(outcome.failures, Vec::<String>::new(), "seed {seed}");
+        coverage.merge(&outcome.coverage);
+        operations += outcome.operations;
+    }
+    assert!(coverage.faults() > 40, "{coverage}");
+    assert!(operations > 10_000, "{operations} operations");
+    let missing: Vec<Fault> = Fault::ALL
+        .iter()
+        .copied()
+        .filter(|fault| coverage.times(*fault) == 0)
+        .collect();
+    assert_eq!(missing, [], "every kind of fault happens in forty seeds");
+}
+
+/// `cargo test --release -p weft-chaos --features deliberate-bugs --test sim`. All of them, over more seeds: `sim --bug all`.
+#[cfg(feature = "deliberate-bugs")]
+#[test]
+fn bugs_of_every_crate_are_found() {
+    use weft_proto::deliberate::Bug;
+
+    for bug in [
+        Bug::AcknowledgeBeforeDurable,
+        Bug::DropLastStripe,
+        Bug::TrimInMemoryOnly,
+        Bug::ReuseEpoch,
+        Bug::AbortDoesNotWait,
+    ] {
+        let found = sim::hunt(bug, 0..400);
+        assert!(found.is_some(), "{bug:?} was not found");
+    }
+}
