@@ -257,10 +257,11 @@ impl ClusterState {
         layout.root_version += 1;
         let version = layout.root_version;
         for band in &update.freed {
-            // The live owner frees what it wrote itself only when all of it has completed, but for the chunks it
-            // lists; what others wrote waits for their fencing.
+            // The live owner frees what it wrote under this epoch only when all of it has completed, but for the chunks
+            // it lists. Of earlier epochs it knows nothing, even where it was the owner then: what was under way at their
+            // end waits for the fencing of whoever wrote it, and so does what others wrote.
             if let Some(record) = self.layout_mut(id).bands.get_mut(band) {
-                record.settled |= record.writer == owner.incarnation;
+                record.settled |= record.writer == owner.incarnation && record.band.epoch == update.epoch;
             }
             self.free_band(id, *band, &update.unsettled);
         }

@@ -191,7 +191,7 @@ impl ClusterState {
             && self.map.is_live(owner.incarnation)
         {
             for record in self.layout_mut(id).bands.values_mut() {
-                record.settled |= record.writer == owner.incarnation;
+                record.settled |= record.writer == owner.incarnation && record.band.epoch == owner.epoch;
             }
         }
         self.forget_volume(id);

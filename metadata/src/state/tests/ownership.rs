@@ -226,6 +226,41 @@ fn a_hand_over_recovers_nothing_and_settles_what_was_written() {
     assert_eq!(quarantined, 2);
 }
 
+/// The same process, but another engine: it cannot say whether what its predecessor left under way has ended.
+#[test]
+fn an_owner_that_gets_a_volume_back_does_not_settle_what_it_left_under_way() {
+    let mut cluster = Checked::cluster(3, 256, geometry(1, 1));
+    let volume = cluster.volume("v");
+    let unsettled = cluster.serve(volume, 1);
+    let handover = |epoch, unsettled, to| Command::Handover {
+        volume,
+        epoch,
+        last_stripe: StripeNumber(40),
+        update: None,
+        unsettled,
+        to: NodeId(to),
+    };
+    cluster.accept(handover(Epoch(1), vec![unsettled.id], 2));
+    let band = cluster.band(volume);
+    let update = cluster.root(volume, band.id, &[]);
+    cluster.accept(Command::FinishTakeover {
+        update,
+        recovered: None,
+        ended_at: StripeNumber(0),
+    });
+    cluster.accept(handover(Epoch(2), vec![], 1));
+    let band = cluster.band(volume);
+    let update = cluster.root(volume, band.id, &[unsettled.id]);
+    cluster.accept(Command::FinishTakeover {
+        update,
+        recovered: None,
+        ended_at: StripeNumber(0),
+    });
+    let chunks = cluster.state.chunks.values();
+    let quarantined: u64 = chunks.map(|chunks| chunks.quarantined_mib()).sum();
+    assert_eq!(quarantined, 2);
+}
+
 #[test]
 fn a_target_that_dies_after_a_hand_over_leaves_nothing_to_recover() {
     let mut cluster = Checked::cluster(3, 256, geometry(1, 1));
