@@ -103,6 +103,7 @@ impl Host {
     }
 
     fn io_error(&self, what: &str) {
+        self.cluster.world().note(|| what.to_owned());
         if self.cluster.is_tolerated() {
             let what = format!("a host met an error within the tolerated failures: {what}");
             self.cluster.watch.violation(what);
