@@ -50,8 +50,9 @@ pub fn run(data: &[u8]) {
     let mut input = Input::new(data);
     let flags = input.u8();
     let last_mib = u64::from(input.u8()) % DRIVE_MIB;
-    // A label may announce a body as long as its area, a MiB, which is then read, and written to both ends of a drive in memory.
-    bounded(16 << 20, || {
+    // A label may announce a body as long as its area, a MiB, which is then read, and written to both ends of a drive in memory,
+    // which takes 8 MiB for each place that is written.
+    bounded(32 << 20, || {
         let drive: Device = MemoryDrive::device(DRIVE_MIB * MIB);
         let put = |mib: u64, bytes: Vec<u8>| {
             let start = Lba(mib * MIB / 4096);
