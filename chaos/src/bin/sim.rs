@@ -21,7 +21,7 @@ struct Arguments {
     /// The first of them.
     #[arg(long, default_value_t = 0)]
     seed_base: u64,
-    /// Runs this one seed alone, bit for bit as before.
+    /// Runs this one seed alone: the same events as before.
     #[arg(long)]
     seed: Option<u64>,
     /// Plants this bug, which the run is then expected to find; `list` names them all, `all` hunts one after the other.

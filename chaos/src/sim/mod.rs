@@ -1,4 +1,4 @@
-//! The deterministic simulator: a whole cluster in one thread, by seed, bit for bit the same each time.
+//! The deterministic simulator: a whole cluster in one thread, by seed, with the same events each time.
 //!
 //! # What is real
 //!
@@ -58,7 +58,7 @@ pub use steps::{Coverage, Fault, Step};
 pub struct Outcome {
     /// Its seed.
     pub seed: u64,
-    /// Stands for everything that happened, in order.
+    /// Stands for the order of all polls and the times of all answers.
     pub digest: u64,
     /// Simulated time.
     pub simulated: Duration,
