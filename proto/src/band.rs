@@ -77,6 +77,18 @@ impl ChunkSize {
         u64::from(self.mib()) * MIB
     }
 
+    /// The largest chunks that a volume of `size_bytes` takes: of such a size that it fills 64 bands or more. The few bands that
+    /// are always open, asked for ahead or just emptied are then a small part of it, and among many bands there are
+    /// some with much garbage.
+    #[must_use]
+    pub fn for_volume(size_bytes: u64, geometry: Geometry) -> Self {
+        let share = size_bytes / u64::from(geometry.k.max(1)) / 64;
+        [Self::Mib64, Self::Mib8]
+            .into_iter()
+            .find(|size| share >= size.bytes())
+            .unwrap_or(Self::Mib1)
+    }
+
     /// In rows of [`BLOCK_BYTES`].
     #[must_use]
     pub fn rows(self) -> u32 {

@@ -6,24 +6,24 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
-use weft_proto::band::Geometry;
+use weft_proto::band::{ChunkSize, Geometry};
 
 use super::ClusterState;
 use super::map::{Domain, Pool};
 
-/// Bands per volume kept for the engine's own writes. Guessed: one open for compaction, one for checkpoints, and as
-/// many again for a takeover in the meantime.
+/// Bands per volume kept for the engine's own writes, of the largest chunks that it takes. Guessed: two for what lives in bands that
+/// were emptied and are not freed yet, one open, and one that was open at a takeover in the meantime.
 const INTERNAL_BANDS_PER_VOLUME: u64 = 4;
-/// MiB of a chunk of those.
-const INTERNAL_CHUNK_MIB: u64 = 8;
-/// The engine's own part in percent of the capacity, at least and at most. Guessed.
-const INTERNAL_PERCENT: std::ops::RangeInclusive<u64> = 2..=10;
+/// Of the capacity, one part in so many is kept besides for the page maps: a merge of all runs writes a map anew, 46 bytes for
+/// each block of 4 KiB, before the old one can be freed.
+const MAP_SHARE: u64 = 80;
+/// The engine's own part is at most one in so many of the capacity. Guessed.
+const INTERNAL_SHARE_MAX: u64 = 10;
 
-/// A pool with less than one part in so many left to hosts is tight, until one in [`ROOMY_SHARE`] is left. Guessed: early enough
-/// to compact beside the writes, late enough not to move what would die by itself.
-const TIGHT_SHARE: u64 = 8;
-/// The other end of that hysteresis.
-const ROOMY_SHARE: u64 = 6;
+/// A pool with less than one part in so many left to hosts is tight, or with less than a band for each volume. Early enough for
+/// idle volumes to give up their garbage before a busy one is refused; not earlier, because what is kept free costs as
+/// much as if it were full: at 85 % full, each further percent makes compaction a tenth dearer.
+const TIGHT_SHARE: u64 = 128;
 
 /// How full a pool is: over its drives in service, in MiB of raw capacity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,8 +57,9 @@ impl PoolSpace {
     pub fn is_tight(&self, was: bool) -> bool {
         let usable = self.capacity_mib.saturating_sub(self.reserve_mib());
         let left = self.free_mib.saturating_sub(self.reserve_mib());
-        let share = if was { ROOMY_SHARE } else { TIGHT_SHARE };
-        usable > 0 && left * share < usable
+        let band_each = self.internal_reserve_mib / INTERNAL_BANDS_PER_VOLUME;
+        let tight = band_each.max(usable / TIGHT_SHARE);
+        usable > 0 && left < if was { tight * 4 / 3 } else { tight }
     }
 
     /// What hosts could store in an empty pool of this shape, in full stripes of the pool's geometry, in bytes.
@@ -69,14 +70,20 @@ impl PoolSpace {
     }
 }
 
-/// MiB of raw capacity that a pool keeps for what its volumes' engines write on their own account.
+/// MiB of raw capacity that a pool keeps for what its volumes' engines write on their own account. `volumes` are their sizes in
+/// bytes.
 #[must_use]
-pub fn internal_reserve_mib(volumes: u64, geometry: Geometry, capacity_mib: u64) -> u64 {
-    let wished_mib = volumes * INTERNAL_BANDS_PER_VOLUME * u64::from(geometry.n()) * INTERNAL_CHUNK_MIB;
-    wished_mib.clamp(
-        capacity_mib * INTERNAL_PERCENT.start() / 100,
-        capacity_mib * INTERNAL_PERCENT.end() / 100,
-    )
+pub fn internal_reserve_mib(
+    volumes: impl IntoIterator<Item = u64>,
+    geometry: Geometry,
+    capacity_mib: u64,
+) -> u64 {
+    let chunks = u64::from(geometry.n()) * INTERNAL_BANDS_PER_VOLUME;
+    let wished_mib: u64 = volumes
+        .into_iter()
+        .map(|size_bytes| chunks * u64::from(ChunkSize::for_volume(size_bytes, geometry).mib()))
+        .sum();
+    (wished_mib + capacity_mib / MAP_SHARE).min(capacity_mib / INTERNAL_SHARE_MAX)
 }
 
 impl ClusterState {
@@ -123,7 +130,7 @@ impl ClusterState {
             .volumes
             .values()
             .filter(|volume| volume.pool == pool.id)
-            .count() as u64;
+            .map(|volume| volume.size_bytes);
         let n = u64::from(pool.geometry.n());
         let internal_reserve_mib = internal_reserve_mib(volumes, pool.geometry, capacity_mib);
         // Losing the largest domain d needs room for its chunks on the others: free − free(d) ≥ taken(d), which is

@@ -9,15 +9,15 @@
 //!   too, times the cost of a full stripe, (1 + 1/d)(1 + m/k), at the depth that the engine's full stripes had.
 //! - Everything that goes to drives counts: checkpoints, merges of the map, narrow stripes.
 //!
-//! The pool is small, so that it can be written over in seconds: a run of the map is a larger part of it than of a
-//! large one, but it takes fewer levels of merges. `docs/performance.md` says what that leaves open.
+//! The pool is a miniature, so that it can be written over in seconds: of the smallest chunks, to have as many bands (255 with
+//! `--quick`, 1023 otherwise) as 64 and 256 GiB have of the largest. `docs/performance.md` says what that leaves open.
 
 use std::cell::Cell;
 
 use anyhow::Context as _;
 use tokio::task::LocalSet;
 use weft_block::memory::MemoryDrive;
-use weft_proto::band::Geometry;
+use weft_proto::band::{ChunkSize, Geometry};
 use weft_proto::units::{BLOCK_BYTES, MIB};
 use weft_volume::engine::Stats;
 use weft_volume::settings::Settings;
@@ -32,8 +32,11 @@ use crate::config::EngineConfig;
 
 const GEOMETRY: Geometry = Geometry { k: 4, m: 2 };
 
-/// Of a device with `--quick`: 63 bands of the smallest chunks.
-const DEVICE_BYTES: u64 = 64 * MIB;
+/// Of a device with `--quick`: 255 bands of the smallest chunks.
+const DEVICE_BYTES: u64 = 256 * MIB;
+
+/// A larger plan has at most so many times as much: it has to fit in memory.
+const SCALE_MAX: u64 = 4;
 
 /// Overwrites before anything is counted, and while it is, in parts of all blocks that the devices have room for.
 const SETTLED_AFTER: f64 = 0.75;
@@ -59,7 +62,7 @@ pub(super) fn run(plan: &Plan, output: &mut Output) -> anyhow::Result<()> {
             .enable_all()
             .build()?;
         let pool = LocalSet::new()
-            .block_on(&runtime, overwrite(percent, plan.scale))
+            .block_on(&runtime, overwrite(percent, plan.scale.min(SCALE_MAX)))
             .with_context(|| format!("a pool that is {percent} % full"))?;
         pool.tell(percent, output);
     }
@@ -84,7 +87,8 @@ async fn overwrite(percent: u64, scale: u64) -> anyhow::Result<Pool> {
     let world = World::new(GEOMETRY, devices);
     let volume_bytes = world.space().usable_bytes() * percent / 100 / MIB * MIB;
     let settings = Settings {
-        log_budget_bytes: u64::from(EngineConfig::default().log_budget_mib) * MIB * scale / 8,
+        log_budget_bytes: u64::from(EngineConfig::default().log_budget_mib) * MIB * scale / 4,
+        chunk_size_max: ChunkSize::Mib1,
         ..Settings::default()
     };
     let engine = world.open(settings, volume_bytes).await?;

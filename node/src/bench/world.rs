@@ -32,6 +32,7 @@ pub(super) struct World {
     devices: Vec<Device>,
     geometry: Geometry,
     tight: Cell<bool>,
+    volume_bytes: Cell<u64>,
     state: RefCell<State>,
 }
 
@@ -57,6 +58,8 @@ impl World {
             devices,
             geometry,
             tight: Cell::new(false),
+            // Until a volume is created: one as large as the pool.
+            volume_bytes: Cell::new(u64::from(mib) * MIB * u64::from(geometry.k)),
             state: RefCell::new(State {
                 // The first MiB is a label's.
                 space: DriveSpace::new(1, mib),
@@ -72,6 +75,7 @@ impl World {
     /// # Errors
     /// The engine's.
     pub(super) async fn open(self: &Rc<Self>, settings: Settings, size_bytes: u64) -> anyhow::Result<Engine> {
+        self.volume_bytes.set(size_bytes);
         let seams = Seams {
             env: Rc::clone(&self.env) as Rc<dyn Env>,
             drives: Rc::clone(self) as Rc<dyn Drives>,
@@ -110,7 +114,11 @@ impl World {
             domains: u32::from(self.geometry.n()),
             // With as many drives as columns there is nowhere to rebuild to.
             rebuild_reserve_mib: 0,
-            internal_reserve_mib: internal_reserve_mib(1, self.geometry, capacity_mib),
+            internal_reserve_mib: internal_reserve_mib(
+                [self.volume_bytes.get()],
+                self.geometry,
+                capacity_mib,
+            ),
             geometry: self.geometry,
         }
     }

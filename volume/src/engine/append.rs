@@ -42,6 +42,8 @@ pub(crate) struct Stream {
     pub(crate) starved_since: Cell<Option<Timestamp>>,
     /// Bands granted so far, by which chunk sizes grow.
     pub(crate) granted: Cell<u32>,
+    /// When the last band was opened.
+    pub(crate) opened_at: Cell<Timestamp>,
 }
 
 /// What a stripe would look like.
@@ -75,6 +77,7 @@ impl Stream {
             no_space: Cell::new(false),
             starved_since: Cell::new(None),
             granted: Cell::new(0),
+            opened_at: Cell::new(Timestamp(0)),
         }
     }
 
@@ -259,10 +262,13 @@ impl Core {
             return false;
         };
         band.phase.set(Phase::Open);
+        stream.opened_at.set(self.seams.env.now());
         if let Some(former) = stream.current.replace(Some(band)) {
             self.seal(&former);
         }
-        if stream.ready.borrow().is_empty() {
+        // In a tight pool compaction waits for a band rather than keep one unused.
+        let ahead = stream.purpose == BandPurpose::User || !self.space.tight.get();
+        if ahead && stream.ready.borrow().is_empty() {
             self.ask_for_bands(stream);
         }
         true

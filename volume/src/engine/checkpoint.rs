@@ -226,6 +226,7 @@ impl Core {
         counters.bands_freed.add(freed.len() as u64);
         if !freed.is_empty() {
             self.space.hope();
+            self.space.freed.notify();
         }
         tracing::debug!(volume = %self.volume, version, stripe = %pointer.stripe, freed = freed.len(), "checkpoint");
         Ok(freed.len())

@@ -6,11 +6,14 @@
 //! counts as empty once every stripe header in it was looked at and nothing live was left; it is freed by the
 //! next checkpoint.
 //!
-//! When it runs: as soon as a grant was refused for want of space; otherwise when the share of garbage passes a
-//! setting, which is lower while the pool is tight: one volume's garbage may be all the space another one needs. It goes on beside user I/O, in its own stripes, which may use the pool's reserve.
+//! When it runs: as soon as a grant was refused for want of space, which is a band ahead of need; otherwise when the
+//! share of garbage passes a setting. That is lower while the pool is tight and this volume is quiet: its garbage may be all
+//! the space another one needs, while a busy volume's own garbage grows by itself the longer it is left. It goes on beside
+//! user I/O, in its own stripes, which may use the pool's reserve.
 
 use std::cell::Cell;
 use std::rc::Rc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::join_all;
@@ -27,7 +30,7 @@ use crate::entry::MapEntry;
 use crate::error::VolumeError;
 use crate::map::{Generation, HOST_LBA_END, Mapping, PageState, is_map_lba};
 use crate::seams::BandPurpose;
-use crate::sync::give_way;
+use crate::sync::{Changed, give_way, within};
 
 /// Rows read at once when a band is walked for its headers: few, because a deep stripe is mostly payload.
 const WALK_PIECE_ROWS: u32 = 8;
@@ -37,8 +40,12 @@ const GAIN_MIN: f64 = 0.1;
 const GAIN_MIN_IDLE: f64 = 0.25;
 /// Candidates looked up before hosts' work has its turn: some tens of microseconds.
 const LOOKUPS_PER_TURN: usize = 64;
-/// Bands emptied and not freed yet, at most: what was moved out of them takes as much of the pool's reserve.
-const EMPTIED_MAX: usize = 2;
+/// Of so many bands one may be emptied and not freed yet: less than the pool's reserve, which what was moved out of them
+/// takes. Each checkpoint frees them all, so the more, the fewer checkpoints.
+const BANDS_PER_EMPTIED: usize = 192;
+const EMPTIED_MIN: usize = 2;
+/// A volume whose hosts have filled no band for so long leaves its garbage to others. Guessed.
+const QUIET_AFTER: Duration = Duration::from_secs(5);
 /// Sealed bands below which garbage is no reason to compact.
 const SEALED_BANDS_MIN: usize = 4;
 
@@ -71,7 +78,7 @@ impl Core {
                 self.compact_one(GAIN_MIN_IDLE, u64::MAX).await.map(|_| ())
             } else {
                 self.space.busy.set(false);
-                changed.await;
+                self.wait_for_garbage(changed).await;
                 continue;
             };
             self.space.busy.set(false);
@@ -86,15 +93,29 @@ impl Core {
         }
     }
 
+    /// Waits until there may be something to compact: also until a busy volume of a tight pool has become quiet.
+    async fn wait_for_garbage(&self, changed: Changed) {
+        if !self.space.tight.get() || self.is_quiet() {
+            return changed.await;
+        }
+        let deadline = self.seams.env.now().after(QUIET_AFTER);
+        let _ = within(&*self.seams.env, deadline, Box::pin(changed)).await;
+    }
+
+    /// Whether the hosts' stream has opened no band for a while.
+    fn is_quiet(&self) -> bool {
+        self.seams.env.now() >= self.host.opened_at.get().after(QUIET_AFTER)
+    }
+
     /// Whether garbage passes the setting.
     fn is_wasteful(&self) -> bool {
         let (mut capacity, mut live, mut count) = (0, 0, 0);
         for band in self.victims() {
             count += 1;
             capacity += band.capacity_blocks();
-            live += self.map().references(band.id).min(band.capacity_blocks());
+            live += self.live_estimate(&band);
         }
-        let garbage_max = if self.space.tight.get() {
+        let garbage_max = if self.space.tight.get() && self.is_quiet() {
             self.settings.garbage_max_tight
         } else {
             self.settings.garbage_max
@@ -104,26 +125,32 @@ impl Core {
             && self.victim(GAIN_MIN_IDLE, u64::MAX).is_some()
     }
 
-    /// Turns garbage into free bands until the volume holds less than when the pool refused, or nothing is left to gain.
+    /// Turns garbage into free bands until the volume holds less than when the pool refused, hosts have been granted
+    /// one of them, or nothing is left to gain.
     ///
     /// Measured by what is held, not by what was freed: moved blocks, runs and roots take bands too, and a search that
     /// only kept pace with itself would go on forever. It looks at bands opened before it began, each once.
     async fn find_space(self: &Rc<Self>) -> Result<(), VolumeError> {
         let held = self.held_bytes();
+        let granted = self.host.granted.get();
         let before = self.bands_opened.get();
-        // What is dead already costs nothing but a root.
-        self.checkpoint(Purpose::Ordinary).await?;
+        let emptied_max = (self.bands.borrow().len() / BANDS_PER_EMPTIED).max(EMPTIED_MIN);
+        if self.victims().iter().any(|band| !self.map().refers_to(band.id)) {
+            // What is dead already costs nothing but a root.
+            self.checkpoint(Purpose::Ordinary).await?;
+        }
         let mut exact = false;
         let (mut gained, mut emptied) = (0.0, 0);
         let found = loop {
-            if self.held_bytes() < held {
+            if self.host.granted.get() > granted || self.held_bytes() < held {
                 break true;
             }
             match self.compact_one(GAIN_MIN, before).await? {
                 Some(share) => {
                     gained += share;
                     emptied += 1;
-                    if gained < 1.0 && emptied < EMPTIED_MAX {
+                    let enough = gained >= 1.0 && self.host.starved_since.get().is_some();
+                    if emptied < emptied_max && !enough {
                         continue;
                     }
                     self.checkpoint(Purpose::Ordinary).await?;
@@ -132,7 +159,7 @@ impl Core {
                     self.checkpoint(Purpose::Ordinary).await?;
                 }
                 None if !exact => {
-                    // Exact counts: overwritten blocks hide behind runs that were not merged.
+                    // Exact counts: what a former owner overwrote hides behind runs that were not merged.
                     exact = true;
                     self.checkpoint(Purpose::Exact).await?;
                 }
@@ -142,6 +169,8 @@ impl Core {
         };
         tracing::debug!(volume = %self.volume, found, held, now = self.held_bytes(), "search for space done");
         self.space.settle(found);
+        // Who was refused again meanwhile asks once more.
+        self.space.freed.notify();
         self.changed.notify();
         self.pump.notify();
         Ok(())
@@ -153,7 +182,7 @@ impl Core {
         let Some(band) = self.victim(gain_min, before) else {
             return Ok(None);
         };
-        let share = gain(&band, self.map().references(band.id));
+        let share = gain(&band, self.live_estimate(&band));
         match self.evacuate(&band).await? {
             Evacuation::Emptied => {
                 self.map().evacuated(band.id);
@@ -166,6 +195,11 @@ impl Core {
                 Ok(Some(0.0))
             }
         }
+    }
+
+    /// Live blocks of a band, as far as is known.
+    fn live_estimate(&self, band: &BandState) -> u64 {
+        self.map().live_estimate(band.id).min(band.capacity_blocks())
     }
 
     fn victims(&self) -> Vec<Rc<BandState>> {
@@ -188,7 +222,7 @@ impl Core {
             .into_iter()
             .filter(|band| band.order.get() <= before)
             .filter_map(|band| {
-                let share = gain(&band, self.map().references(band.id));
+                let share = gain(&band, self.live_estimate(&band));
                 let age = (now - band.order.get().min(now)) as f64 + 1.0;
                 let score = share * age.sqrt() / (2.0 - share);
                 (share >= gain_min).then_some((score, band))

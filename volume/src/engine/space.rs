@@ -4,9 +4,11 @@
 //! nothing do writes that need space fail; a TRIM, or a band that was freed, starts the search again.
 
 use std::cell::Cell;
+use std::rc::Rc;
 
 use super::Core;
 use crate::band::BandState;
+use crate::sync::Notify;
 
 /// State of the search for space.
 #[derive(Default)]
@@ -17,6 +19,8 @@ pub(crate) struct Space {
     pub(crate) tight: Cell<bool>,
     /// Compaction is at work.
     pub(crate) busy: Cell<bool>,
+    /// Bands of this volume were freed.
+    pub(crate) freed: Rc<Notify>,
 }
 
 impl Space {

@@ -12,6 +12,7 @@ use super::Core;
 use super::append::Stream;
 use crate::band::Phase;
 use crate::seams::{BandPurpose, DirectoryError};
+use crate::sync::within;
 
 /// Bands of 1 MiB chunks before 8 MiB ones are asked for, and of those before 64 MiB ones: an eighth of what the
 /// next size takes. Guessed.
@@ -37,6 +38,7 @@ impl Core {
             if self.is_over() {
                 return;
             }
+            let freed = self.space.freed.changed();
             let answer = self
                 .seams
                 .directory
@@ -77,8 +79,9 @@ impl Core {
                     // The waiters look at what was learnt, then this is asked again: space comes back.
                     self.changed.notify();
                     self.pump.notify();
-                    let pause = self.settings.retry * 5;
-                    self.sleep(pause).await;
+                    // At once when something was freed here; from time to time because others free something too.
+                    let deadline = self.seams.env.now().after(self.settings.retry * 5);
+                    let _ = within(&*self.seams.env, deadline, Box::pin(freed)).await;
                     if stream.queue.borrow().is_empty() {
                         break;
                     }
@@ -96,15 +99,7 @@ impl Core {
             granted if granted < 2 * SMALL_BANDS => ChunkSize::Mib8,
             _ => ChunkSize::Mib64,
         };
-        // Eight bands or more to a volume, so that there is always something to compact.
-        let share = self.size_bytes.get() / u64::from(self.geometry.k.max(1)) / 8;
-        let by_size = if share >= ChunkSize::Mib64.bytes() {
-            ChunkSize::Mib64
-        } else if share >= ChunkSize::Mib8.bytes() {
-            ChunkSize::Mib8
-        } else {
-            ChunkSize::Mib1
-        };
+        let by_size = ChunkSize::for_volume(self.size_bytes.get(), self.geometry);
         grown.min(by_size).min(self.settings.chunk_size_max)
     }
 

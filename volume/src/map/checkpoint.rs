@@ -7,6 +7,7 @@
 use std::rc::Rc;
 
 use super::address::PageId;
+use super::garbage::Survey;
 use super::run::RunDescriptor;
 use super::store::MapError;
 use super::writer::RunWriter;
@@ -39,12 +40,15 @@ impl PageMap {
             return Ok(());
         };
         let mut written = None;
+        let mut survey = Survey::default();
         if !frozen.is_empty() {
             let number = self.next_run()?;
             let _unfinished = Unfinished::new(self, number);
             let pending = Rc::clone(&self.pending_counts);
             let mut writer = RunWriter::new(Rc::clone(&self.pages), number, pending);
+            let older = Rc::clone(&self.runs.borrow());
             for item in frozen.items() {
+                survey.look(&item, &older, &self.pages).await;
                 writer.push(&item)?;
                 if writer.is_full() {
                     writer.flush().await?;
@@ -58,6 +62,7 @@ impl PageMap {
         }
         *self.runs.borrow_mut() = runs.into();
         self.record_counts.borrow_mut().add_all(frozen.counts());
+        self.garbage.borrow_mut().add(&survey);
         *self.frozen.borrow_mut() = None;
         self.installed.set(self.generation.get());
         Ok(())

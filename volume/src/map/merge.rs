@@ -341,6 +341,11 @@ impl PageMap {
         }
         *self.runs.borrow_mut() = runs.into();
         self.record_counts.borrow_mut().subtract_all(&merged.superseded);
+        if self.runs.borrow().len() <= 1 {
+            self.garbage.borrow_mut().clear();
+        } else {
+            self.garbage.borrow_mut().subtract_all(&merged.superseded);
+        }
         for number in merged.inputs {
             self.pages.retire(number);
         }
@@ -350,14 +355,14 @@ impl PageMap {
 
 /// Which runs to merge next, as a range of `records` from the newest to the oldest.
 ///
-/// Tiers: the newest runs are merged with the next older one as long as that is not much larger than they
+/// Tiers: the newest runs are merged with the next older one as long as that is not larger than they
 /// are together, so a record is rewritten once per tier. Fewer than `fan_in` runs are left alone until there are more
 /// than `runs_max`; then the cheapest prefix that helps is merged.
 pub(crate) fn choose(records: &[u64], fan_in: usize, runs_max: usize) -> Option<usize> {
     let mut total = 0;
     let mut tier = 0;
     for (index, count) in records.iter().enumerate() {
-        if index > 0 && *count > total * 2 {
+        if index > 0 && *count > total {
             break;
         }
         total += count;
@@ -380,6 +385,7 @@ mod tests {
         assert_eq!(choose(&[10, 10, 10, 10], 4, 8), Some(4));
         assert_eq!(choose(&[10, 10, 10, 10, 1000], 4, 8), Some(4));
         assert_eq!(choose(&[10, 10, 10, 10, 40, 1000], 4, 8), Some(5));
+        assert_eq!(choose(&[10, 10, 10, 10, 41, 1000], 4, 8), Some(4));
     }
 
     #[test]
@@ -394,12 +400,12 @@ mod tests {
         let mut rewritten = 0;
         for _ in 0..2000 {
             runs.insert(0, 100);
-            while let Some(count) = choose(&runs, 4, 8) {
+            while let Some(count) = choose(&runs, 4, 16) {
                 let merged = runs.drain(..count).sum();
                 rewritten += merged;
                 runs.insert(0, merged);
             }
-            assert!(runs.len() <= 8);
+            assert!(runs.len() <= 16);
         }
         assert!(rewritten < 2000 * 100 * 12, "rewrote {rewritten} records");
     }

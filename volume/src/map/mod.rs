@@ -25,6 +25,7 @@ mod counts;
 mod delta;
 mod fold;
 mod format;
+mod garbage;
 mod merge;
 mod moving;
 mod pages;
@@ -52,6 +53,7 @@ use crate::entry::MapEntry;
 use address::{PageId, RUNS};
 use counts::BandCounts;
 use delta::{Delta, SEQUENCE_ZERO};
+use garbage::Garbage;
 use merge::Merge;
 use pages::Pages;
 use slot::{Slot, Slots};
@@ -84,7 +86,7 @@ impl Default for MapSettings {
     fn default() -> Self {
         Self {
             cache_bytes: 32 << 20,
-            runs_max: 8,
+            runs_max: 16,
             merge_fan_in: 4,
             moved_max: 1024,
         }
@@ -171,6 +173,8 @@ pub struct PageMap {
     installed: Cell<u64>,
     /// Of the records of all runs.
     record_counts: RefCell<BandCounts>,
+    /// Of those, what is dead already: an estimate.
+    garbage: RefCell<Garbage>,
     /// Of the blocks of unfinished runs.
     pending_counts: PendingCounts,
     /// Bands without a live block, and the generation in which that was said.
@@ -225,6 +229,7 @@ impl PageMap {
             generation: Cell::new(0),
             installed: Cell::new(0),
             record_counts: RefCell::new(collect(&root.record_counts)),
+            garbage: RefCell::default(),
             pending_counts: PendingCounts::default(),
             evacuated: RefCell::default(),
             run_next: Cell::new(root.run_next),
@@ -347,6 +352,18 @@ impl PageMap {
         pages + self.record_references(band)
     }
 
+    /// Live blocks of `band`, as far as that can be told without reading the map: for choosing what to compact. Nothing is
+    /// freed because of it.
+    #[must_use]
+    pub fn live_estimate(&self, band: BandId) -> u64 {
+        let pages = self.page_references(band);
+        if self.evacuated.borrow().contains_key(&band) {
+            return pages;
+        }
+        let dead = self.garbage.borrow().of(band) as u64;
+        pages + self.record_references(band).saturating_sub(dead)
+    }
+
     /// Whether a root built from [`PageMap::snapshot`] at this moment needs `band`, or what changed since does.
     ///
     /// A band may be freed with the publication of that root when this says `false` **and** nothing was appended
@@ -371,6 +388,7 @@ impl PageMap {
     pub fn forget(&self, band: BandId) {
         self.evacuated.borrow_mut().remove(&band);
         self.record_counts.borrow_mut().forget(band);
+        self.garbage.borrow_mut().forget(band);
         for run in self.runs.borrow().iter() {
             run.page_counts.borrow_mut().forget(band);
         }
