@@ -224,6 +224,25 @@ pub struct EpochGrant {
     pub ended: Vec<(Epoch, StripeNumber)>,
 }
 
+impl EpochGrant {
+    /// Of the first epoch of a volume that was never opened.
+    #[must_use]
+    pub fn first(volume: VolumeId, size_bytes: u64, geometry: Geometry) -> Self {
+        Self {
+            volume,
+            layer: LayerId(1),
+            epoch: Epoch(1),
+            recover: None,
+            size_bytes,
+            geometry,
+            root_version: 0,
+            root: None,
+            bands: Vec::new(),
+            ended: Vec::new(),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

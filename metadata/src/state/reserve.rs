@@ -70,19 +70,16 @@ impl PoolSpace {
     }
 }
 
-/// MiB of raw capacity that a pool keeps for what its volumes' engines write on their own account. `volumes` are their sizes in
-/// bytes.
+/// MiB of raw capacity that a pool keeps for what its volumes' engines write on their own account. `chunks` are the largest that
+/// each volume takes.
 #[must_use]
 pub fn internal_reserve_mib(
-    volumes: impl IntoIterator<Item = u64>,
+    chunks: impl IntoIterator<Item = ChunkSize>,
     geometry: Geometry,
     capacity_mib: u64,
 ) -> u64 {
-    let chunks = u64::from(geometry.n()) * INTERNAL_BANDS_PER_VOLUME;
-    let wished_mib: u64 = volumes
-        .into_iter()
-        .map(|size_bytes| chunks * u64::from(ChunkSize::for_volume(size_bytes, geometry).mib()))
-        .sum();
+    let chunks_mib: u64 = chunks.into_iter().map(|chunk| u64::from(chunk.mib())).sum();
+    let wished_mib = chunks_mib * u64::from(geometry.n()) * INTERNAL_BANDS_PER_VOLUME;
     (wished_mib + capacity_mib / MAP_SHARE).min(capacity_mib / INTERNAL_SHARE_MAX)
 }
 
@@ -125,14 +122,14 @@ impl ClusterState {
             quarantined_mib += chunks.quarantined_mib();
         }
         let capacity_mib: u64 = capacity_by_domain.values().sum();
-        let volumes = self
+        let chunks = self
             .map
             .volumes
             .values()
             .filter(|volume| volume.pool == pool.id)
-            .map(|volume| volume.size_bytes);
+            .map(|volume| ChunkSize::for_volume(volume.size_bytes, volume.geometry));
         let n = u64::from(pool.geometry.n());
-        let internal_reserve_mib = internal_reserve_mib(volumes, pool.geometry, capacity_mib);
+        let internal_reserve_mib = internal_reserve_mib(chunks, pool.geometry, capacity_mib);
         // Losing the largest domain d needs room for its chunks on the others: free − free(d) ≥ taken(d), which is
         // free ≥ capacity(d). With only n domains there is nowhere to rebuild to and nothing to keep.
         let rebuild_reserve_mib = if capacity_by_domain.len() as u64 > n {

@@ -24,7 +24,6 @@ use weft_volume::settings::{Identity, Settings};
 use crate::agent::env::TokioEnv;
 
 const VOLUME: VolumeId = VolumeId(1);
-const EPOCH: Epoch = Epoch(1);
 
 /// See the module.
 pub(super) struct World {
@@ -32,7 +31,8 @@ pub(super) struct World {
     devices: Vec<Device>,
     geometry: Geometry,
     tight: Cell<bool>,
-    volume_bytes: Cell<u64>,
+    /// The largest that the volume takes.
+    chunk_size: Cell<ChunkSize>,
     state: RefCell<State>,
 }
 
@@ -58,8 +58,7 @@ impl World {
             devices,
             geometry,
             tight: Cell::new(false),
-            // Until a volume is created: one as large as the pool.
-            volume_bytes: Cell::new(u64::from(mib) * MIB * u64::from(geometry.k)),
+            chunk_size: Cell::new(ChunkSize::Mib1),
             state: RefCell::new(State {
                 // The first MiB is a label's.
                 space: DriveSpace::new(1, mib),
@@ -75,7 +74,8 @@ impl World {
     /// # Errors
     /// The engine's.
     pub(super) async fn open(self: &Rc<Self>, settings: Settings, size_bytes: u64) -> anyhow::Result<Engine> {
-        self.volume_bytes.set(size_bytes);
+        let chunk_size = ChunkSize::for_volume(size_bytes, self.geometry);
+        self.chunk_size.set(chunk_size.min(settings.chunk_size_max));
         let seams = Seams {
             env: Rc::clone(&self.env) as Rc<dyn Env>,
             drives: Rc::clone(self) as Rc<dyn Drives>,
@@ -87,18 +87,7 @@ impl World {
             key: HeaderKey([9; 32]),
             name: "bench".into(),
         };
-        let grant = EpochGrant {
-            volume: VOLUME,
-            layer: LayerId(1),
-            epoch: EPOCH,
-            recover: None,
-            size_bytes,
-            geometry: self.geometry,
-            root_version: 0,
-            root: None,
-            bands: Vec::new(),
-            ended: Vec::new(),
-        };
+        let grant = EpochGrant::first(VOLUME, size_bytes, self.geometry);
         Ok(Engine::open(seams, settings, identity, grant).await?)
     }
 
@@ -114,11 +103,7 @@ impl World {
             domains: u32::from(self.geometry.n()),
             // With as many drives as columns there is nowhere to rebuild to.
             rebuild_reserve_mib: 0,
-            internal_reserve_mib: internal_reserve_mib(
-                [self.volume_bytes.get()],
-                self.geometry,
-                capacity_mib,
-            ),
+            internal_reserve_mib: internal_reserve_mib([self.chunk_size.get()], self.geometry, capacity_mib),
             geometry: self.geometry,
         }
     }

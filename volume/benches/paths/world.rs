@@ -65,18 +65,7 @@ impl World {
             key: HeaderKey([9; 32]),
             name: "bench".into(),
         };
-        let grant = EpochGrant {
-            volume: VolumeId(1),
-            layer: LayerId(1),
-            epoch: Epoch(1),
-            recover: None,
-            size_bytes,
-            geometry: GEOMETRY,
-            root_version: 0,
-            root: None,
-            bands: Vec::new(),
-            ended: Vec::new(),
-        };
+        let grant = EpochGrant::first(VolumeId(1), size_bytes, GEOMETRY);
         // No checkpoint and no compaction comes in between: one write is like the next.
         let settings = Settings {
             log_budget_bytes: u64::MAX,

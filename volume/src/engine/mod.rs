@@ -237,6 +237,7 @@ impl Engine {
     /// Says whether the pool has little space left: then dead blocks are not left lying until this volume itself is refused.
     pub fn set_tight(&self, tight: bool) {
         if self.0.space.tight.replace(tight) != tight {
+            self.0.map().survey_closely(tight);
             self.0.worth_compacting.notify();
         }
     }

@@ -40,7 +40,7 @@ impl PageMap {
             return Ok(());
         };
         let mut written = None;
-        let mut survey = Survey::default();
+        let mut survey = Survey::new(self.surveys_closely.get());
         if !frozen.is_empty() {
             let number = self.next_run()?;
             let _unfinished = Unfinished::new(self, number);

@@ -21,7 +21,8 @@ use super::{Run, run};
 
 /// Of so many blocks of a run one is looked up: a lookup costs a tenth of what it costs to write a block.
 const SAMPLE_EVERY: usize = 4;
-/// Of so many lookups that would have to read one does.
+/// Of so many lookups that would have to read one does, while there is space. Where space is short every one does: a victim that was
+/// chosen wrongly costs a thousand lookups.
 const READ_EVERY: usize = 8;
 /// A lookup that stands for so many blocks always reads.
 const WORTH_A_READ: f64 = 64.0;
@@ -68,6 +69,8 @@ impl Garbage {
 /// What the records of a run supersede in older runs.
 #[derive(Default)]
 pub(crate) struct Survey {
+    /// Whether every lookup of the sample may read.
+    closely: bool,
     seen: usize,
     /// Lookups that stand for themselves: memory answered, or they were worth a read.
     looked_up: Sample,
@@ -86,6 +89,13 @@ struct Sample {
 }
 
 impl Survey {
+    pub(crate) fn new(closely: bool) -> Self {
+        Self {
+            closely,
+            ..Self::default()
+        }
+    }
+
     /// Looks at the next record of the new run, if it is in the sample. `older` are the runs before it. A map block that
     /// cannot be read, or is damaged, is reported by who needs it.
     pub(crate) async fn look(&mut self, item: &Item, older: &[Rc<Run>], pages: &Rc<Pages>) {
@@ -118,7 +128,7 @@ impl Survey {
             self.looked_up.enter(item, &slot[0], blocks);
             return;
         }
-        let worth_a_read = blocks >= WORTH_A_READ;
+        let worth_a_read = self.closely || blocks >= WORTH_A_READ;
         if !worth_a_read {
             self.unread_blocks += blocks;
             self.unread += 1;

@@ -175,6 +175,7 @@ pub struct PageMap {
     record_counts: RefCell<BandCounts>,
     /// Of those, what is dead already: an estimate.
     garbage: RefCell<Garbage>,
+    surveys_closely: Cell<bool>,
     /// Of the blocks of unfinished runs.
     pending_counts: PendingCounts,
     /// Bands without a live block, and the generation in which that was said.
@@ -230,6 +231,7 @@ impl PageMap {
             installed: Cell::new(0),
             record_counts: RefCell::new(collect(&root.record_counts)),
             garbage: RefCell::default(),
+            surveys_closely: Cell::new(false),
             pending_counts: PendingCounts::default(),
             evacuated: RefCell::default(),
             run_next: Cell::new(root.run_next),
@@ -362,6 +364,11 @@ impl PageMap {
         }
         let dead = self.garbage.borrow().of(band) as u64;
         pages + self.record_references(band).saturating_sub(dead)
+    }
+
+    /// Says whether [`PageMap::live_estimate`] is worth many reads: where space is short.
+    pub fn survey_closely(&self, closely: bool) {
+        self.surveys_closely.set(closely);
     }
 
     /// Whether a root built from [`PageMap::snapshot`] at this moment needs `band`, or what changed since does.
