@@ -27,6 +27,7 @@ use weft_proto::nqn::Nqn;
 use weft_proto::units::{Lba, LbaRange};
 
 use crate::history::{Action, BLOCK_BYTES, Block, Outcome, Record, Value, observe, stamp};
+use crate::mirror::Mirror;
 
 /// Blocks of each volume that the multipath hosts write.
 pub const LOCKED_BLOCKS: u32 = 3072;
@@ -70,6 +71,8 @@ pub struct Watch {
     pub stop: AtomicBool,
     /// Commands answered so far.
     pub answered: AtomicU64,
+    /// What the locked blocks hold, as the answers to their writes say.
+    pub mirror: Mirror,
 }
 
 impl Watch {
@@ -339,6 +342,7 @@ impl Client {
         self.watch.answered.fetch_add(1, Ordering::Relaxed);
         let waited = Duration::from_nanos(completed_ns - invoked_ns);
         let (outcome, data) = self.judge(answer.ok(), (action, start, count), waited, invoked_ns);
+        self.mirror(action, start, count, outcome, &data);
         for index in 0..count {
             let block = Block {
                 volume: self.volume,
@@ -367,6 +371,29 @@ impl Client {
         }
         if outcome != Outcome::Ok {
             tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Does to the mirror file what the answer says was done to the volume; what was read at the end is compared with it.
+    fn mirror(&self, action: Action, start: u32, count: u32, outcome: Outcome, data: &Bytes) {
+        let (mirror, volume) = (&self.watch.mirror, self.volume);
+        for index in 0..count {
+            let lba = start + index;
+            if lba >= LOCKED_BLOCKS {
+                return;
+            }
+            let block = Block { volume, lba };
+            match (action, outcome) {
+                (Action::Read, Outcome::Ok) if self.watch.stopped() => {
+                    let at = index as usize * BLOCK_BYTES;
+                    mirror.compare(block, data.get(at..at + BLOCK_BYTES).unwrap_or_default());
+                }
+                (Action::Read, _) => {}
+                (_, Outcome::Refused) => {}
+                (_, Outcome::Unknown) => mirror.doubt(block),
+                (Action::Write, Outcome::Ok) => mirror.write(block, &stamp(block, self.id, self.version)),
+                (_, Outcome::Ok) => mirror.write(block, &[0; BLOCK_BYTES]),
+            }
         }
     }
 

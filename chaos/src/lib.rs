@@ -11,5 +11,7 @@ pub mod checker;
 pub mod clients;
 pub mod guest;
 pub mod history;
+pub mod isolation;
+pub mod mirror;
 pub mod nemesis;
 pub mod sim;

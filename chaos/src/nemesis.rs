@@ -25,6 +25,7 @@ use weft_node::local_cluster::Agents;
 
 use crate::clients::Volume;
 use crate::history::BLOCK_BYTES;
+use crate::isolation::{Networks, SmallFileSystem, Throttle};
 
 /// How long a cluster without faults may take to serve everything again. Generous: a slow machine is not a failure.
 const HEAL_LIMIT: Duration = Duration::from_secs(180);
@@ -49,8 +50,21 @@ enum Health {
     Killed(Instant),
     /// Stopped; resumed then.
     Stopped(Instant),
-    /// Started or resumed at that time, and not in full service yet.
+    /// Cut off from others, or its I/O held up, or its drive's file system full; healed then.
+    Troubled(Trouble, Instant),
+    /// Started, resumed or healed at that time, and not in full service yet.
     Healing(Instant),
+}
+
+/// What is done to a node that goes on running.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Trouble {
+    /// It reaches some or all others no more, or they it, or neither.
+    Cut,
+    /// Its drive does a few operations a second.
+    Slow,
+    /// Its drive has no room for what was never written.
+    Full,
 }
 
 /// The cluster as its own command line shows it.
@@ -74,6 +88,9 @@ pub struct Nemesis {
     scar: Option<(usize, Scar, Instant)>,
     scarred: bool,
     hurt_max: usize,
+    tools: Tools,
+    /// Cuts in force, by the node that they are done to.
+    cuts: Vec<(usize, usize, usize)>,
     view: Arc<Mutex<Option<View>>>,
     poller: Option<(mpsc::Sender<()>, JoinHandle<()>)>,
     moves: Vec<JoinHandle<bool>>,
@@ -85,9 +102,27 @@ pub struct Nemesis {
     pub failures: Vec<String>,
 }
 
+/// What a nemesis that is root can hurt nodes with besides signals.
+#[derive(Debug, Default)]
+pub struct Tools {
+    /// Of all nodes.
+    pub networks: Option<Networks>,
+    /// Of whichever node is held up.
+    pub throttle: Option<Throttle>,
+    /// Under the drive of this node.
+    pub small: Option<(usize, SmallFileSystem)>,
+}
+
 impl Nemesis {
     /// A nemesis of `agents`, for a run that ends at `until`.
-    pub fn new(agents: Agents, volumes: &[Volume], seed: u64, began: Instant, until: Instant) -> Self {
+    pub fn new(
+        agents: Agents,
+        volumes: &[Volume],
+        seed: u64,
+        began: Instant,
+        until: Instant,
+        tools: Tools,
+    ) -> Self {
         let mut random = SmallRng::seed_from_u64(seed);
         let nodes = agents.list.len();
         // From a third of the run on: before, as many nodes are killed and stopped at once as redundancy covers.
@@ -109,6 +144,8 @@ impl Nemesis {
             scar,
             scarred: false,
             hurt_max: 2,
+            tools,
+            cuts: Vec::new(),
             view,
             poller: Some(poller),
             moves: Vec::new(),
@@ -143,7 +180,7 @@ impl Nemesis {
     pub fn heal(&mut self) -> anyhow::Result<()> {
         self.say("the end: everything is healed");
         for health in &mut self.health {
-            if let Health::Killed(due) | Health::Stopped(due) = health {
+            if let Health::Killed(due) | Health::Stopped(due) | Health::Troubled(_, due) = health {
                 *due = Instant::now();
             }
         }
@@ -190,9 +227,12 @@ impl Nemesis {
             return self.injure(node, scar);
         }
         match self.random.random_range(0..100) {
-            0..40 => self.kill(),
-            40..75 => self.stop(),
-            75..85 => {
+            0..25 => self.kill(),
+            25..45 => self.stop(),
+            45..65 => self.cut(),
+            65..73 => self.slow(),
+            73..79 => self.fill(),
+            79..87 => {
                 self.kill()?;
                 self.stop()
             }
@@ -222,6 +262,126 @@ impl Nemesis {
         self.fault("stop", &format!("{}, for {stopped:?}", self.name(node)));
         self.agents.signal(node, "STOP")?;
         self.health[node] = Health::Stopped(Instant::now() + stopped);
+        Ok(())
+    }
+
+    /// Cuts a node off: from all others or some, what it sends or what it hears or both.
+    fn cut(&mut self) -> anyhow::Result<()> {
+        if self.tools.networks.is_none() {
+            return Ok(());
+        }
+        let Some(node) = self.victim(true) else {
+            return Ok(());
+        };
+        let down = self.draw_ms(100, 20_000);
+        let (sends, hears) = [(true, true), (true, false), (false, true)][self.random.random_range(0..3)];
+        let all = self.random.random_bool(0.7);
+        let mut others: Vec<usize> = (0..self.health.len()).filter(|other| *other != node).collect();
+        others.retain(|_| all || self.random.random_bool(0.5));
+        let how = match (sends, hears) {
+            (true, true) => "partition",
+            (true, false) => "partition out",
+            _ => "partition in",
+        };
+        self.fault(
+            how,
+            &format!("{} and {} others, for {down:?}", self.name(node), others.len()),
+        );
+        for other in others {
+            if sends {
+                self.cut_one(node, node, other)?;
+            }
+            if hears {
+                self.cut_one(node, other, node)?;
+            }
+        }
+        self.health[node] = Health::Troubled(Trouble::Cut, Instant::now() + down);
+        Ok(())
+    }
+
+    fn cut_one(&mut self, whose: usize, from: usize, to: usize) -> anyhow::Result<()> {
+        self.cuts.push((whose, from, to));
+        let networks = self.tools.networks.as_ref();
+        networks.map_or(Ok(()), |networks| networks.cut(from, to))
+    }
+
+    /// Holds the I/O of a node up.
+    fn slow(&mut self) -> anyhow::Result<()> {
+        let free = !self
+            .health
+            .iter()
+            .any(|health| matches!(health, Health::Troubled(Trouble::Slow, _)));
+        if self.tools.throttle.is_none() || !free {
+            return Ok(());
+        }
+        let Some(node) = self.victim(true) else {
+            return Ok(());
+        };
+        let (down, operations) = (self.draw_ms(500, 15_000), self.random.random_range(5..200));
+        let process = self.agents.process_id(node).context("an agent that runs")?;
+        self.fault(
+            "slow",
+            &format!(
+                "{}, {operations} operations a second, for {down:?}",
+                self.name(node)
+            ),
+        );
+        if let Some(throttle) = &self.tools.throttle {
+            throttle.limit(operations)?;
+            throttle.take(process)?;
+        }
+        self.health[node] = Health::Troubled(Trouble::Slow, Instant::now() + down);
+        Ok(())
+    }
+
+    /// Fills the file system under the one drive that has its own.
+    fn fill(&mut self) -> anyhow::Result<()> {
+        let Some((node, _)) = self.tools.small else {
+            return Ok(());
+        };
+        let room = self.hurt() < self.hurt_max || self.is_scarred(node);
+        if self.health[node] != Health::Sound || !room {
+            return Ok(());
+        }
+        let down = self.draw_ms(500, 15_000);
+        self.fault("fill", &format!("the drive of {}, for {down:?}", self.name(node)));
+        if let Some((_, small)) = &self.tools.small {
+            small.fill()?;
+        }
+        self.health[node] = Health::Troubled(Trouble::Full, Instant::now() + down);
+        Ok(())
+    }
+
+    /// Ends what troubles a node.
+    fn relieve(&mut self, node: usize, trouble: Trouble) -> anyhow::Result<()> {
+        match trouble {
+            Trouble::Cut => {
+                let cuts = std::mem::take(&mut self.cuts).into_iter();
+                let (ended, left): (Vec<_>, Vec<_>) = cuts.partition(|(whose, ..)| *whose == node);
+                self.cuts = left;
+                for (_, from, to) in ended {
+                    // Another node's cut may be of the same way.
+                    let still = self.cuts.iter().any(|cut| (cut.1, cut.2) == (from, to));
+                    if let (Some(networks), false) = (&self.tools.networks, still) {
+                        networks.mend(from, to)?;
+                    }
+                }
+            }
+            Trouble::Slow => {
+                if let Some(throttle) = &self.tools.throttle {
+                    throttle.limit(0)?;
+                    if let Some(process) = self.agents.process_id(node) {
+                        throttle.release(process)?;
+                    }
+                }
+            }
+            Trouble::Full => {
+                if let Some((_, small)) = &self.tools.small {
+                    small.drain()?;
+                }
+            }
+        }
+        self.say(&format!("relieve {} of {trouble:?}", self.name(node)));
         Ok(())
     }
 
@@ -291,6 +451,7 @@ impl Nemesis {
                     self.agents.signal(node, "CONT")?;
                     self.say(&format!("resume {}", self.name(node)));
                 }
+                Health::Troubled(trouble, due) if due <= now => self.relieve(node, trouble)?,
                 Health::Healing(since) if self.sound_since(node, since) => {
                     self.health[node] = Health::Sound;
                     self.say(&format!(

@@ -290,6 +290,7 @@ impl LeaderCore {
                 commands.push(Command::FinishDelete {
                     volume: volume.id,
                     epoch: volume.epoch,
+                    unsettled: None,
                 });
             }
         }

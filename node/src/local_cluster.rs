@@ -55,6 +55,9 @@ pub struct Options {
     /// The address of the first node instead of one from the chosen subnet: a guest's way to this machine ends
     /// at 127.0.0.1. Its ports are free ones then.
     pub first_address: Option<Ipv4Addr>,
+    /// Network namespaces that exist, and the address of this machine's nodes in them, by index: each of these nodes lives in one
+    /// instead of at a loopback address.
+    pub namespaces: Vec<(String, Ipv4Addr)>,
 }
 
 impl Agents {
@@ -95,7 +98,8 @@ impl Agents {
         let name = format!("n{}", index + 1);
         let host = u8::try_from(index + 1).context("too many nodes")?;
         let [a, b, c] = self.subnet;
-        let own = Ipv4Addr::new(a, b, c, host);
+        let namespace = self.options.namespaces.get(index);
+        let own = namespace.map_or(Ipv4Addr::new(a, b, c, host), |(_, address)| *address);
         let addresses = match self.options.first_address.filter(|_| index == 0) {
             Some(address) => free_ports(address)?,
             None => [7420, 4420, 8009, 9420].map(|port| SocketAddr::from((own, port))),
@@ -149,6 +153,7 @@ impl Agents {
     pub fn start(&mut self, index: usize) -> anyhow::Result<()> {
         let keep = self.options.keep;
         let program = self.options.program.clone();
+        let namespace = self.options.namespaces.get(index).cloned();
         let agent = &mut self.list[index];
         ensure!(agent.child.is_none(), "agent {} runs already", agent.config.name);
         let log = fs::OpenOptions::new()
@@ -156,7 +161,15 @@ impl Agents {
             .append(true)
             .open(&agent.log_path)
             .with_context(|| format!("open {}", agent.log_path.display()))?;
-        let mut command = Command::new(program);
+        let mut command = match namespace {
+            // It becomes the agent: the process is the one that is signalled.
+            Some((name, _)) => {
+                let mut inside = Command::new("ip");
+                inside.args(["netns", "exec", &name]).arg(program);
+                inside
+            }
+            None => Command::new(program),
+        };
         command.arg("agent").arg("--config").arg(&agent.config_path);
         command.stdout(Stdio::null()).stderr(log);
         if keep {

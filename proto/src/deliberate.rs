@@ -41,6 +41,8 @@ pub enum Bug {
     ReuseEpoch,
     /// Chunks are free although their writer is not fenced.
     NoQuarantine,
+    /// A deleted volume's chunks are free although its last writes are under way.
+    DeleteDoesNotDrain,
     /// An owner's commands are taken whatever their epoch.
     AcceptStaleEpoch,
     /// A root is recorded although it does not follow the current one.
@@ -75,6 +77,7 @@ impl Bug {
         Self::RecoverFromTooFew,
         Self::ReuseEpoch,
         Self::NoQuarantine,
+        Self::DeleteDoesNotDrain,
         Self::AcceptStaleEpoch,
         Self::NoCompareAndSwap,
         Self::AbortDoesNotWait,

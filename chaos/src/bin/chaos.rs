@@ -1,7 +1,8 @@
 //! Real agents under a seeded nemesis: `chaos --minutes M --seed S [--json]`.
 //!
 //! Seven agents with a drive each, two 4+2 volumes. Clients record what they write and read while agents are killed,
-//! stopped and resumed, a drive rots or vanishes, and owners move. At the end everything is healed, every block is read back
+//! stopped and resumed, a drive rots or vanishes, and owners move; and, where it is root, agents are cut off from each other, a drive
+//! is full, or slow. At the end everything is healed, every block is read back
 //! through three nodes, and the whole history has to be one that a correct volume could have given. The last line says
 //! how it went; the exit status is non-zero if anything failed, and then the folder with logs and history is kept.
 //!
@@ -21,7 +22,9 @@ use serde_json::json;
 use weft_chaos::checker::{self, Violation};
 use weft_chaos::clients::{self, Harvest, VOLUME_BYTES, Volume, Watch};
 use weft_chaos::history;
-use weft_chaos::nemesis::Nemesis;
+use weft_chaos::isolation::{Networks, SmallFileSystem, Throttle};
+use weft_chaos::mirror::Mirror;
+use weft_chaos::nemesis::{Nemesis, Tools};
 use weft_node::config::EngineConfig;
 use weft_node::local_cluster::{Agents, Options};
 
@@ -51,6 +54,9 @@ struct Args {
     /// Keep the folder of a run that passed, too.
     #[arg(long)]
     keep: bool,
+    /// Agents at loopback addresses and no faults that only root can do, even as root.
+    #[arg(long)]
+    loopback: bool,
     /// The `weft` program to run agents with, instead of the one in this program.
     #[arg(long)]
     weft: Option<PathBuf>,
@@ -82,6 +88,8 @@ struct Report {
     moves_finished: usize,
     harvest: Harvest,
     violations: Vec<Violation>,
+    /// Blocks that were compared with the mirror file.
+    mirrored: u64,
     /// What else must not happen: agents that end, a cluster that does not heal.
     failures: Vec<String>,
 }
@@ -111,15 +119,17 @@ fn run(args: &Args) -> anyhow::Result<bool> {
 
 /// Forms the cluster, hurts it under load, heals it, reads everything back and checks.
 fn torment(args: &Args, folder: &std::path::Path, began: Instant) -> anyhow::Result<Report> {
-    let agents = form(args, folder)?;
+    let tools = tools(args, folder);
+    let agents = form(args, folder, &tools)?;
     let volumes = create_volumes(&agents)?;
     let watch = Arc::new(Watch {
         began,
         stop: AtomicBool::new(false),
         answered: AtomicU64::new(0),
+        mirror: Mirror::new()?,
     });
     let until = Instant::now() + Duration::from_secs_f64(args.minutes * 60.0);
-    let mut nemesis = Nemesis::new(agents, &volumes, args.seed, began, until);
+    let mut nemesis = Nemesis::new(agents, &volumes, args.seed, began, until, tools);
     let nodes = nemesis.nvme_addresses();
     let hosts = {
         let (volumes, nodes, watch, seed) = (volumes.clone(), nodes.clone(), watch.clone(), args.seed);
@@ -157,6 +167,9 @@ fn torment(args: &Args, folder: &std::path::Path, began: Instant) -> anyhow::Res
         },
         Err(error) => report.failures.push(format!("{error:#}")),
     }
+    let (mirrored, differences) = watch.mirror.result();
+    report.mirrored = mirrored;
+    report.failures.extend(differences);
     report.failures.append(&mut nemesis.failures);
     report.moves_finished = nemesis.moved;
     report.faults = std::mem::take(&mut nemesis.faults);
@@ -164,7 +177,34 @@ fn torment(args: &Args, folder: &std::path::Path, began: Instant) -> anyhow::Res
     Ok(report)
 }
 
-fn form(args: &Args, folder: &std::path::Path) -> anyhow::Result<Agents> {
+/// The node whose drive has a file system of its own.
+const SMALL_NODE: usize = 6;
+
+/// What this machine lets a nemesis do besides signals. What it does not is said, and done without.
+fn tools(args: &Args, folder: &std::path::Path) -> Tools {
+    fn or_without<T>(what: &str, tool: anyhow::Result<T>) -> Option<T> {
+        tool.inspect_err(|error| eprintln!("without {what}: {error:#}"))
+            .ok()
+    }
+    if args.loopback || !rustix::process::geteuid().is_root() {
+        return Tools::default();
+    }
+    // Its drive alone: an agent whose own files find no room is another story.
+    let small = || -> anyhow::Result<SmallFileSystem> {
+        let (mounted, node) = (folder.join("small"), folder.join(format!("n{}", SMALL_NODE + 1)));
+        let small = SmallFileSystem::new(&mounted, DRIVE_BYTES + (64 << 20))?;
+        std::fs::create_dir_all(&node)?;
+        std::os::unix::fs::symlink(mounted.join("drive1.img"), node.join("drive1.img"))?;
+        Ok(small)
+    };
+    Tools {
+        networks: or_without("partitions", Networks::new(NODES as usize)),
+        throttle: or_without("slow drives", Throttle::new(folder)),
+        small: or_without("full drives", small()).map(|small| (SMALL_NODE, small)),
+    }
+}
+
+fn form(args: &Args, folder: &std::path::Path, tools: &Tools) -> anyhow::Result<Agents> {
     let program = match &args.weft {
         Some(path) => path.clone(),
         None => std::env::current_exe().context("find this program")?,
@@ -181,6 +221,7 @@ fn form(args: &Args, folder: &std::path::Path) -> anyhow::Result<Agents> {
         },
         fabric: Default::default(),
         first_address: None,
+        namespaces: tools.networks.as_ref().map(Networks::hosts).unwrap_or_default(),
     };
     let mut agents = Agents::new(folder, options)?;
     for _ in 0..NODES {
@@ -240,6 +281,7 @@ fn print(args: &Args, report: &Report, folder: &std::path::Path) {
         "moves_finished": report.moves_finished,
         "commands": harvest.commands,
         "operations_checked": harvest.history.len(),
+        "blocks_mirrored": report.mirrored,
         "unknown_outcomes": harvest.unknown,
         "plain_host_errors": harvest.plain_errors,
         "host_retries": harvest.retries,

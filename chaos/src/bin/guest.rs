@@ -49,6 +49,7 @@ fn cluster(program: &Path, folder: &Path, nodes: u32) -> anyhow::Result<Agents> 
             engine: EngineConfig::default(),
             fabric: Default::default(),
             first_address: Some(Ipv4Addr::LOCALHOST),
+            namespaces: Vec::new(),
         },
     )?;
     for _ in 0..nodes {

@@ -8,7 +8,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::time::Duration;
 
-use tokio::sync::watch;
 use weft_metadata::leader::HEARTBEAT;
 use weft_metadata::state::map::{DriveHome, DriveState, Owner};
 use weft_metadata::state::{ClusterMap, Command, Reply};
@@ -22,6 +21,7 @@ use super::cluster::Cluster;
 use super::drive::{LocalDrive, RemoteDrive, is_present};
 use super::fabric::{Fabric, RESERVATION, Reach};
 use super::process::Process;
+use super::published::{Published, Subscriber};
 use super::steps::Step;
 
 /// Between looks at the health of the server's own drive.
@@ -34,7 +34,7 @@ pub(super) struct Agent {
     pub(super) process: Process,
     pub(super) client: Rc<Client>,
     pub(super) fabric: OnceCell<Rc<Fabric>>,
-    pub(super) map: watch::Sender<Rc<ClusterMap>>,
+    pub(super) map: Rc<Published<Rc<ClusterMap>>>,
     pub(super) host: HostId,
     pub(super) key: ReservationKey,
     pub(super) incarnation: Cell<Option<IncarnationId>>,
@@ -43,6 +43,10 @@ pub(super) struct Agent {
     /// Epochs that have a task.
     pub(super) tasks: RefCell<BTreeMap<VolumeId, Owner>>,
     pub(super) engines: RefCell<BTreeMap<VolumeId, (Owner, Engine)>>,
+    /// Volumes whose deletion came before they were open.
+    pub(super) deleted_unopened: RefCell<BTreeSet<VolumeId>>,
+    /// Takeovers that scan and replay now.
+    pub(super) recovering: Cell<u32>,
 }
 
 impl Agent {
@@ -59,13 +63,15 @@ impl Agent {
             client: Client::new(cluster, &process),
             process,
             fabric: OnceCell::new(),
-            map: watch::Sender::new(Rc::default()),
+            map: Published::new(Rc::default()),
             host,
             key,
             incarnation: Cell::new(None),
             served: RefCell::default(),
             tasks: RefCell::default(),
             engines: RefCell::default(),
+            deleted_unopened: RefCell::default(),
+            recovering: Cell::new(0),
         });
         let fabric = Fabric::new(Rc::downgrade(&agent), agent.process.clone(), host, key);
         if agent.fabric.set(fabric).is_err() {
@@ -130,9 +136,7 @@ impl Agent {
             .incarnations
             .contains_key(&incarnation)
         {
-            if receiver.changed().await.is_err() {
-                return;
-            }
+            receiver.changed().await;
         }
         self.serve_drive().await;
         self.process.spawn(Rc::clone(&self).record_registrations());
@@ -157,7 +161,7 @@ impl Agent {
             match self.client.map_after(known).await {
                 // An answer may be older than what another one has brought meanwhile.
                 Some(map) if map.version > known => {
-                    self.map.send_replace(map);
+                    self.map.replace(map);
                 }
                 Some(_) => {}
                 None => self.process.sleep(Duration::from_millis(50)).await,
@@ -257,7 +261,7 @@ impl Agent {
     }
 
     /// Acts on every version of the map.
-    async fn follow(self: Rc<Self>, mut receiver: watch::Receiver<Rc<ClusterMap>>) {
+    async fn follow(self: Rc<Self>, mut receiver: Subscriber<Rc<ClusterMap>>) {
         loop {
             let map = receiver.borrow_and_update().clone();
             for drive in map.drives.values() {
@@ -278,9 +282,7 @@ impl Agent {
                 self.process
                     .spawn(async move { this.fence_local(&local, &map).await });
             }
-            if receiver.changed().await.is_err() {
-                return;
-            }
+            receiver.changed().await;
         }
     }
 }

@@ -120,20 +120,7 @@ impl Cluster {
             classes: BTreeSet::from([DriveClass::Tlc]),
         }));
         for volume in 1..=plan.volumes {
-            self.must(Command::CreateVolume(NewVolume {
-                name: format!("volume-{volume}"),
-                pool: PoolId(1),
-                size_bytes: u64::from(plan.blocks) * 4096,
-                block_bytes: 4096,
-                geometry: None,
-                uuid: [volume as u8; 16],
-                subnqn: format!("nqn.2026-01.org.example:volume-{volume}")
-                    .parse()
-                    .expect("a valid NQN"),
-                allowed_hosts: BTreeSet::new(),
-                presentation: Presentation::All,
-                preferred: None,
-            }));
+            self.must(self.new_volume(volume));
         }
     }
 
@@ -161,6 +148,24 @@ impl Cluster {
             start_mib: 1,
             end_mib: self.plan.drive_mib,
             registrants_max: 1000,
+        })
+    }
+
+    /// A volume; the same number makes the same one.
+    pub(super) fn new_volume(&self, number: u16) -> Command {
+        Command::CreateVolume(NewVolume {
+            name: format!("volume-{number}"),
+            pool: PoolId(1),
+            size_bytes: u64::from(self.plan.blocks) * 4096,
+            block_bytes: 4096,
+            geometry: None,
+            uuid: [number as u8; 16],
+            subnqn: format!("nqn.2026-01.org.example:volume-{number}")
+                .parse()
+                .expect("a valid NQN"),
+            allowed_hosts: BTreeSet::new(),
+            presentation: Presentation::All,
+            preferred: None,
         })
     }
 

@@ -61,6 +61,25 @@ impl Host {
         });
     }
 
+    /// Writes small random ranges of a volume, of which nobody reads a block, for a while.
+    pub(super) fn scribble(self: &Rc<Self>, volume: VolumeId, mut rng: Rng, duration: Duration) {
+        let host = Rc::clone(self);
+        let deadline = self.process.now().after(duration);
+        let volume = (volume.0 - 1) as u16;
+        self.process.spawn(async move {
+            while host.process.now() < deadline && host.cluster.is_working() {
+                let blocks = u64::from(host.cluster.plan.blocks);
+                let count = rng.between(1, 8);
+                let start = Lba(rng.below(blocks - count + 1));
+                let node = host.cluster.any_node(&mut rng);
+                host.write(volume, node, LbaRange { start, count }).await;
+                host.process
+                    .sleep(Duration::from_micros(rng.between(0, 2_000)))
+                    .await;
+            }
+        });
+    }
+
     async fn random_command(&self, rng: &mut Rng, reads_only: bool) {
         let plan = &self.cluster.plan;
         let volume = rng.below(u64::from(plan.volumes)) as u16;

@@ -35,6 +35,7 @@ mod network;
 mod ownership;
 mod plan;
 mod process;
+mod published;
 mod raft;
 mod steps;
 mod watch;

@@ -8,14 +8,14 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 
-use weft_metadata::state::Command;
+use weft_metadata::state::{Command, Reply};
 use weft_proto::id::{NodeId, VolumeId};
 use weft_volume::testing::drive::{Astray, Health};
 use weft_volume::testing::rng::Rng;
 
 use super::client::Client;
 use super::cluster::Cluster;
-use super::host::FIRST_HOST;
+use super::host::{FIRST_HOST, Host};
 use super::process::Process;
 use super::steps::{Fault, Step};
 
@@ -63,8 +63,7 @@ impl Nemesis {
                     let polls = nemesis.between(1, 40);
                     world.after_polls(polls, move |_| nemesis.strike(fault));
                 } else {
-                    let step = Step::ALL[nemesis.rng.borrow_mut().index(Step::ALL.len())];
-                    nemesis.aim(fault, step, AIM_POLLS);
+                    nemesis.aim(fault, nemesis.step_for(fault), AIM_POLLS);
                 }
             });
         }
@@ -81,6 +80,7 @@ impl Nemesis {
                 let _ = client.propose(Command::RequestMove { volume, to }).await;
             });
         }
+        self.schedule_deletions(&operator, &client);
         if plan.joins {
             let node = NodeId(plan.nodes + 1);
             let at = Duration::from_millis(self.between(1_000, length));
@@ -93,6 +93,31 @@ impl Nemesis {
                     cluster.add_server(node);
                     cluster.start_agent(node);
                 }
+            });
+        }
+    }
+
+    /// Volumes that come and go: written until they are deleted, and for a moment longer, while others take their chunks.
+    fn schedule_deletions(self: &Rc<Self>, operator: &Process, client: &Rc<Client>) {
+        let plan = &self.cluster.plan;
+        let length = plan.length.as_millis() as u64;
+        for number in 0..plan.deletions {
+            let at = self.some_time(500, length - 1_000);
+            let life = self.some_time(100, 2_000);
+            let wanted = self.cluster.new_volume(100 + number);
+            let host = Host::start(&self.cluster, plan.hosts + number);
+            let rng = self.rng.borrow_mut().fork(u64::from(number));
+            let (client, process) = (Rc::clone(client), operator.clone());
+            operator.spawn(async move {
+                process.sleep(at).await;
+                let Ok(Reply::Volume(volume)) = client.propose(wanted).await else {
+                    return;
+                };
+                for task in 0..6 {
+                    host.scribble(volume, rng.fork(task), life + Duration::from_millis(20));
+                }
+                process.sleep(life).await;
+                let _ = client.propose(Command::DeleteVolume { volume }).await;
             });
         }
     }
@@ -153,6 +178,17 @@ impl Nemesis {
             heal(&cluster);
             cluster.note_hurt(node);
         });
+    }
+
+    /// The step that a fault is aimed at. More deaths than redundancy covers are worst where what is left is believed.
+    fn step_for(&self, fault: Fault) -> Step {
+        let mut rng = self.rng.borrow_mut();
+        let index = rng.index(Step::ALL.len());
+        if fault == Fault::Many && rng.chance(1, 2) {
+            Step::Recover
+        } else {
+            Step::ALL[index]
+        }
     }
 
     /// Waits until `step` is under way, and strikes somewhere in it.
@@ -221,6 +257,13 @@ impl Nemesis {
     fn many(&self) -> Option<NodeId> {
         let mut nodes = self.cluster.nodes();
         self.rng.borrow_mut().shuffle(&mut nodes);
+        if self.rng.borrow_mut().chance(1, 2) {
+            // Whoever recovers a volume is left to see what is missing.
+            nodes.retain(|node| {
+                let agent = self.cluster.agent(*node);
+                agent.is_none_or(|agent| agent.recovering.get() == 0)
+            });
+        }
         let most = nodes.len();
         let count = self.between(u64::from(self.cluster.plan.geometry.m) + 1, most as u64);
         for node in nodes.iter().take(count as usize) {

@@ -1,4 +1,4 @@
-//! Volumes that an agent owns: taking over, serving, handing over. One task per epoch.
+//! Volumes that an agent owns: taking over, serving, handing over, deleting. One task per epoch.
 //!
 //! A counterpart of `node/src/agent/ownership.rs`, in the same order of steps and with the same times.
 
@@ -10,7 +10,7 @@ use futures_util::future::{Either, join_all, select};
 use weft_metadata::state::map::{ClusterMap, NodeState, Owner, Phase, Volume};
 use weft_metadata::state::{Command, Reply};
 use weft_proto::band::EpochGrant;
-use weft_proto::id::{DriveId, IncarnationId, NodeId, VolumeId};
+use weft_proto::id::{BandId, DriveId, IncarnationId, NodeId, VolumeId};
 use weft_volume::engine::Engine;
 use weft_volume::error::VolumeError;
 use weft_volume::format::header::HeaderKey;
@@ -27,21 +27,40 @@ const RETRY: Duration = Duration::from_millis(50);
 const UNREADABLE_RETRY: Duration = Duration::from_secs(5);
 /// A successor serves one lease and its drift after its fence is complete.
 const LEASE_AND_DRIFT: Duration = Duration::from_millis(1010);
+/// How long a deletion waits for the writes that its engine had sent.
+const DRAIN: Duration = Duration::from_secs(3);
 /// Between two looks at whether compaction moves anything.
 const COMPACTION_LOOK: Duration = Duration::from_millis(50);
 
 impl Agent {
-    /// Starts a task for every epoch that the map gives to this incarnation and that has none.
+    /// Starts a task for every epoch that the map gives to this incarnation and that has none, and for every deletion of
+    /// a volume that is not open here.
     pub(super) fn follow_ownership(self: &Rc<Self>, map: &ClusterMap) {
+        let own = self.incarnation.get();
         for (id, volume) in &map.volumes {
-            let Phase::Recovering { owner, .. } = volume.phase else {
+            let Some(owner) = volume
+                .phase
+                .owner()
+                .filter(|owner| Some(owner.incarnation) == own)
+            else {
                 continue;
             };
-            if Some(owner.incarnation) == self.incarnation.get()
-                && self.tasks.borrow().get(id) != Some(&owner)
-            {
-                self.tasks.borrow_mut().insert(*id, owner);
-                self.process.spawn(Rc::clone(self).own(*id, owner));
+            match volume.phase {
+                Phase::Recovering { .. } if self.tasks.borrow().get(id) != Some(&owner) => {
+                    self.tasks.borrow_mut().insert(*id, owner);
+                    self.process.spawn(Rc::clone(self).own(*id, owner));
+                }
+                // Whoever serves it sees this too, and drains it first.
+                Phase::Deleting { .. }
+                    if !self.engines.borrow().contains_key(id)
+                        && self.deleted_unopened.borrow_mut().insert(*id) =>
+                {
+                    self.process.spawn(Rc::clone(self).delete_unopened(*id, owner));
+                }
+                Phase::Recovering { .. }
+                | Phase::Deleting { .. }
+                | Phase::Serving { .. }
+                | Phase::Unowned => {}
             }
         }
     }
@@ -124,7 +143,9 @@ impl Agent {
                 key: HeaderKey(cluster.authentication_key),
                 name: volume_found.name,
             };
+            self.recovering.set(self.recovering.get() + 1);
             let opened = Engine::open(self.seams(), self.cluster.settings(), identity, grant.clone()).await;
+            self.recovering.set(self.recovering.get() - 1);
             drop(under);
             match opened {
                 Ok(engine) => {
@@ -169,7 +190,7 @@ impl Agent {
         }
     }
 
-    /// Serves until the epoch ends: handed over or fenced.
+    /// Serves until the epoch ends: handed over, deleted or fenced.
     async fn serve(self: &Rc<Self>, volume: VolumeId, owner: Owner, engine: &Engine) {
         let mut map = self.map.subscribe();
         loop {
@@ -182,13 +203,11 @@ impl Agent {
             engine.set_tight(tight);
             let mut moving = None;
             match found {
-                Some(found) if found.phase.owner() == Some(owner) => {
-                    if let (Phase::Serving { .. }, Some(to)) = (found.phase, found.move_to)
-                        && to != self.node
-                    {
-                        moving = Some(to);
-                    }
-                }
+                Some(found) if found.phase.owner() == Some(owner) => match (found.phase, found.move_to) {
+                    (Phase::Deleting { .. }, _) => return self.delete(volume, owner, engine).await,
+                    (Phase::Serving { .. }, Some(to)) if to != self.node => moving = Some(to),
+                    _ => {}
+                },
                 // The map may lag behind what this epoch has done itself.
                 Some(found) if found.epoch < owner.epoch => {}
                 _ => return engine.abort(),
@@ -201,8 +220,7 @@ impl Agent {
             let changed = std::pin::pin!(map.changed());
             let fenced = std::pin::pin!(engine.fenced());
             match select(changed, fenced).await {
-                Either::Left((Ok(()), _)) => {}
-                Either::Left((Err(_), _)) => return engine.abort(),
+                Either::Left(_) => {}
                 Either::Right(_) => {
                     self.engines.borrow_mut().remove(&volume);
                     return self.end_if_current(volume, owner).await;
@@ -249,6 +267,27 @@ impl Agent {
             let _: Result<Reply, _> = self.client.propose(handover(self.node)).await;
         }
         true
+    }
+
+    async fn delete(&self, volume: VolumeId, owner: Owner, engine: &Engine) {
+        let _under = self.cluster.steps.enter(Step::Delete);
+        self.engines.borrow_mut().remove(&volume);
+        let unsettled = engine.abort_and_drain(DRAIN).await;
+        self.finish_delete(volume, owner, Some(unsettled)).await;
+    }
+
+    async fn delete_unopened(self: Rc<Self>, volume: VolumeId, owner: Owner) {
+        let _under = self.cluster.steps.enter(Step::Delete);
+        self.finish_delete(volume, owner, None).await;
+    }
+
+    async fn finish_delete(&self, volume: VolumeId, owner: Owner, unsettled: Option<Vec<BandId>>) {
+        let finish = Command::FinishDelete {
+            volume,
+            epoch: owner.epoch,
+            unsettled,
+        };
+        let _ = self.client.propose(finish).await;
     }
 
     /// Fences every dead incarnation on the drives of the grant's bands and has that recorded. Whether it was enough:

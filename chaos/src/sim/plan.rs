@@ -37,6 +37,8 @@ pub(super) struct Plan {
     pub(super) restart_all: bool,
     /// A node more joins in the middle.
     pub(super) joins: bool,
+    /// Volumes that are made, written and deleted while others go on.
+    pub(super) deletions: u16,
 }
 
 const GEOMETRIES: [(u8, u8); 6] = [(2, 1), (1, 1), (2, 2), (1, 2), (3, 2), (4, 2)];
@@ -79,6 +81,11 @@ impl Plan {
             damaged,
             restart_all: rng.chance(1, 3) && damaged.is_none(),
             joins: rng.chance(1, 4),
+            deletions: if rng.chance(1, 3) {
+                rng.between(1, 4) as u16
+            } else {
+                0
+            },
         }
     }
 }

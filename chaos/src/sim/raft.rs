@@ -132,7 +132,7 @@ impl Raft {
                 .violation(format!("metadata after {what}: {violation}"));
         }
         if state.layouts != before.layouts || state.chunks != before.chunks {
-            cluster.watch.layout_changed();
+            cluster.watch.layout_changed(&before, &state);
         }
         if state.map.version != before.map.version {
             cluster.watch.applied(&state);

@@ -55,6 +55,8 @@ table_axis!(
         LeaseWait = "lease",
         /// A planned move.
         Move = "move",
+        /// A volume is deleted.
+        Delete = "delete",
         /// Metadata has no leader.
         NoLeader = "no leader",
     }

@@ -4,7 +4,8 @@
 //!   fence, and gives a row the bytes it gave it before, if it did;
 //! - nothing lands of an incarnation after its fence on that drive was complete;
 //! - an acknowledged write has a stripe with full m, all w+m shards of which have landed;
-//! - an epoch is granted once, to one incarnation, and one process answers for it.
+//! - an epoch is granted once, to one incarnation, and one process answers for it;
+//! - a root is never followed by an older one.
 //!
 //! It keeps the history of the hosts as well, for [`crate::checker`].
 
@@ -197,9 +198,22 @@ impl Watch {
 
     // Landing.
 
-    /// Bands or chunks have changed.
-    pub(super) fn layout_changed(&self) {
+    /// Bands, chunks or roots have changed. A volume's root is never followed by an older one: one of an earlier epoch, or
+    /// one that the same epoch wrote before.
+    pub(super) fn layout_changed(&self, before: &ClusterState, after: &ClusterState) {
         self.stale.set(true);
+        let written = |state: &ClusterState, volume: &VolumeId| {
+            let layout = state.layouts.get(volume)?;
+            let root = layout.root?;
+            let record = layout.bands.get(&root.band)?;
+            Some((record.band.epoch, root.stripe))
+        };
+        for volume in after.layouts.keys() {
+            let (old, new) = (written(before, volume), written(after, volume));
+            if new < old {
+                self.violation(format!("the root of {volume} goes back from {old:?} to {new:?}"));
+            }
+        }
     }
 
     fn refresh(&self, state: &ClusterState) {

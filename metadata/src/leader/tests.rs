@@ -308,7 +308,8 @@ fn a_dead_owners_deletion_is_finished_for_it() {
         core.decide(ms(10), &map).command,
         Some(Command::FinishDelete {
             volume: deleted,
-            epoch: Epoch(1)
+            epoch: Epoch(1),
+            unsettled: None,
         })
     );
 }

@@ -109,6 +109,10 @@ pub enum Command {
         volume: VolumeId,
         /// The last epoch.
         epoch: Epoch,
+        /// From an owner that has stopped: its bands that a write of it may still reach. All others are settled. `None`
+        /// from anybody who cannot know: then every chunk waits for the fencing of whoever wrote it.
+        #[serde(default)]
+        unsettled: Option<Vec<BandId>>,
     },
     /// Serves a host.
     AllowHost {

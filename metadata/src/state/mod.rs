@@ -179,7 +179,11 @@ impl ClusterState {
             Command::CreateVolume(new) => self.create_volume(new),
             Command::ResizeVolume { volume, size_bytes } => self.resize_volume(volume, size_bytes),
             Command::DeleteVolume { volume } => self.delete_volume(volume),
-            Command::FinishDelete { volume, epoch } => self.finish_delete(volume, epoch),
+            Command::FinishDelete {
+                volume,
+                epoch,
+                unsettled,
+            } => self.finish_delete(volume, epoch, unsettled.as_deref()),
             Command::AllowHost { volume, host } => self.allow_host(volume, host),
             Command::DisallowHost { volume, host } => self.disallow_host(volume, &host),
             Command::SetPresentation { volume, presentation } => self.set_presentation(volume, presentation),

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use weft_proto::band::Geometry;
-use weft_proto::id::{Epoch, LayerId, NodeId, PoolId, VolumeId};
+use weft_proto::id::{BandId, Epoch, LayerId, NodeId, PoolId, VolumeId};
 use weft_proto::nqn::Nqn;
 use weft_proto::units::BLOCK_BYTES;
 
@@ -172,7 +172,12 @@ impl ClusterState {
         Ok(Reply::Applied)
     }
 
-    pub(super) fn finish_delete(&mut self, id: VolumeId, epoch: Epoch) -> Result<Reply, Refusal> {
+    pub(super) fn finish_delete(
+        &mut self,
+        id: VolumeId,
+        epoch: Epoch,
+        unsettled: Option<&[BandId]>,
+    ) -> Result<Reply, Refusal> {
         let Some(volume) = self.map.volumes.get(&id) else {
             return self.absent_volume(id);
         };
@@ -185,13 +190,16 @@ impl ClusterState {
                 current: volume.epoch,
             });
         }
-        // A live owner that says so has stopped: all it ever sent has completed. A dead one cannot say so, and
-        // its chunks wait for its fencing.
-        if let Some(owner) = owner
+        // Only the owner knows what has completed of all it ever sent, and only while it counts: from a dead one the
+        // word may be of any age, and its chunks wait for its fencing.
+        if let (Some(owner), Some(unsettled)) = (owner, unsettled)
             && self.map.is_live(owner.incarnation)
         {
             for record in self.layout_mut(id).bands.values_mut() {
-                record.settled |= record.writer == owner.incarnation && record.band.epoch == owner.epoch;
+                let band = &record.band;
+                record.settled |= record.writer == owner.incarnation
+                    && band.epoch == owner.epoch
+                    && !unsettled.contains(&band.id);
             }
         }
         self.forget_volume(id);

@@ -3,7 +3,7 @@
 //! ```text
 //!  Recovering{us} ─ grant ─ fence the dead on ≥ n−m drives of each band ─ record ─┬─ lease + drift ─┬─ serve
 //!                                                                                 └─ Engine::open ──┘
-//!  Serving{us}, move_to ─ quiesce ─ Handover        Deleting{us} ─ abort ─ FinishDelete
+//!  Serving{us}, move_to ─ quiesce ─ Handover        Deleting{us} ─ abort ─ drain ─ FinishDelete
 //! ```
 //!
 //! Design section 5. The map says what should be; this makes it so and tells Raft.
@@ -22,7 +22,7 @@ use weft_metadata::client::{ClientError, MetadataClient};
 use weft_metadata::state::map::{Cluster, ClusterMap, Owner, Phase, Volume};
 use weft_metadata::state::{Command, Refusal, Reply};
 use weft_proto::band::EpochGrant;
-use weft_proto::id::{DriveId, IncarnationId, NodeId, VolumeId};
+use weft_proto::id::{BandId, DriveId, IncarnationId, NodeId, VolumeId};
 use weft_volume::engine::Engine;
 use weft_volume::error::VolumeError;
 use weft_volume::format::header::HeaderKey;
@@ -47,6 +47,10 @@ const LOG_LOOK: Duration = Duration::from_millis(200);
 /// A successor serves one lease and its drift after its fence is complete.
 const LEASE_AND_DRIFT: Duration = Duration::from_millis(1010);
 
+/// How long a deletion waits for the writes that its engine had sent. An association is given up after less, so what is left
+/// then is in a drive that hangs.
+const DRAIN: Duration = Duration::from_secs(3);
+
 /// The volumes of one incarnation.
 pub(crate) struct Ownership {
     cluster: Cluster,
@@ -61,6 +65,8 @@ pub(crate) struct Ownership {
     /// Epochs that have a task.
     tasks: RefCell<BTreeMap<VolumeId, Owner>>,
     engines: RefCell<BTreeMap<VolumeId, Engine>>,
+    /// Volumes whose deletion came before they were open.
+    deleted_unopened: RefCell<BTreeSet<VolumeId>>,
 }
 
 impl Ownership {
@@ -95,19 +101,34 @@ impl Ownership {
             node_log_budget_bytes: u64::from(engine.node_log_budget_mib) << 20,
             tasks: RefCell::default(),
             engines: RefCell::default(),
+            deleted_unopened: RefCell::default(),
         })
     }
 
-    /// Starts a task for every epoch that the map gives to this incarnation and that has none.
+    /// Starts a task for every epoch that the map gives to this incarnation and that has none, and for every deletion of
+    /// a volume that is not open here.
     pub(crate) fn follow(self: &Rc<Self>, map: &ClusterMap) {
         let own = self.fabric.identity().incarnation;
         for (id, volume) in &map.volumes {
-            let Phase::Recovering { owner, .. } = volume.phase else {
+            let Some(owner) = volume.phase.owner().filter(|owner| owner.incarnation == own) else {
                 continue;
             };
-            if owner.incarnation == own && self.tasks.borrow().get(id) != Some(&owner) {
-                self.tasks.borrow_mut().insert(*id, owner);
-                tokio::task::spawn_local(self.clone().own(*id, owner));
+            match volume.phase {
+                Phase::Recovering { .. } if self.tasks.borrow().get(id) != Some(&owner) => {
+                    self.tasks.borrow_mut().insert(*id, owner);
+                    tokio::task::spawn_local(self.clone().own(*id, owner));
+                }
+                // Whoever serves it sees this too, and drains it first.
+                Phase::Deleting { .. }
+                    if !self.engines.borrow().contains_key(id)
+                        && self.deleted_unopened.borrow_mut().insert(*id) =>
+                {
+                    tokio::task::spawn_local(self.clone().delete_unopened(*id, owner));
+                }
+                Phase::Recovering { .. }
+                | Phase::Deleting { .. }
+                | Phase::Serving { .. }
+                | Phase::Unowned => {}
             }
         }
     }
@@ -329,15 +350,28 @@ impl Ownership {
     }
 
     async fn delete(&self, volume: VolumeId, owner: Owner, engine: &Engine) {
-        engine.abort();
         self.presenter.engine_stopped(volume);
-        if let Err(refusal) = self
-            .insist(Command::FinishDelete {
-                volume,
-                epoch: owner.epoch,
-            })
-            .await
-        {
+        let unsettled = engine.abort_and_drain(DRAIN).await;
+        if !unsettled.is_empty() {
+            let bands = unsettled.len();
+            tracing::warn!(%volume, bands, "deleted with writes under way: their chunks wait for this incarnation's end");
+        }
+        self.finish_delete(volume, owner, Some(unsettled)).await;
+    }
+
+    /// Ends a deletion that came before the volume was open. What was sent until then is not known here, so all of it
+    /// waits for this incarnation's end; the engine that is being opened learns from metadata that it is over.
+    async fn delete_unopened(self: Rc<Self>, volume: VolumeId, owner: Owner) {
+        self.finish_delete(volume, owner, None).await;
+    }
+
+    async fn finish_delete(&self, volume: VolumeId, owner: Owner, unsettled: Option<Vec<BandId>>) {
+        let finish = Command::FinishDelete {
+            volume,
+            epoch: owner.epoch,
+            unsettled,
+        };
+        if let Err(refusal) = self.insist(finish).await {
             tracing::warn!(%volume, %refusal, "the deletion was not finished");
         }
     }

@@ -59,6 +59,7 @@ pub(super) fn run(plan: &Plan, output: &mut Output) -> anyhow::Result<()> {
         engine: EngineConfig::default(),
         fabric: FabricConfig::default(),
         first_address: None,
+        namespaces: Vec::new(),
     };
     let began = Instant::now();
     let mut agents = Agents::new(folder.path(), options)?;

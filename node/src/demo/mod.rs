@@ -119,6 +119,7 @@ async fn demo(args: &DemoArgs, report: &mut Report, json: bool) -> anyhow::Resul
         engine: EngineConfig::default(),
         fabric: Default::default(),
         first_address: None,
+        namespaces: Vec::new(),
     };
     let mut agents = Agents::new(folder.path(), options)?;
     say(

@@ -58,6 +58,7 @@ fn agents_with(
         engine,
         fabric,
         first_address: None,
+        namespaces: Vec::new(),
     };
     let mut agents = Agents::new(folder, options).unwrap();
     for _ in 0..nodes {

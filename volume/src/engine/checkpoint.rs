@@ -443,6 +443,12 @@ impl Core {
         self.checkpoint(Purpose::Final).await.map(drop)
     }
 
+    /// Whether every write that was sent has ended.
+    pub(crate) fn is_drained(&self) -> bool {
+        let bands = self.bands.borrow();
+        bands.values().all(|band| band.outstanding.get() == 0)
+    }
+
     /// Bands with a write that is still on its way, or may be: the next owner may free them, but not reuse them.
     pub(crate) fn unsettled_bands(&self) -> Vec<BandId> {
         self.bands

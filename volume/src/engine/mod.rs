@@ -35,6 +35,7 @@ use std::rc::{Rc, Weak};
 use std::time::Duration;
 
 use weft_proto::band::{Band, EpochGrant, Geometry, RootPointer};
+use weft_proto::deliberate::{Bug, planted};
 use weft_proto::id::{BandId, Epoch, LayerId, Sequence, StripeNumber, VolumeId};
 use weft_proto::units::BLOCK_BYTES;
 
@@ -45,7 +46,7 @@ use crate::metrics::Counters;
 use crate::seams::{BandPurpose, DirectoryError, Seams, Timestamp};
 use crate::settings::{Identity, Settings};
 use crate::stripes::StripeNumbers;
-use crate::sync::Notify;
+use crate::sync::{Notify, within};
 
 use append::Stream;
 use checkpoint::Checkpoints;
@@ -217,6 +218,24 @@ impl Engine {
         }
     }
 
+    /// For a deletion: stops as [`Self::abort`] does, and then waits until every write that was sent has ended, for at most
+    /// `limit`. Answers the bands that one may still reach, because it has not ended or because nobody knows how it did: their
+    /// chunks are nobody else's before this incarnation is fenced.
+    pub async fn abort_and_drain(&self, limit: Duration) -> Vec<BandId> {
+        self.abort();
+        if planted(Bug::DeleteDoesNotDrain) {
+            return Vec::new();
+        }
+        let core = &self.0;
+        let deadline = core.seams.env.now().after(limit);
+        loop {
+            let changed = core.changed.changed();
+            if core.is_drained() || within(&*core.seams.env, deadline, changed).await.is_none() {
+                return core.unsettled_bands();
+            }
+        }
+    }
+
     /// Publishes a checkpoint that covers everything visible now.
     pub async fn checkpoint(&self) -> Result<(), VolumeError> {
         self.0.checkpoint_now().await
@@ -313,7 +332,7 @@ impl Core {
     /// Waits for a change, or for the retry time where what is waited for changes outside of the engine.
     pub(crate) async fn changed_or_retry(&self, changed: crate::sync::Changed) {
         let deadline = self.seams.env.now().after(self.settings.retry);
-        let _ = crate::sync::within(&*self.seams.env, deadline, Box::pin(changed)).await;
+        let _ = within(&*self.seams.env, deadline, Box::pin(changed)).await;
     }
 
     /// Whether the engine has stopped for good.

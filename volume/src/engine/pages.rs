@@ -47,6 +47,18 @@ impl PageStore for WeakCore {
         }
         .boxed_local()
     }
+
+    fn read_around(&self, lba: Lba, place: MapEntry) -> LocalBoxFuture<'static, Result<Bytes, BlockError>> {
+        let Some(core) = self.0.upgrade() else {
+            return std::future::ready(Err(BlockError::NotReady)).boxed_local();
+        };
+        async move {
+            core.read_around(lba, place)
+                .await
+                .map_err(|error| error.to_block(lba))
+        }
+        .boxed_local()
+    }
 }
 
 impl Core {

@@ -190,6 +190,22 @@ impl Core {
         Ok(bytes)
     }
 
+    /// A block whose own column brings another block of the same checksum, from the other columns of its stripe.
+    pub(crate) async fn read_around(
+        self: &Rc<Self>,
+        lba: Lba,
+        entry: MapEntry,
+    ) -> Result<Bytes, VolumeError> {
+        self.refresh_bands().await;
+        self.still_owner().await?;
+        tracing::warn!(volume = %self.volume, %lba, band = %entry.band, column = entry.column, row = entry.row, "another block in its place");
+        self.counters.mismatches.add(1);
+        // The first choice of columns is without its own.
+        let bytes = self.recover_block(lba, entry).await?;
+        self.repair(lba, entry, bytes.clone());
+        Ok(bytes)
+    }
+
     /// Before bad bytes are believed: they may be a successor's, in a chunk that is not ours any more.
     async fn still_owner(self: &Rc<Self>) -> Result<(), VolumeError> {
         match self.life.get() {

@@ -94,6 +94,14 @@ impl Delta {
         true
     }
 
+    /// Makes `entry` the version of `lba`, whatever is known. Wrong, and for [`Bug::CopyWinsOverNewer`] alone.
+    pub(crate) fn replace(&mut self, lba: Lba, entry: MapEntry) {
+        if let Some(old) = self.points.remove(&lba.0) {
+            self.counts.subtract(old.entry.band, 1);
+        }
+        self.insert(lba, entry, true);
+    }
+
     pub(crate) fn zero_range(&mut self, range: LbaRange, sequence: Sequence, settled: bool) {
         let Some(end) = range.end().filter(|_| range.count > 0) else {
             return;

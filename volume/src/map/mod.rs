@@ -271,7 +271,6 @@ impl PageMap {
     pub fn relocate(&self, lba: Lba, expected: &MapEntry, copy: MapEntry, seen: Generation) -> bool {
         debug_assert_eq!(expected.sequence, copy.sequence, "a copy keeps its sequence");
         let stands = |found: Option<(slot::Cell, bool)>| match found {
-            _ if planted(Bug::CopyWinsOverNewer) => true,
             None => true,
             Some((slot::Cell::Data(entry), _)) => {
                 entry.sequence < copy.sequence
@@ -279,6 +278,10 @@ impl PageMap {
             }
             Some((slot::Cell::Zero(sequence), _)) => sequence < copy.sequence,
         };
+        if planted(Bug::CopyWinsOverNewer) {
+            self.delta.borrow_mut().replace(lba, copy);
+            return true;
+        }
         let in_delta = self.delta.borrow().get(lba);
         let in_frozen = self.frozen.borrow().as_ref().and_then(|frozen| frozen.get(lba));
         // What stands in the delta is newer than what is frozen.

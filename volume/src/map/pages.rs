@@ -5,7 +5,7 @@
 //! away or their index is rewritten.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use futures_util::FutureExt;
@@ -15,7 +15,7 @@ use crate::entry::MapEntry;
 
 use super::address::PageId;
 use super::cache::{Cache, CacheStats};
-use super::format::{MapIdentity, Page, damaged};
+use super::format::{FormatError, MapIdentity, Page, damaged};
 use super::store::{MapError, PageStore};
 
 type Reading = Shared<LocalBoxFuture<'static, Result<Page, MapError>>>;
@@ -26,7 +26,7 @@ pub(crate) struct Pages {
     pub(crate) store: Rc<dyn PageStore>,
     cache: RefCell<Cache>,
     /// Reads in flight, so that many lookups of one block are one read.
-    reading: RefCell<HashMap<PageId, Reading>>,
+    reading: RefCell<BTreeMap<PageId, Reading>>,
     moved: RefCell<BTreeMap<PageId, MapEntry>>,
     /// Counts the changes after which a block read before may point to a place that is gone.
     layout: Cell<u64>,
@@ -130,13 +130,115 @@ impl Pages {
         loop {
             let place = self.place(id, place);
             match self.store.read(id.lba(), place).await {
+                Ok(bytes) => match Page::read(bytes, self.identity, id) {
+                    Ok(page) => return Ok(page),
+                    Err(FormatError::Identity) => {}
+                    Err(reason) => return Err(damaged(id, reason)),
+                },
+                // The block moved while it was read, and its old place may be gone.
+                Err(_) if self.place(id, place) != place => continue,
+                Err(error) => return Err(error.into()),
+            }
+            match self.store.read_around(id.lba(), place).await {
                 Ok(bytes) => {
                     return Page::read(bytes, self.identity, id).map_err(|reason| damaged(id, reason));
                 }
-                // The block moved while it was read, and its old place may be gone.
                 Err(_) if self.place(id, place) != place => {}
                 Err(error) => return Err(error.into()),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use futures_util::FutureExt as _;
+    use weft_block::BlockError;
+    use weft_proto::id::{BandId, Epoch, LayerId, Sequence, VolumeId};
+    use weft_proto::units::Lba;
+
+    use super::*;
+    use crate::entry::ColumnSet;
+    use crate::format::checksum::block_crc;
+    use crate::map::format::{Item, Record};
+    use crate::map::slot::Cell as SlotCell;
+    use crate::map::{MapBlock, PageStore};
+
+    const IDENTITY: MapIdentity = MapIdentity {
+        volume: VolumeId(1),
+        layer: LayerId(1),
+    };
+
+    /// A drive that put a block where another one belongs, and others from which that one can be computed.
+    struct Misdirected {
+        stands: Bytes,
+        belongs: Bytes,
+    }
+
+    impl PageStore for Misdirected {
+        fn append(
+            &self,
+            _blocks: Vec<MapBlock>,
+        ) -> LocalBoxFuture<'static, Result<Vec<MapEntry>, BlockError>> {
+            unreachable!("nothing is written")
+        }
+
+        fn read(&self, _lba: Lba, _place: MapEntry) -> LocalBoxFuture<'static, Result<Bytes, BlockError>> {
+            std::future::ready(Ok(self.stands.clone())).boxed_local()
+        }
+
+        fn read_around(
+            &self,
+            _lba: Lba,
+            _place: MapEntry,
+        ) -> LocalBoxFuture<'static, Result<Bytes, BlockError>> {
+            std::future::ready(Ok(self.belongs.clone())).boxed_local()
+        }
+    }
+
+    /// Found by the simulator: seed 2006129 of its first form, a drive that misdirects writes in a volume of 4+2.
+    #[test]
+    fn a_map_block_of_another_run_in_its_place_is_read_around_although_its_checksum_matches() {
+        let id = |run| PageId {
+            run,
+            level: 0,
+            position: 0,
+        };
+        let sequence = |counter| Sequence {
+            epoch: Epoch(1),
+            counter,
+        };
+        let records = [Record::new(&Item {
+            lba: 3,
+            count: 1,
+            cell: SlotCell::Zero(sequence(9)),
+            settled: true,
+        })];
+        let page = |run| Page::encode(IDENTITY, id(run), &records);
+        let crc = |bytes: &[u8]| block_crc(VolumeId(1), id(7).lba(), sequence(20), bytes);
+        assert_ne!(page(6), page(7));
+        assert_eq!(
+            crc(&page(6)),
+            crc(&page(7)),
+            "the checksum does not see the header"
+        );
+        let store = Rc::new(Misdirected {
+            stands: page(6),
+            belongs: page(7),
+        });
+        let pages = Rc::new(Pages::new(IDENTITY, store, 1 << 20));
+        let place = MapEntry {
+            band: BandId(1),
+            row: 1,
+            column: 0,
+            start: 0,
+            w: 1,
+            skipped: ColumnSet::NONE,
+            sequence: sequence(20),
+            crc: crc(&page(7)),
+        };
+        let read = pages.page(id(7), place).now_or_never().expect("nothing waits");
+        assert_eq!(read.map(|page| page.records().len()), Ok(1));
     }
 }

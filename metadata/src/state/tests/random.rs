@@ -225,7 +225,13 @@ fn draw(random: &mut Seeded, state: &ClusterState, step: u64) -> Command {
         },
         22 => match random.below(6) {
             0 => Command::DeleteVolume { volume },
-            1 => Command::FinishDelete { volume, epoch },
+            1 => Command::FinishDelete {
+                volume,
+                epoch,
+                unsettled: random
+                    .one_in(2)
+                    .then(|| bands.iter().copied().filter(|_| random.one_in(3)).collect()),
+            },
             _ => Command::RequestMove {
                 volume,
                 to: Some(node),

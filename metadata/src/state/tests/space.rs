@@ -202,6 +202,7 @@ fn a_deleted_volume_gives_its_space_back_once_its_owner_has_stopped() {
     cluster.accept(Command::FinishDelete {
         volume,
         epoch: Epoch(1),
+        unsettled: Some(vec![]),
     });
     assert!(
         cluster
@@ -227,18 +228,14 @@ fn a_dead_owners_deleted_volume_leaves_its_chunks_in_quarantine() {
         Command::MarkDead {
             incarnation: IncarnationId(1),
         },
+        // What a dead owner said before counts for nothing.
         Command::FinishDelete {
             volume,
             epoch: Epoch(1),
+            unsettled: Some(vec![]),
         },
     ]));
-    let quarantined: u64 = cluster
-        .state
-        .chunks
-        .values()
-        .map(|chunks| chunks.quarantined_mib())
-        .sum();
-    assert_eq!(quarantined, 2);
+    assert_eq!(quarantined_mib(&cluster), 2);
     cluster.fence(IncarnationId(1), &[1, 2, 3]);
     assert!(
         cluster
@@ -247,6 +244,47 @@ fn a_dead_owners_deleted_volume_leaves_its_chunks_in_quarantine() {
             .values()
             .all(|chunks| chunks.space.allocated_mib() == 0)
     );
+}
+
+fn quarantined_mib(cluster: &Checked) -> u64 {
+    let chunks = cluster.state.chunks.values();
+    chunks.map(|chunks| chunks.quarantined_mib()).sum()
+}
+
+#[test]
+fn a_deleted_volumes_bands_with_a_write_under_way_wait_for_their_owners_fence() {
+    let mut cluster = Checked::cluster(3, 256, geometry(1, 1));
+    let volume = cluster.volume("v");
+    let written = cluster.serve(volume, 1);
+    cluster.band(volume);
+    cluster.accept(Command::DeleteVolume { volume });
+    cluster.accept(Command::FinishDelete {
+        volume,
+        epoch: Epoch(1),
+        unsettled: Some(vec![written.id]),
+    });
+    assert_eq!(quarantined_mib(&cluster), 2, "of two bands, the one it listed");
+    let drives = [written.columns[0].drive.0, written.columns[1].drive.0];
+    cluster.accept(Command::MarkDead {
+        incarnation: IncarnationId(1),
+    });
+    cluster.fence(IncarnationId(1), &drives);
+    assert_eq!(quarantined_mib(&cluster), 0);
+}
+
+/// A leader may hold an owner to be dead before that is committed, and ask without it.
+#[test]
+fn a_deletion_that_its_live_owner_did_not_finish_settles_nothing() {
+    let mut cluster = Checked::cluster(3, 256, geometry(1, 1));
+    let volume = cluster.volume("v");
+    cluster.serve(volume, 1);
+    cluster.accept(Command::DeleteVolume { volume });
+    cluster.accept(Command::FinishDelete {
+        volume,
+        epoch: Epoch(1),
+        unsettled: None,
+    });
+    assert_eq!(quarantined_mib(&cluster), 2);
 }
 
 #[test]

@@ -165,3 +165,63 @@ fn writes_go_on_when_drives_come_back_after_too_many_were_away() {
     }
     fixture.check_all();
 }
+
+/// What a drive writes elsewhere lands over its other blocks: of any stripe two columns are wrong at most, on the one drive.
+#[test]
+fn a_drive_that_misdirects_writes_costs_no_read() {
+    for seed in 0..300 {
+        let world = World::new(seed);
+        let drives = 6;
+        add_drives(&world, drives, &DriveSpec::new(40, 0));
+        world.create_volume(VOLUME, 16 * BLOCK_BYTES as u64, GEOMETRY);
+        let settings = Settings {
+            chunk_size_max: weft_proto::band::ChunkSize::Mib1,
+            log_budget_bytes: MIB,
+            garbage_max: 0.3,
+            map: crate::map::MapSettings {
+                cache_bytes: 64 << 10,
+                runs_max: 4,
+                merge_fan_in: 2,
+                ..crate::map::MapSettings::default()
+            },
+            ..Settings::default()
+        };
+        let owner = take_over(&world, VOLUME).expect("not stopped");
+        let engine = open(&world, &owner, &settings).expect("opens");
+        let mut rng = Rng::new(seed).fork(77);
+        let failed: Rc<std::cell::RefCell<Vec<String>>> = Rc::default();
+        for task in 0..4 {
+            let (engine, failed, mut rng) = (engine.clone(), Rc::clone(&failed), rng.fork(task));
+            let env = world.env(owner.incarnation);
+            drop(world.start(owner.incarnation, async move {
+                for step in 0..400 {
+                    let count = if rng.chance(1, 3) { rng.between(1, 8) } else { 1 };
+                    let start = Lba(rng.below(16 - count + 1));
+                    if rng.chance(1, 2) {
+                        let data = (0..count).map(|index| block(step * 100 + index + task)).collect();
+                        let _ = engine.write(start, data, Durability::Durable).await;
+                    } else if rng.chance(1, 10) {
+                        let _ = engine.deallocate(vec![LbaRange { start, count }]).await;
+                    } else if let Err(error) = engine.0.read_range(LbaRange { start, count }).await {
+                        failed
+                            .borrow_mut()
+                            .push(format!("read of {count} at {start}: {error:?}"));
+                    }
+                    let pause = std::time::Duration::from_micros(rng.between(0, 3_000));
+                    crate::seams::Env::sleep_until(&*env, crate::seams::Env::now(&*env).after(pause)).await;
+                }
+            }));
+        }
+        for _ in 0..4 {
+            world
+                .run_for(std::time::Duration::from_millis(rng.between(50, 250)))
+                .unwrap();
+            let (by, count) = (rng.between(1, 600), rng.between(1, 20) as u32);
+            world
+                .drive(DriveId(5))
+                .set_astray(crate::testing::drive::Astray::Misdirected(by), count);
+        }
+        world.run_for(std::time::Duration::from_millis(400)).unwrap();
+        assert_eq!(*failed.borrow(), Vec::<String>::new(), "seed {seed}");
+    }
+}

@@ -291,3 +291,50 @@ fn recovery_does_not_flood_the_drives_with_the_bands_it_scans() {
     );
     fixture.check_all();
 }
+
+/// A deleted volume's chunks go to others. A write of it that a drive still holds would land in their data.
+#[test]
+fn a_deletion_waits_for_the_writes_under_way_and_names_the_bands_of_those_that_do_not_end() {
+    for stalled in [false, true] {
+        let mut fixture = fixture();
+        fixture.write(0, &[1]).unwrap();
+        if stalled {
+            fixture.set_health(2, Health::Stalled);
+        }
+        let writes: Vec<_> = (0..64)
+            .map(|lba| {
+                fixture
+                    .engine
+                    .write(Lba(lba), vec![block(lba + 2)], Durability::Cached)
+            })
+            .collect();
+        drop(
+            fixture
+                .world
+                .start(fixture.owner.incarnation, futures_util::future::join_all(writes)),
+        );
+        fixture
+            .world
+            .run_for(std::time::Duration::from_micros(30))
+            .unwrap();
+        let engine = fixture.engine.clone();
+        let began = fixture.world.now();
+        let limit = std::time::Duration::from_secs(3);
+        let unsettled = fixture.run(async move { engine.abort_and_drain(limit).await });
+        let waited = fixture.world.now().0 - began.0;
+        let in_flight: Vec<u32> = (1..=6)
+            .filter(|drive| {
+                let drive = fixture.world.drive(DriveId(*drive));
+                drive.has_writes_in_flight(0, u64::MAX / 2)
+            })
+            .collect();
+        if stalled {
+            assert_eq!(in_flight, [2], "the drive that hangs holds a write for good");
+            assert!(!unsettled.is_empty(), "and the band of that write is named");
+            assert!(waited >= limit.as_nanos() as u64);
+        } else {
+            assert!(waited > 0, "writes were under way");
+            assert_eq!((in_flight, unsettled), (vec![], vec![]));
+        }
+    }
+}
