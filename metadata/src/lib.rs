@@ -15,6 +15,9 @@
 //! never per I/O; and what it has answered survives the restart of any or all members.
 
 pub mod client;
+#[cfg(test)]
+mod crash;
+mod disk;
 pub mod envelope;
 #[cfg(fuzzing)]
 pub mod fuzzing;

@@ -15,8 +15,7 @@
 //!
 //! `docs/format/raft.md`.
 
-use std::fs::File;
-use std::io::{self, Write as _};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -28,6 +27,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use weft_proto::id::{DriveId, VolumeId};
 
+use crate::disk::{self, DiskFile};
 use crate::envelope::{self, Kind};
 use crate::metrics;
 use crate::raft::TypeConfig;
@@ -410,11 +410,11 @@ impl Snapshots {
     /// Makes `snapshot` the current one, durably.
     fn save(&self, snapshot: &[u8]) -> io::Result<()> {
         let new = self.directory.join("new");
-        let mut file = File::create(&new)?;
-        file.write_all(snapshot)?;
+        let file = DiskFile::create(&new)?;
+        file.write_all_at(snapshot, 0)?;
         file.sync_all()?;
-        std::fs::rename(&new, self.directory.join(SNAPSHOT_FILE))?;
-        File::open(&self.directory)?.sync_all()
+        disk::rename(&new, &self.directory.join(SNAPSHOT_FILE))?;
+        disk::sync_directory(&self.directory)
     }
 
     fn current(&self) -> io::Result<Option<Snapshot>> {

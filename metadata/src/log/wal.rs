@@ -14,12 +14,11 @@
 //! It knows neither Raft nor CBOR: bodies are bytes. `docs/format/raft.md`.
 
 use std::collections::VecDeque;
-use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use super::record::{self, RecordKind};
+use crate::disk::{self, DiskFile};
 
 /// Bytes of a segment. Guessed: some thousand commands, and zeroed in some milliseconds.
 pub(crate) const SEGMENT_BYTES: u64 = 4 << 20;
@@ -31,7 +30,7 @@ pub(super) struct Wal {
     segment_bytes: u64,
     /// Oldest first; the last one is appended to.
     segments: VecDeque<Segment>,
-    file: File,
+    file: DiskFile,
     /// Where the next batch goes in the last segment.
     offset: u64,
     /// Bytes of the last segment that are allocated.
@@ -78,7 +77,7 @@ impl Wal {
         let mut segments = VecDeque::new();
         let mut expected: Option<u64> = None;
         let mut batch = 0;
-        let mut last: Option<(File, u64, u64)> = None;
+        let mut last: Option<(DiskFile, u64, u64)> = None;
         for (position, &number) in numbers.iter().enumerate() {
             let path = segment_path(directory, number);
             let bytes = std::fs::read(&path)?;
@@ -90,7 +89,7 @@ impl Wal {
             if first.is_none() {
                 // The crash came while the segment was being made: nothing was in it.
                 if is_last && later_record(&bytes, 0, batch).is_none() {
-                    std::fs::remove_file(&path)?;
+                    disk::remove(&path)?;
                     continue;
                 }
                 return Err(damaged("a segment does not begin with its first record"));
@@ -118,7 +117,7 @@ impl Wal {
                     "segment {number} is broken at {offset}, and flushed records follow at {at}"
                 )));
             }
-            let file = OpenOptions::new().read(true).write(true).open(&path)?;
+            let file = DiskFile::open(&path)?;
             if is_last && bytes[offset.min(bytes.len())..].iter().any(|&byte| byte != 0) {
                 zero(&file, offset as u64, bytes.len() as u64)?;
                 file.sync_data()?;
@@ -212,7 +211,7 @@ impl Wal {
             self.poisoned = true;
         }
         self.file = created?;
-        self.allocated = self.file.metadata()?.len();
+        self.allocated = self.file.bytes()?;
         self.offset = 0;
         self.segments.push_back(Segment {
             number,
@@ -227,7 +226,9 @@ impl Wal {
     pub(super) fn purge(&mut self, index: u64) -> io::Result<()> {
         while self.segments.len() > 1 && self.segments[0].last_index <= index {
             if let Some(segment) = self.segments.pop_front() {
-                std::fs::remove_file(segment.path)?;
+                disk::remove(&segment.path)?;
+                // One after the other: a gap between segments that are left is damage.
+                disk::sync_directory(&self.directory)?;
             }
         }
         Ok(())
@@ -244,23 +245,18 @@ fn segment_path(directory: &Path, number: u64) -> PathBuf {
 }
 
 /// A zeroed file of this size, durable under its name.
-fn create(path: &Path, bytes: u64) -> io::Result<File> {
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .open(path)?;
+fn create(path: &Path, bytes: u64) -> io::Result<DiskFile> {
+    let file = DiskFile::create(path)?;
     // Written and not merely reserved: a flush must not have to change the file system's own metadata.
     zero(&file, 0, bytes)?;
     file.sync_all()?;
     if let Some(directory) = path.parent() {
-        File::open(directory)?.sync_all()?;
+        disk::sync_directory(directory)?;
     }
     Ok(file)
 }
 
-fn zero(file: &File, from: u64, to: u64) -> io::Result<()> {
+fn zero(file: &DiskFile, from: u64, to: u64) -> io::Result<()> {
     static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
     let mut at = from;
     while at < to {
