@@ -20,8 +20,8 @@ use crate::controller::{Controller, IoRequest, kato};
 use crate::io::gather;
 use crate::namespace::Association;
 use crate::outstanding::CONNECT_WAIT_MAX;
-use crate::qpair::Completion;
 use crate::registry::{Registry, Subsystem};
+use crate::request::Completion;
 
 /// A Connect that succeeded.
 pub(crate) struct Connected {

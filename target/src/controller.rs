@@ -27,8 +27,8 @@ use weft_proto::nvme::status::Status;
 use crate::metrics;
 use crate::namespace::{Admitted, Association, OpenNamespace};
 use crate::outstanding::Outstanding;
-use crate::qpair::{Completion, Request};
 use crate::registry::{Registry, Subsystem};
+use crate::request::{Completion, Request};
 
 pub(crate) use feature::kato;
 

@@ -31,6 +31,7 @@ mod namespace;
 mod outstanding;
 pub mod qpair;
 mod registry;
+mod request;
 pub mod reservation;
 mod serve;
 pub mod status;

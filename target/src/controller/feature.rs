@@ -9,7 +9,7 @@ use weft_proto::nvme::status::Status;
 
 use super::event::NotificationMasks;
 use super::{AdminAnswer, Controller, IoRequest, KEEP_ALIVE_GRANULARITY_100MS, cut};
-use crate::qpair::Completion;
+use crate::request::Completion;
 
 /// What a host has set. Nothing of it survives a controller reset.
 #[derive(Default)]

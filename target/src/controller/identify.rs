@@ -14,7 +14,8 @@ use zerocopy::{FromZeros, IntoBytes};
 use super::event::REQUESTS_MAX;
 use super::{Controller, KEEP_ALIVE_GRANULARITY_100MS, VERSION};
 use crate::namespace::OpenNamespace;
-use crate::qpair::{CAPSULE_BYTES_MAX, TRANSFER_BYTES_MAX};
+use crate::qpair::CAPSULE_BYTES_MAX;
+use crate::request::TRANSFER_BYTES_MAX;
 
 /// Seconds that a change of ANA state may take (ANATT). An unplanned takeover is done within two; hosts give up on a path
 /// that stays in transition for longer.
