@@ -457,12 +457,15 @@ fn write_multi(body: &[u8]) -> Result<Vec<RegionWrite<'_>>, Errno> {
         .collect()
 }
 
-/// The body of the reply to a negotiation: this side's version, and what it can take.
+/// Minor version of the protocol that this side knows.
+const MINOR: u16 = 1;
+
+/// The body of the reply to a negotiation: the version, at most what the client proposed, and what this side can take.
 #[must_use]
-pub fn version_reply(dma_maps_max: usize) -> Vec<u8> {
+pub fn version_reply(minor_proposed: u16, dma_maps_max: usize) -> Vec<u8> {
     let version = WireVersion {
         major: 0.into(),
-        minor: 1.into(),
+        minor: minor_proposed.min(MINOR).into(),
     };
     let mut body = version.as_bytes().to_vec();
     let capabilities = format!(

@@ -41,24 +41,33 @@ const REPLY_BYTES_MAX: usize = 256 << 10;
 /// Pause after an accept that failed for want of resources.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// Serves one guest's controller on a socket until [`Registry::shutdown`], or until the subsystem is not presented any
-/// more to the attachment's host.
+/// Serves one guest's controller on a socket until `stop`, or [`Registry::shutdown`]. A client whose subsystem is not
+/// presented any more to the attachment's host loses its connection; it may come back when it is.
 ///
 /// Call it within a `LocalSet`, on the thread of the registry's devices. Dropping the future drops its connection and
 /// abandons its commands without waiting for them.
 ///
 /// # Errors
 /// Never for what a client did; only if the listener itself is broken.
-pub async fn serve(listener: UnixListener, registry: Rc<Registry>, attachment: Attachment) -> io::Result<()> {
+pub async fn serve(
+    listener: UnixListener,
+    registry: Rc<Registry>,
+    attachment: Attachment,
+    stop: impl Future<Output = ()>,
+) -> io::Result<()> {
     let mut shutdown = registry.shutdown_receiver();
     let mut client: Option<LocalBoxFuture<'static, ()>> = None;
+    let mut controller: Option<Rc<Controller>> = None;
+    let mut stop = std::pin::pin!(stop);
     loop {
         let accepted = tokio::select! {
             biased;
             // The sender lives in the registry, which is held here.
             _ = shutdown.wait_for(|&shutdown| shutdown) => break,
+            () = &mut stop => break,
             () = async { client.as_mut().expect("checked").await }, if client.is_some() => {
                 client = None;
+                controller = None;
                 continue;
             }
             accepted = listener.accept() => accepted,
@@ -69,7 +78,10 @@ pub async fn serve(listener: UnixListener, registry: Rc<Registry>, attachment: A
                 drop(stream);
             }
             Ok((stream, _)) => match connect(&registry, &attachment) {
-                Ok(controller) => client = Some(run(stream, controller, Rc::clone(&registry)).boxed_local()),
+                Ok(connected) => {
+                    controller = Some(Rc::clone(&connected));
+                    client = Some(run(stream, connected, Rc::clone(&registry)).boxed_local());
+                }
                 Err(reason) => {
                     tracing::warn!(subsystem = %attachment.subsystem, reason, "client turned away");
                 }
@@ -82,6 +94,9 @@ pub async fn serve(listener: UnixListener, registry: Rc<Registry>, attachment: A
         }
     }
     drop(listener);
+    if let Some(controller) = controller {
+        controller.close("detached");
+    }
     if let Some(client) = client {
         client.await;
     }
@@ -287,12 +302,12 @@ impl Connection {
         let body = std::mem::take(bytes);
         let files = std::mem::take(files);
         let outcome = match Request::parse(&header, &body) {
-            Ok(Request::Version { major, .. }) => {
+            Ok(Request::Version { major, minor }) => {
                 if major != 0 {
                     return Err(End::Version(major));
                 }
                 self.negotiated = true;
-                Ok(message::version_reply(RANGES_MAX))
+                Ok(message::version_reply(minor, RANGES_MAX))
             }
             _ if !self.negotiated => return Err(End::NotNegotiated),
             Ok(request) => self.handle_request(request, files, now),

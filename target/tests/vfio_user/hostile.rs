@@ -381,6 +381,10 @@ fn a_client_that_does_not_keep_to_the_protocol_loses_its_connection_and_nobody_e
     let body = [20u32, 0x24, 2, 0, 1].map(u32::to_le_bytes).concat();
     assert_eq!(guest.request(8, &body, &[pipe.1.as_fd()]), Err(22), "no eventfd");
     drop(guest);
+    let mut older = fresh();
+    let reply = older.request(1, b"\0\0\0\0", &[]).unwrap();
+    assert_eq!(reply[..4], [0, 0, 0, 0], "not more than was proposed");
+    drop(older);
     let mut silent = Guest::connect(&server.path());
     if silent.try_request(9, &[0; 16], &[]).is_some() {
         panic!("served before the version was agreed on");

@@ -79,7 +79,12 @@ impl Server {
                     hostid: HostId([7; 16]),
                 };
                 let listener = UnixListener::bind(&path).unwrap();
-                let serving = tokio::task::spawn_local(serve(listener, Rc::clone(&registry), attachment));
+                let serving = tokio::task::spawn_local(serve(
+                    listener,
+                    Rc::clone(&registry),
+                    attachment,
+                    std::future::pending(),
+                ));
                 tokio::task::spawn_local(weft_block::polling::keep_awake(weft_block::polling::SPAN_DEFAULT));
                 ready.send(()).unwrap();
                 while let Some(job) = received.recv().await {
