@@ -8,7 +8,9 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
 
-use super::message::{INTERRUPT_INTX, INTERRUPT_MSIX, InterruptAction, SetInterrupts};
+use super::message::{
+    INTERRUPT_ERROR, INTERRUPT_INTX, INTERRUPT_MSIX, INTERRUPT_REQUEST, InterruptAction, SetInterrupts,
+};
 
 /// An eventfd.
 #[derive(Debug)]
@@ -56,6 +58,8 @@ impl Interrupts {
         match index {
             INTERRUPT_INTX => 1,
             INTERRUPT_MSIX => self.msix.len() as u32,
+            // Clients ask for them and are never signalled.
+            INTERRUPT_ERROR | INTERRUPT_REQUEST => 1,
             _ => 0,
         }
     }
@@ -67,10 +71,10 @@ impl Interrupts {
             return Err(Errno::INVAL);
         }
         if set.action == InterruptAction::Disable {
-            if set.index == INTERRUPT_INTX {
-                self.intx = None;
-            } else {
-                self.msix.iter_mut().for_each(|signal| *signal = None);
+            match set.index {
+                INTERRUPT_INTX => self.intx = None,
+                INTERRUPT_MSIX => self.msix.iter_mut().for_each(|signal| *signal = None),
+                _ => {}
             }
             return Ok(());
         }

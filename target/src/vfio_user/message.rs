@@ -37,6 +37,10 @@ pub const INTERRUPTS: u32 = 5;
 pub const INTERRUPT_INTX: u32 = 0;
 /// Index of MSI-X.
 pub const INTERRUPT_MSIX: u32 = 2;
+/// Index of the interrupt that tells of errors of the bus.
+pub const INTERRUPT_ERROR: u32 = 3;
+/// Index of the interrupt that asks for the device back.
+pub const INTERRUPT_REQUEST: u32 = 4;
 
 /// The header of every message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
