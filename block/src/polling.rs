@@ -29,6 +29,7 @@ const REST: Duration = Duration::from_millis(20);
 #[derive(Default)]
 struct Activity {
     fresh: Cell<bool>,
+    polling: Cell<bool>,
     sleeper: RefCell<Option<Waker>>,
 }
 
@@ -47,6 +48,13 @@ pub fn note_activity() {
     });
 }
 
+/// Whether this thread looks again and again at the moment. Whoever has a place of its own to look at, such as memory that
+/// another process writes, looks there as long as this says so, yielding in between, and no longer.
+#[must_use]
+pub fn is_polling() -> bool {
+    ACTIVITY.with(|activity| activity.polling.get())
+}
+
 /// Keeps this thread's runtime awake for `span` after each activity, for ever. A task of a `current_thread` runtime;
 /// one a thread. With a `span` of zero it never polls.
 pub async fn keep_awake(span: Duration) {
@@ -60,7 +68,9 @@ pub async fn keep_awake(span: Duration) {
         if ACTIVITY.with(|activity| activity.fresh.take()) {
             until = now + span;
         }
-        if now >= until || now < resting_until {
+        let polling = now < until && now >= resting_until;
+        ACTIVITY.with(|activity| activity.polling.set(polling));
+        if !polling {
             activity().await;
             continue;
         }

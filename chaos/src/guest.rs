@@ -45,6 +45,34 @@ pub fn run(script: &str, variables: &[(&str, &str)]) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Runs a script in a guest whose drives are at these vfio-user sockets. Its output goes to ours, and `heard` is told each
+/// line.
+///
+/// # Errors
+/// The guest did not boot, the script failed, or `heard` did.
+pub fn run_with_drives(
+    script: &str,
+    variables: &[(&str, &str)],
+    sockets: &[PathBuf],
+    mut heard: impl FnMut(&str) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let paths: Vec<_> = sockets.iter().map(|path| path.display().to_string()).collect();
+    let mut child = command(script, variables)
+        .env("GUEST_SOCKETS", paths.join(" "))
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("run a guest")?;
+    let output = child.stdout.take().context("a guest's output")?;
+    for line in BufReader::new(output).split(b'\n') {
+        let line = String::from_utf8_lossy(&line?).trim_end().to_owned();
+        println!("{line}");
+        heard(&line)?;
+    }
+    let status = child.wait().context("wait for a guest")?;
+    ensure!(status.success(), "guest script {script}: {status}");
+    Ok(())
+}
+
 fn command(script: &str, variables: &[(&str, &str)]) -> Command {
     let mut command = Command::new(scripts().join("run"));
     command.arg(scripts().join(script));

@@ -82,6 +82,9 @@ pub(crate) enum Command {
     /// Hosts and the volumes they may use.
     #[command(subcommand)]
     Host(HostCommand),
+    /// Virtual machines with volumes as NVMe drives.
+    #[command(subcommand)]
+    Vm(VmCommand),
     /// Metrics.
     #[command(subcommand)]
     Metrics(MetricsCommand),
@@ -205,22 +208,11 @@ pub(crate) enum VolumeCommand {
         /// Volume name.
         name: String,
     },
-    /// Allow a host to use a volume, and print its `nvme connect` lines.
-    Attach {
-        /// Volume name.
-        name: String,
-        /// The host's NQN (on Linux: /etc/nvme/hostnqn).
-        #[arg(long)]
-        host: Nqn,
-    },
-    /// Stop a host from using a volume; its connections end.
-    Detach {
-        /// Volume name.
-        name: String,
-        /// The host's NQN.
-        #[arg(long)]
-        host: Nqn,
-    },
+    /// Allow a host to use a volume, and print its `nvme connect` lines; or give it to a guest of this server as an NVMe
+    /// drive, and print the options of QEMU.
+    Attach(AttachArgs),
+    /// Stop a host or a guest from using a volume; its connections end.
+    Detach(AttachArgs),
     /// Move a volume's owner to another node. No data is copied.
     Move {
         /// Volume name.
@@ -244,6 +236,36 @@ pub(crate) enum VolumeCommand {
         /// Delete although hosts are attached.
         #[arg(long)]
         force: bool,
+    },
+}
+
+/// `weft volume attach …` and `weft volume detach …`
+#[derive(Debug, Args)]
+pub(crate) struct AttachArgs {
+    /// Volume name.
+    pub(crate) name: String,
+    /// The host's NQN (on Linux: /etc/nvme/hostnqn).
+    #[arg(long, required_unless_present = "vfio_user", conflicts_with = "vfio_user")]
+    pub(crate) host: Option<Nqn>,
+    /// The socket of a guest on the agent's server, which a virtual machine monitor connects to.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) vfio_user: Option<PathBuf>,
+    /// Control address of the agent on whose server the guest runs. Default: the first of --cluster.
+    #[arg(long, requires = "vfio_user")]
+    pub(crate) agent: Option<String>,
+}
+
+/// `weft vm …`
+#[derive(Debug, Subcommand)]
+pub(crate) enum VmCommand {
+    /// Print the options with which QEMU (10.1 or later) boots from or uses a volume that is attached with --vfio-user.
+    Qemu {
+        /// The sockets, one for each volume.
+        #[arg(required = true)]
+        paths: Vec<PathBuf>,
+        /// The guest's memory, MiB.
+        #[arg(long, default_value_t = 1024)]
+        memory_mib: u32,
     },
 }
 

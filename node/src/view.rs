@@ -37,6 +37,11 @@ pub(crate) fn owner_subnqn(volume_subnqn: &Nqn) -> Nqn {
     nqn(&format!("{volume_subnqn}:owner"))
 }
 
+/// The name by which the guest that has a volume as its drive is known, on whichever node it runs.
+pub(crate) fn guest_nqn(cluster: ClusterId, volume: &str) -> Nqn {
+    nqn(&format!("nqn.2026-11.io.weft:{cluster}:guest:{volume}"))
+}
+
 fn nqn(text: &str) -> Nqn {
     text.parse()
         .expect("a cluster id and a checked name make an NQN of less than 223 bytes")

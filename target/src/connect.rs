@@ -16,12 +16,12 @@ use weft_proto::nqn::Nqn;
 use weft_proto::nvme::status::Status;
 use zerocopy::FromBytes;
 
-use crate::controller::{Controller, IoRequest, kato};
+use crate::controller::{Controller, IoRequest, Transport, kato};
 use crate::io::gather;
 use crate::namespace::Association;
 use crate::outstanding::CONNECT_WAIT_MAX;
-use crate::qpair::Completion;
 use crate::registry::{Registry, Subsystem};
+use crate::request::Completion;
 
 /// A Connect that succeeded.
 pub(crate) struct Connected {
@@ -121,7 +121,13 @@ async fn try_connect(
             kato: kato(connect.kato_ms),
         };
         tracing::info!(cntlid, subsystem = %association.subsystem, host = %association.hostnqn, "host connected");
-        let controller = Controller::new(Rc::clone(registry), association, subsystem, Instant::now());
+        let controller = Controller::new(
+            Rc::clone(registry),
+            Transport::Fabrics,
+            association,
+            subsystem,
+            Instant::now(),
+        );
         registry.insert_controller(Rc::clone(&controller));
         return Ok((controller, connect));
     }

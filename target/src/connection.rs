@@ -31,8 +31,9 @@ use crate::connect::{self, Connected};
 use crate::controller::{AdminAnswer, Controller, IoRequest};
 use crate::io::{self as nvm, Finished};
 use crate::metrics::{self, Op};
-use crate::qpair::{Completion, QueuePair, R2T_BYTES_MAX};
+use crate::qpair::{QueuePair, R2T_BYTES_MAX};
 use crate::registry::Registry;
+use crate::request::Completion;
 
 /// Bytes asked of the socket at a time. Measured by others on this kind of socket: larger reads gain nothing.
 const READ_BYTES: usize = 256 << 10;

@@ -1,10 +1,11 @@
 //! A controller: one host's association with a subsystem, or with the discovery subsystem.
 //!
 //! It holds what the properties, features and events say; it executes admin commands and opens namespaces. Queue
-//! pairs come and go beneath it. Time is an argument.
+//! pairs come and go beneath it, of whichever [`Transport`]. Time is an argument.
 //!
 //! Lifetime: made by a Connect on an admin queue, gone when that connection ends or the host is silent past its
-//! keep-alive timeout, and every connection of it ends then.
+//! keep-alive timeout, and every connection of it ends then. A controller in a guest lives as long as the guest's
+//! monitor is connected.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -27,8 +28,8 @@ use weft_proto::nvme::status::Status;
 use crate::metrics;
 use crate::namespace::{Admitted, Association, OpenNamespace};
 use crate::outstanding::Outstanding;
-use crate::qpair::{Completion, Request};
 use crate::registry::{Registry, Subsystem};
+use crate::request::{Completion, Request};
 
 pub(crate) use feature::kato;
 
@@ -38,13 +39,22 @@ mod identify;
 mod log_page;
 
 /// NVM Express 1.4: the revision whose mandatory parts are all here.
-const VERSION: u32 = 0x0001_0400;
+pub(crate) const VERSION: u32 = 0x0001_0400;
 
 /// Bound of a change of CSTS.RDY, in units of 500 ms. It changes at once; hosts want a number that is not 0.
 const READY_TIMEOUT_500MS: u8 = 15;
 
 /// Granularity of the keep-alive timer (KAS), in units of 100 ms.
 const KEEP_ALIVE_GRANULARITY_100MS: u16 = 1;
+
+/// How a controller is reached: what it can say of itself and what a command may be depends on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Transport {
+    /// By capsules: properties instead of registers, Connect instead of queues in memory.
+    Fabrics,
+    /// By queues in the host's memory, as a PCI Express function.
+    Memory,
+}
 
 /// A request as connections make them: with what it was admitted to, if it names a namespace that is there.
 pub(crate) type IoRequest = Request<Option<Admitted>>;
@@ -62,6 +72,7 @@ pub(crate) enum AdminAnswer {
 /// See the module.
 pub(crate) struct Controller {
     registry: Rc<Registry>,
+    transport: Transport,
     association: Association,
     /// `None` for a discovery controller.
     subsystem: Option<Rc<Subsystem>>,
@@ -81,9 +92,10 @@ pub(crate) struct Controller {
 }
 
 impl Controller {
-    /// A controller for an admin queue that has just connected.
+    /// A controller for an admin queue that has just connected, or for a PCI Express function.
     pub(crate) fn new(
         registry: Rc<Registry>,
+        transport: Transport,
         association: Association,
         subsystem: Option<Rc<Subsystem>>,
         now: Instant,
@@ -93,6 +105,7 @@ impl Controller {
             .map(|subsystem| subsystem.outstanding(&association.hostnqn, association.hostid));
         Rc::new(Self {
             registry,
+            transport,
             outstanding,
             kato: Cell::new(association.kato),
             association,
@@ -129,6 +142,16 @@ impl Controller {
 
     pub(crate) fn is_ready(&self) -> bool {
         self.csts.get().ready()
+    }
+
+    pub(crate) fn status(&self) -> ControllerStatus {
+        self.csts.get()
+    }
+
+    /// Says that it cannot go on until it is reset (CFS).
+    pub(crate) fn set_fatal(&self) {
+        let csts = self.csts.get().0 | ControllerStatus::FATAL;
+        self.csts.set(ControllerStatus(csts));
     }
 
     /// I/O queues the host may connect.
@@ -310,7 +333,7 @@ impl Controller {
 
     /// Executes a command of the admin queue other than Connect.
     pub(crate) fn handle_admin(self: &Rc<Self>, request: &IoRequest) -> AdminAnswer {
-        if FabricsCommand::is_fabrics(&request.sqe) {
+        if self.transport == Transport::Fabrics && FabricsCommand::is_fabrics(&request.sqe) {
             return AdminAnswer::Now(self.handle_fabrics(request));
         }
         if !self.is_ready() {
@@ -392,7 +415,8 @@ impl Controller {
         }
     }
 
-    fn configure(&self, cc: Configuration) {
+    /// Takes a new Controller Configuration (CC).
+    pub(crate) fn configure(&self, cc: Configuration) {
         let before = self.cc.replace(cc);
         if cc.enabled() && !before.enabled() {
             // The NVM command set and 4 KiB pages are all there is.
@@ -450,7 +474,7 @@ mod tests {
             subsystem: "nqn.subsystem".parse().unwrap(),
             kato,
         };
-        Controller::new(registry, association, None, now)
+        Controller::new(registry, Transport::Fabrics, association, None, now)
     }
 
     #[test]
@@ -492,7 +516,13 @@ mod tests {
             .unwrap();
         let subsystem = registry.subsystem(&subnqn);
         let association = controller(None, Instant::now()).association().clone();
-        let controller = Controller::new(registry, association, subsystem, Instant::now());
+        let controller = Controller::new(
+            registry,
+            Transport::Fabrics,
+            association,
+            subsystem,
+            Instant::now(),
+        );
         let dropped = || controller.outstanding().unwrap().dropped();
         assert!(controller.add_queue(1) && controller.add_queue(2));
         controller.leave(2, 0);

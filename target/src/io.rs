@@ -20,7 +20,7 @@ use crate::controller::IoRequest;
 use crate::fused::{Entry, Kind};
 use crate::metrics::{self, Op};
 use crate::namespace::{Admitted, CommandDevice};
-use crate::qpair::{Completion, TRANSFER_BYTES_MAX};
+use crate::request::{Completion, TRANSFER_BYTES_MAX};
 use crate::status::{of_block_error, of_reservation_error};
 
 /// The completions of a request: of its first half, if it is a fused pair, and its own.

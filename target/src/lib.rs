@@ -1,4 +1,4 @@
-//! NVMe controllers presented to hosts and peers over NVMe/TCP.
+//! NVMe controllers presented to hosts and peers over NVMe/TCP, and to guests over vfio-user.
 //!
 //! ```text
 //!  socket ─ connection ─ qpair (no socket, no clock) ─┬─ controller (admin queue)
@@ -7,7 +7,7 @@
 //! ```
 //!
 //! - [`Registry`]: what is presented, to whom, in which ANA state; changed at run time by its owner;
-//! - [`serve`]: connections on a listener;
+//! - [`serve`]: connections on a listener; [`vfio_user`]: the same controllers as PCI Express functions of guests;
 //! - [`reservation`]: NVMe reservations over a device, with or without a socket;
 //! - [`qpair`]: the queue pair's state machine;
 //! - [`status`]: the one mapping of errors to NVMe statuses; [`metrics`]: the one list of metrics.
@@ -31,9 +31,11 @@ mod namespace;
 mod outstanding;
 pub mod qpair;
 mod registry;
+mod request;
 pub mod reservation;
 mod serve;
 pub mod status;
+pub mod vfio_user;
 
 pub use namespace::{Association, DeviceFactory, NamespaceConfig, Source};
 pub use registry::{AllowedHosts, DiscoveryRecord, Registry, RegistryConfig, RegistryError, SubsystemConfig};

@@ -32,8 +32,8 @@ use weft_proto::tcp::{
 };
 use zerocopy::{FromBytes, IntoBytes};
 
-/// Most data of one command (MDTS). The largest transfer a Linux host asks for, and enough for a shard.
-pub const TRANSFER_BYTES_MAX: u32 = 1 << 20;
+pub use crate::request::{Completion, Request, TRANSFER_BYTES_MAX};
+use crate::request::{Transfer, direction};
 
 /// Most data in a command capsule of an I/O queue: a shard of 32 blocks with its header, and what most hosts write at once,
 /// go without the round trip of an R2T. Longer writes are asked for, so that they do not hold up what is behind them.
@@ -52,71 +52,6 @@ pub const R2T_BYTES_MAX: u32 = 8 << 20;
 /// From accept to a successful Connect. A guess: generous to a slow host, and short enough that silent sockets do not
 /// pile up.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// A command with all its data, to be executed.
-#[derive(Debug)]
-pub struct Request<T> {
-    /// Its entry.
-    pub sqe: Sqe,
-    /// What the host sent along.
-    pub data: Vec<Bytes>,
-    /// Bytes that the host will take in answer.
-    pub answer_bytes_max: u32,
-    /// What the caller attached when the command arrived.
-    pub admitted: T,
-    /// When the last of it arrived.
-    pub arrived: Instant,
-    /// The first command of a fused pair, whose second this is.
-    pub fused_first: Option<Box<Request<T>>>,
-}
-
-impl<T> Request<T> {
-    /// Command Identifier.
-    #[must_use]
-    pub fn cid(&self) -> u16 {
-        self.sqe.cid.get()
-    }
-
-    /// A completion of this command.
-    #[must_use]
-    pub fn complete(&self, status: Status) -> Completion {
-        Completion {
-            cid: self.cid(),
-            status,
-            result: 0,
-            data: Vec::new(),
-        }
-    }
-}
-
-/// The end of a command.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Completion {
-    /// Command Identifier.
-    pub cid: u16,
-    /// Status.
-    pub status: Status,
-    /// Dwords 0 and 1.
-    pub result: u64,
-    /// For the host; only with success.
-    pub data: Vec<Bytes>,
-}
-
-impl Completion {
-    /// With a result.
-    #[must_use]
-    pub fn with_result(mut self, result: u64) -> Self {
-        self.result = result;
-        self
-    }
-
-    /// With data for the host.
-    #[must_use]
-    pub fn with_data(mut self, data: Vec<Bytes>) -> Self {
-        self.data = data;
-        self
-    }
-}
 
 /// What may legally arrive next.
 #[derive(Debug)]
@@ -631,27 +566,6 @@ fn in_capsule(pointer: DataPointer, data: &Bytes) -> Result<Option<Bytes>, Statu
             let end = end.ok_or(Status::INVALID_SGL_OFFSET.dnr())?;
             Ok((length > 0).then(|| data.slice(start..end)))
         }
-    }
-}
-
-/// Which way a command moves data.
-enum Transfer {
-    None,
-    FromHost,
-    ToHost,
-}
-
-/// By the two low bits of the opcode, or of FCTYPE for fabrics commands ("Opcodes", data transfer).
-fn direction(sqe: &Sqe) -> Transfer {
-    let code = if FabricsCommand::is_fabrics(sqe) {
-        sqe.nsid.get() as u8
-    } else {
-        sqe.opcode
-    };
-    match code & 0b11 {
-        0b01 => Transfer::FromHost,
-        0b10 => Transfer::ToHost,
-        _ => Transfer::None,
     }
 }
 

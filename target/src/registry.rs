@@ -266,6 +266,13 @@ impl Registry {
         Ok(())
     }
 
+    /// Whether a subsystem is presented and a host may connect to it.
+    #[must_use]
+    pub fn allows(&self, subnqn: &Nqn, hostnqn: &Nqn) -> bool {
+        self.subsystem(subnqn)
+            .is_some_and(|subsystem| subsystem.allows(hostnqn))
+    }
+
     /// Presents a namespace; hosts are told.
     ///
     /// # Errors

@@ -4,6 +4,8 @@
 //!    disconnect, reconnect, fsck, compare.
 //! 2. The Linux kernel's nvmet as a third-party drive: refused by name without reservations; with them it completes a
 //!    4+2 that five nodes cannot hold, and data written through it comes back when a node is gone.
+//! 3. Volumes as NVMe drives of a guest, through emulated controllers: four at once, resets, fio with verify while a storage
+//!    node is killed, mkfs.ext4, and a second boot that finds it all.
 
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
@@ -34,7 +36,9 @@ fn main() -> anyhow::Result<()> {
     println!("passed: the Linux kernel {kernel} as a host");
     nvmet_is_a_drive(&program).context("the Linux kernel's nvmet as a third-party drive")?;
     println!("passed: nvmet of Linux {kernel} as a third-party drive");
-    println!("2 passed, 0 failed");
+    volumes_are_drives(&program).context("volumes as drives of a guest")?;
+    println!("passed: volumes as drives of a guest with Linux {kernel}");
+    println!("3 passed, 0 failed");
     Ok(())
 }
 
@@ -169,6 +173,53 @@ fn nvmet_is_a_drive(program: &Path) -> anyhow::Result<()> {
         "the third-party box is no failure domain of its own: {status}"
     );
     nvmet.stop()
+}
+
+/// Drives of the guest that has volumes for drives.
+const DRIVES: usize = 4;
+
+fn volumes_are_drives(program: &Path) -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let mut agents = cluster(program, folder.path(), 7)?;
+    let mut sockets = Vec::new();
+    for number in 0..DRIVES {
+        let name = format!("disk{number}");
+        agents.weft_ok(&["volume", "create", &name, "--size", "128MiB", "--ec", "4+2"])?;
+        let socket = folder.path().join(format!("{name}.sock"));
+        let path = socket.display().to_string();
+        let attached = agents.weft_json(&["volume", "attach", &name, "--vfio-user", &path])?;
+        ensure!(
+            attached["qemu"].to_string().contains("vfio-user-pci"),
+            "attach prints the options of QEMU: {attached}"
+        );
+        wait_until_served(&agents, &name)?;
+        sockets.push(socket);
+    }
+    let shown = agents.weft_json(&["volume", "show", "disk0"])?;
+    let uuid: Vec<u8> = serde_json::from_value(shown["uuid"].clone()).context("a volume has a uuid")?;
+    let serial: String = uuid.iter().take(10).map(|byte| format!("{byte:02x}")).collect();
+    let drives = DRIVES.to_string();
+    let variables = |boot| {
+        [
+            ("DRIVES", drives.as_str()),
+            ("SERIAL", serial.as_str()),
+            ("BOOT", boot),
+        ]
+    };
+    let killed = agents.list.len() - 1;
+    guest::run_with_drives("vfio.sh", &variables("1"), &sockets, |line| {
+        if line == "guest: writing" {
+            println!("a storage node is killed");
+            agents.kill(killed)?;
+        }
+        Ok(())
+    })?;
+    agents.start(killed)?;
+    guest::run_with_drives("vfio.sh", &variables("2"), &sockets, |_| Ok(()))?;
+    let path = sockets[0].display().to_string();
+    agents.weft_ok(&["volume", "detach", "disk0", "--vfio-user", &path])?;
+    ensure!(!sockets[0].exists(), "a detached volume leaves no socket");
+    Ok(())
 }
 
 const CHUNKS: u64 = 256;

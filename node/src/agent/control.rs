@@ -5,8 +5,8 @@ use tokio::sync::{mpsc, oneshot};
 use tonic::{Request, Response, Status};
 use weft_proto::grpc::admin::admin_server::Admin;
 use weft_proto::grpc::admin::{
-    AddDriveReply, AddDriveRequest, InitReply, InitRequest, InspectReply, InspectRequest, JoinReply,
-    JoinRequest,
+    AddDriveReply, AddDriveRequest, AttachGuestReply, AttachGuestRequest, DetachGuestReply,
+    DetachGuestRequest, InitReply, InitRequest, InspectReply, InspectRequest, JoinReply, JoinRequest,
 };
 
 /// A request with the place for its answer.
@@ -14,6 +14,8 @@ pub(crate) enum Order {
     Init(InitRequest, Answer<InitReply>),
     Join(JoinRequest, Answer<JoinReply>),
     AddDrive(AddDriveRequest, Answer<AddDriveReply>),
+    AttachGuest(AttachGuestRequest, Answer<AttachGuestReply>),
+    DetachGuest(DetachGuestRequest, Answer<DetachGuestReply>),
     Inspect(Answer<InspectReply>),
 }
 
@@ -73,6 +75,22 @@ impl Admin for AdminService {
 
     async fn add_drive(&self, request: Request<AddDriveRequest>) -> Result<Response<AddDriveReply>, Status> {
         self.order(|answer| Order::AddDrive(request.into_inner(), answer))
+            .await
+    }
+
+    async fn attach_guest(
+        &self,
+        request: Request<AttachGuestRequest>,
+    ) -> Result<Response<AttachGuestReply>, Status> {
+        self.order(|answer| Order::AttachGuest(request.into_inner(), answer))
+            .await
+    }
+
+    async fn detach_guest(
+        &self,
+        request: Request<DetachGuestRequest>,
+    ) -> Result<Response<DetachGuestReply>, Status> {
+        self.order(|answer| Order::DetachGuest(request.into_inner(), answer))
             .await
     }
 

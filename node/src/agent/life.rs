@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 use futures_util::FutureExt as _;
+use futures_util::future::LocalBoxFuture;
 use rand::RngCore as _;
 use tokio::io::AsyncReadExt as _;
 use tokio::sync::mpsc;
@@ -21,7 +22,10 @@ use weft_metadata::state::command::{NewNode, NewPool, Reply};
 use weft_metadata::state::map::{Cluster, DomainLevel, DriveClass, Settings};
 use weft_proto::band::Geometry;
 use weft_proto::grpc::admin::admin_server::AdminServer;
-use weft_proto::grpc::admin::{InitReply, InitRequest, InspectReply, JoinReply, JoinRequest};
+use weft_proto::grpc::admin::{
+    AttachGuestReply, AttachGuestRequest, DetachGuestReply, DetachGuestRequest, InitReply, InitRequest,
+    InspectReply, JoinReply, JoinRequest,
+};
 use weft_proto::id::{ClusterId, HostId, NodeId};
 
 use super::control::{AdminService, Order, Refused};
@@ -181,6 +185,12 @@ impl Life {
             }
             Order::AddDrive(request, answer) => {
                 let _ = answer.send(self.add_drive(request).await.map_err(refused));
+            }
+            Order::AttachGuest(request, answer) => {
+                let _ = answer.send(self.attach_guest(request).await.map_err(refused));
+            }
+            Order::DetachGuest(request, answer) => {
+                let _ = answer.send(self.detach_guest(request).await.map_err(refused));
             }
             Order::Inspect(answer) => {
                 let _ = answer.send(self.inspect().await.map_err(refused));
@@ -398,6 +408,40 @@ impl Life {
         });
         self.membership = Some(membership);
         Ok(())
+    }
+
+    async fn attach_guest(&self, request: AttachGuestRequest) -> anyhow::Result<AttachGuestReply> {
+        let AttachGuestRequest { volume, path } = request;
+        self.on_member(|member| {
+            async move { member.guests().attach(&volume, path.into()).await }.boxed_local()
+        })
+        .await?;
+        Ok(AttachGuestReply {})
+    }
+
+    async fn detach_guest(&self, request: DetachGuestRequest) -> anyhow::Result<DetachGuestReply> {
+        let DetachGuestRequest { volume, path } = request;
+        self.on_member(|member| {
+            async move { member.guests().detach(&volume, path.as_ref()).await }.boxed_local()
+        })
+        .await?;
+        Ok(DetachGuestReply {})
+    }
+
+    /// Does something with the data side of this member.
+    async fn on_member<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(Rc<Member>) -> LocalBoxFuture<'static, anyhow::Result<T>> + Send + 'static,
+    ) -> anyhow::Result<T> {
+        let done = self.data.call(move |plane| {
+            async move {
+                let member = plane.member.borrow().clone();
+                let member = member.context("this agent is not a member that serves, yet")?;
+                work(member).await
+            }
+            .boxed_local()
+        });
+        done.await?
     }
 
     async fn inspect(&self) -> anyhow::Result<InspectReply> {

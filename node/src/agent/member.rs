@@ -23,6 +23,7 @@ use weft_volume::seams::{Env, ReservationKey};
 
 use super::env::TokioEnv;
 use super::fabric::{Fabric, Identity};
+use super::guests::Guests;
 use super::local_drives::LocalDrive;
 use super::local_reach::{self, LocalReach};
 use super::ownership::Ownership;
@@ -62,6 +63,7 @@ pub(crate) struct Member {
     fabric: Rc<Fabric>,
     presenter: Rc<Presenter>,
     ownership: Rc<Ownership>,
+    guests: Guests,
     local: RefCell<Vec<(DriveId, Rc<LocalDrive>, ReservedNamespace)>>,
 }
 
@@ -108,6 +110,7 @@ impl Member {
             map.clone(),
             engine,
         );
+        let guests = Guests::new(registry.clone(), cluster.id, map.clone());
         let member = Rc::new(Self {
             cluster,
             node,
@@ -119,6 +122,7 @@ impl Member {
             fabric,
             presenter,
             ownership,
+            guests,
             local: RefCell::default(),
         });
         for drive in drives {
@@ -142,6 +146,11 @@ impl Member {
         self.fabric.wait_until_fenced().await;
     }
 
+    /// The guests of this server.
+    pub(crate) fn guests(&self) -> &Guests {
+        &self.guests
+    }
+
     /// Waits until the map knows a drive.
     pub(crate) async fn wait_for_drive(&self, drive: DriveId) {
         let mut map = self.map.clone();
@@ -155,6 +164,7 @@ impl Member {
             "incarnation": self.fabric.identity().incarnation.to_string(),
             "drives": self.fabric.inspect(),
             "volumes": self.ownership.inspect(),
+            "guests": self.guests.inspect(),
         })
     }
 

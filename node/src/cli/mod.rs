@@ -3,6 +3,7 @@
 //! Exit codes, for scripts: 0 done, 1 failed, 2 usage, 3 no such thing, 4 refused by the cluster's state, 5 nobody
 //! answered.
 
+mod attach;
 mod cluster;
 mod output;
 mod volume;
@@ -98,6 +99,10 @@ impl Session {
             Command::Pool(command) => self.pool(command).await,
             Command::Volume(command) => self.volume(command).await,
             Command::Host(command) => self.host(command).await,
+            Command::Vm(command) => {
+                self.vm(command);
+                Ok(())
+            }
             Command::Metrics(_) => {
                 self.metrics_list();
                 Ok(())

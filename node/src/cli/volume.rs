@@ -81,35 +81,8 @@ impl Session {
                     text
                 });
             }
-            VolumeCommand::Attach { name, host } => {
-                let volume = named(&map, &name)?;
-                self.propose(Proposal::AllowHost {
-                    volume: volume.id,
-                    host: host.clone(),
-                })
-                .await?;
-                let lines = connect_lines(&map, volume);
-                self.output.one(
-                    &json!({ "volume": name, "host": host, "subnqn": volume.subnqn, "connect": lines }),
-                    |_| {
-                        format!(
-                            "volume {name} serves {host}; on that host:\n{}\n",
-                            lines.join("\n")
-                        )
-                    },
-                );
-            }
-            VolumeCommand::Detach { name, host } => {
-                let volume = named(&map, &name)?;
-                self.propose(Proposal::DisallowHost {
-                    volume: volume.id,
-                    host: host.clone(),
-                })
-                .await?;
-                self.output.one(&json!({ "volume": name, "host": host }), |_| {
-                    format!("volume {name} no longer serves {host}\n")
-                });
-            }
+            VolumeCommand::Attach(args) => self.attach(&map, args).await?,
+            VolumeCommand::Detach(args) => self.detach(&map, args).await?,
             VolumeCommand::Move { name, to } => {
                 let volume = named(&map, &name)?;
                 let node = map
@@ -205,7 +178,7 @@ pub(crate) fn new_volume(
     }))
 }
 
-fn named<'a>(map: &'a ClusterMap, name: &str) -> Result<&'a Volume, Failure> {
+pub(super) fn named<'a>(map: &'a ClusterMap, name: &str) -> Result<&'a Volume, Failure> {
     map.volume_named(name)
         .ok_or_else(|| not_found("volume", name, map.volumes.values().map(|volume| &volume.name)))
 }

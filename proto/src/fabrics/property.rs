@@ -31,6 +31,13 @@ impl Capabilities {
         Self(u64::from(mqes_z) | CQR | u64::from(ready_timeout_500ms) << 24 | CSS_NVM)
     }
 
+    /// Of a memory-based controller with the NVM command set, 4 KiB pages and doorbells 4 bytes apart, whose queues
+    /// have to be contiguous.
+    #[must_use]
+    pub fn memory(mqes_z: u16, ready_timeout_500ms: u8) -> Self {
+        Self::fabrics(mqes_z, ready_timeout_500ms)
+    }
+
     /// Maximum Queue Entries Supported, zero-based.
     #[must_use]
     pub fn mqes_z(self) -> u16 {
@@ -109,6 +116,8 @@ impl ControllerStatus {
     pub const READY: u32 = 1;
     /// Controller Fatal Status (CFS).
     pub const FATAL: u32 = 1 << 1;
+    /// Shutdown Status (SHST): occurring.
+    pub const SHUTDOWN_OCCURRING: u32 = 0b01 << 2;
     /// Shutdown Status (SHST): complete.
     pub const SHUTDOWN_COMPLETE: u32 = 0b10 << 2;
 

@@ -5,6 +5,10 @@
 pub struct AsyncEvent(pub u32);
 
 impl AsyncEvent {
+    /// Write to Invalid Doorbell Register: read the error log (01h).
+    pub const INVALID_DOORBELL: Self = Self::new(0x0, 0x00, 0x01);
+    /// Invalid Doorbell Write Value: read the error log (01h).
+    pub const INVALID_DOORBELL_VALUE: Self = Self::new(0x0, 0x01, 0x01);
     /// Namespace Attribute Changed: read the Changed Namespace List (04h).
     pub const NAMESPACE_CHANGED: Self = Self::new(0x2, 0x00, 0x04);
     /// Asymmetric Namespace Access Change: read the ANA log page (0Ch).

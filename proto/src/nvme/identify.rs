@@ -238,6 +238,12 @@ pub mod anacap {
     pub const FIXED_GROUP: u8 = 1 << 6;
 }
 
+/// Bits of OACS.
+pub mod oacs {
+    /// Doorbell Buffer Config.
+    pub const DOORBELL_BUFFER: u16 = 1 << 8;
+}
+
 /// Bits of ONCS.
 pub mod oncs {
     /// Compare.
@@ -260,6 +266,8 @@ pub mod sgls {
     pub const OFFSET: u32 = 1 << 20;
     /// Transport SGL Data Block descriptor.
     pub const TRANSPORT: u32 = 1 << 21;
+    /// An SGL may be longer than the data.
+    pub const LONGER: u32 = 1 << 18;
 }
 
 /// An LBA format.

@@ -4,8 +4,7 @@
 //! newtype with constants until it has been matched; [`command::AdminCommand`] and [`command::NvmCommand`] are
 //! where a submission queue entry becomes a typed command, and nothing later reads its dwords.
 //!
-//! What this does not hold: controller state, what a command means, transports. The memory layouts that only a
-//! PCIe controller has (PRP lists, doorbells) are absent.
+//! What this does not hold: controller state, what a command means, transports.
 //!
 //! NVM Express Base Specification 2.0 and NVM Command Set Specification 1.0.
 
@@ -16,6 +15,7 @@ pub mod feature;
 pub mod identify;
 pub mod log;
 pub mod opcode;
+pub mod queue;
 pub mod reservation;
 pub mod sgl;
 pub mod sqe;

@@ -24,6 +24,16 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 pub struct AdminOpcode(pub u8);
 
 impl AdminOpcode {
+    /// Delete I/O Submission Queue: of memory-based transports, as are the next three.
+    pub const DELETE_SUBMISSION_QUEUE: Self = Self(0x00);
+    /// Create I/O Submission Queue.
+    pub const CREATE_SUBMISSION_QUEUE: Self = Self(0x01);
+    /// Delete I/O Completion Queue.
+    pub const DELETE_COMPLETION_QUEUE: Self = Self(0x04);
+    /// Create I/O Completion Queue.
+    pub const CREATE_COMPLETION_QUEUE: Self = Self(0x05);
+    /// Doorbell Buffer Config: of memory-based transports.
+    pub const DOORBELL_BUFFER_CONFIG: Self = Self(0x7c);
     /// Get Log Page.
     pub const GET_LOG_PAGE: Self = Self(0x02);
     /// Identify.

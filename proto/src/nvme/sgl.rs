@@ -59,6 +59,13 @@ impl SglDescriptor {
     /// Transport SGL Data Block descriptor, sub type NVMe Transport Specific.
     pub const TRANSPORT: u8 = 0x5a;
 
+    /// SGL Data Block descriptor, sub type Address: data in memory, as the next two.
+    pub const DATA_BLOCK: u8 = 0x00;
+    /// SGL Segment descriptor: where more descriptors are, the last of which is a segment descriptor again.
+    pub const SEGMENT: u8 = 0x20;
+    /// SGL Last Segment descriptor: where the last descriptors are.
+    pub const LAST_SEGMENT: u8 = 0x30;
+
     /// No data.
     pub const NONE: Self = Self {
         address: U64::ZERO,

@@ -118,6 +118,25 @@ impl Sqe {
         self.sgl1.data_pointer()
     }
 
+    /// PRP Entries 1 and 2: the data pointer of a memory-based transport, where PSDT says so.
+    #[must_use]
+    pub fn prps(&self) -> (u64, u64) {
+        let second = U64::read_from_bytes(&self.sgl1.as_bytes()[8..]).expect("half of 16 bytes");
+        (self.sgl1.address.get(), second.get())
+    }
+
+    /// What the data pointer is on a memory-based transport (PSDT).
+    ///
+    /// # Errors
+    /// [`Status::INVALID_FIELD`] for the reserved value.
+    pub fn uses_sgl(&self) -> Result<bool, Status> {
+        match self.flags >> 6 {
+            0b00 => Ok(false),
+            0b01 | 0b10 => Ok(true),
+            _ => Err(Status::INVALID_FIELD.dnr()),
+        }
+    }
+
     /// Dwords 10 and 11 as one number: the starting LBA of an NVM command.
     #[must_use]
     pub fn cdw10_11(&self) -> u64 {

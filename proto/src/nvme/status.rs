@@ -51,12 +51,16 @@ statuses! {
     INVALID_NAMESPACE = 0, 0x0b;
     /// Command Sequence Error.
     COMMAND_SEQUENCE_ERROR = 0, 0x0c;
+    /// Invalid SGL Segment Descriptor.
+    INVALID_SGL_SEGMENT = 0, 0x0d;
     /// Invalid Number of SGL Descriptors.
     INVALID_SGL_COUNT = 0, 0x0e;
     /// Data SGL Length Invalid.
     INVALID_SGL_LENGTH = 0, 0x0f;
     /// SGL Descriptor Type Invalid.
     INVALID_SGL_TYPE = 0, 0x11;
+    /// PRP Offset Invalid.
+    INVALID_PRP_OFFSET = 0, 0x13;
     /// SGL Offset Invalid.
     INVALID_SGL_OFFSET = 0, 0x16;
     /// Host Identifier Inconsistent Format.
@@ -80,14 +84,22 @@ statuses! {
     /// Reservation Conflict.
     RESERVATION_CONFLICT = 0, 0x83;
 
+    /// Completion Queue Invalid.
+    COMPLETION_QUEUE_INVALID = 1, 0x00;
     /// Invalid Queue Identifier.
     INVALID_QUEUE_IDENTIFIER = 1, 0x01;
+    /// Invalid Queue Size.
+    INVALID_QUEUE_SIZE = 1, 0x02;
     /// Abort Command Limit Exceeded.
     ABORT_LIMIT_EXCEEDED = 1, 0x03;
     /// Asynchronous Event Request Limit Exceeded.
     ASYNC_EVENT_LIMIT_EXCEEDED = 1, 0x05;
+    /// Invalid Interrupt Vector.
+    INVALID_INTERRUPT_VECTOR = 1, 0x08;
     /// Invalid Log Page.
     INVALID_LOG_PAGE = 1, 0x09;
+    /// Invalid Queue Deletion.
+    INVALID_QUEUE_DELETION = 1, 0x0c;
     /// Feature Identifier Not Saveable.
     FEATURE_NOT_SAVEABLE = 1, 0x0d;
     /// Feature Not Changeable.

@@ -8,8 +8,8 @@ use weft_proto::nvme::log::ReservationNotificationType;
 use weft_proto::nvme::status::Status;
 
 use super::event::NotificationMasks;
-use super::{AdminAnswer, Controller, IoRequest, KEEP_ALIVE_GRANULARITY_100MS, cut};
-use crate::qpair::Completion;
+use super::{AdminAnswer, Controller, IoRequest, KEEP_ALIVE_GRANULARITY_100MS, Transport, cut};
+use crate::request::Completion;
 
 /// What a host has set. Nothing of it survives a controller reset.
 #[derive(Default)]
@@ -102,6 +102,12 @@ impl Controller {
             FeatureId::RESERVATION_PERSISTENCE => {
                 self.set_reservation_persistence(request, nsid, value & 1 != 0)
             }
+            // Interrupts follow a batch of completions as it is.
+            FeatureId::INTERRUPT_COALESCING | FeatureId::INTERRUPT_VECTOR
+                if self.transport == Transport::Memory =>
+            {
+                done(Status::SUCCESS)
+            }
             // They exist, and have one value that serves.
             FeatureId::ARBITRATION
             | FeatureId::POWER_MANAGEMENT
@@ -176,6 +182,11 @@ impl Controller {
                 let open = self.namespace(nsid).ok_or(Status::INVALID_NAMESPACE.dnr())?;
                 let (reserved, _) = open.reserved().ok_or(Status::INVALID_FIELD.dnr())?;
                 u32::from(reserved.report().ptpl)
+            }
+            FeatureId::INTERRUPT_COALESCING | FeatureId::INTERRUPT_VECTOR
+                if self.transport == Transport::Memory =>
+            {
+                0
             }
             FeatureId::ARBITRATION
             | FeatureId::POWER_MANAGEMENT

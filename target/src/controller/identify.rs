@@ -6,15 +6,16 @@ use weft_proto::nvme::feature::AsyncEventConfig;
 use weft_proto::nvme::identify::{
     IDENTIFY_BYTES, IdentifyController, IdentifyControllerNvm, IdentifyNamespace,
     IdentifyNamespaceIndependent, anacap, cmic, cntrltype, ctratt, fill_field, namespace_descriptors,
-    namespace_list, oncs, rescap, sgls,
+    namespace_list, oacs, oncs, rescap, sgls,
 };
 use weft_proto::nvme::status::Status;
 use zerocopy::{FromZeros, IntoBytes};
 
 use super::event::REQUESTS_MAX;
-use super::{Controller, KEEP_ALIVE_GRANULARITY_100MS, VERSION};
+use super::{Controller, KEEP_ALIVE_GRANULARITY_100MS, Transport, VERSION};
 use crate::namespace::OpenNamespace;
-use crate::qpair::{CAPSULE_BYTES_MAX, TRANSFER_BYTES_MAX};
+use crate::qpair::CAPSULE_BYTES_MAX;
+use crate::request::TRANSFER_BYTES_MAX;
 
 /// Seconds that a change of ANA state may take (ANATT). An unplanned takeover is done within two; hosts give up on a path
 /// that stays in transition for longer.
@@ -105,22 +106,31 @@ impl Controller {
         data.mdts = (TRANSFER_BYTES_MAX / 4096).ilog2() as u8;
         data.cntlid = self.association.cntlid.into();
         data.ver = VERSION.into();
-        data.ctratt = (ctratt::HOSTID_128 | ctratt::TBKAS).into();
+        data.ctratt = ctratt::HOSTID_128.into();
         data.acl = 3;
         data.aerl = (REQUESTS_MAX - 1) as u8;
         // One slot of firmware, read only.
         data.frmw = 0b011;
         // Get Log Page takes offsets and long lengths; there is an effects page.
         data.lpa = 0b110;
-        data.kas = KEEP_ALIVE_GRANULARITY_100MS.into();
         data.sqes = 0x66;
         data.cqes = 0x44;
-        data.maxcmd = config.queue_entries_max.into();
-        data.sgls = (sgls::SUPPORTED | sgls::OFFSET | sgls::TRANSPORT).into();
-        data.ioccsz = ((64 + CAPSULE_BYTES_MAX) / 16).into();
-        data.iorcsz = 1.into();
-        data.msdbd = 1;
-        data.ofcs = 1.into();
+        match self.transport {
+            Transport::Fabrics => {
+                data.ctratt = (ctratt::HOSTID_128 | ctratt::TBKAS).into();
+                data.kas = KEEP_ALIVE_GRANULARITY_100MS.into();
+                data.maxcmd = config.queue_entries_max.into();
+                data.sgls = (sgls::SUPPORTED | sgls::OFFSET | sgls::TRANSPORT).into();
+                data.ioccsz = ((64 + CAPSULE_BYTES_MAX) / 16).into();
+                data.iorcsz = 1.into();
+                data.msdbd = 1;
+                data.ofcs = 1.into();
+            }
+            Transport::Memory => {
+                data.oacs = oacs::DOORBELL_BUFFER.into();
+                data.sgls = (sgls::SUPPORTED | sgls::LONGER).into();
+            }
+        }
         fill_field(&mut data.fr, &config.firmware, b' ');
         fill_field(&mut data.subnqn, self.association.subsystem.as_str(), 0);
         let Some(subsystem) = self.subsystem() else {
@@ -133,12 +143,16 @@ impl Controller {
         data.cntrltype = cntrltype::IO;
         fill_field(&mut data.sn, &subsystem.config.serial, b' ');
         fill_field(&mut data.mn, &subsystem.config.model, b' ');
-        data.cmic = cmic::MULTI_PORT | cmic::MULTI_CONTROLLER | cmic::ANA;
-        data.oaes = (AsyncEventConfig::NAMESPACE_ATTRIBUTE | AsyncEventConfig::ANA_CHANGE).into();
-        data.anatt = ANATT_SECONDS;
-        data.anacap = anacap::ALL_STATES | anacap::FIXED_GROUP;
-        data.anagrpmax = config.ana_group_max.into();
-        data.nanagrpid = config.ana_group_max.into();
+        data.oaes = AsyncEventConfig::NAMESPACE_ATTRIBUTE.into();
+        // A function in a machine is its only path to the subsystem, and says nothing of paths.
+        if self.transport == Transport::Fabrics {
+            data.cmic = cmic::MULTI_PORT | cmic::MULTI_CONTROLLER | cmic::ANA;
+            data.oaes = (AsyncEventConfig::NAMESPACE_ATTRIBUTE | AsyncEventConfig::ANA_CHANGE).into();
+            data.anatt = ANATT_SECONDS;
+            data.anacap = anacap::ALL_STATES | anacap::FIXED_GROUP;
+            data.anagrpmax = config.ana_group_max.into();
+            data.nanagrpid = config.ana_group_max.into();
+        }
         data.nn = subsystem.config.namespaces_max.into();
         data.mnan = subsystem.config.namespaces_max.into();
         data.oncs = (oncs::COMPARE

@@ -13,7 +13,7 @@ use weft_proto::nvme::status::Status;
 use zerocopy::{FromZeros, IntoBytes};
 
 use super::Controller;
-use crate::qpair::TRANSFER_BYTES_MAX;
+use crate::request::TRANSFER_BYTES_MAX;
 
 /// What a SMART page shows: a temperature that alarms nobody (kelvin), and all spare available.
 const TEMPERATURE_KELVIN: u16 = 310;

@@ -1,0 +1,454 @@
+//! The socket: one client at a time, its messages, and the turns of its [`Function`].
+
+use std::future::{Future, poll_fn};
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use futures_util::FutureExt;
+use futures_util::future::LocalBoxFuture;
+use rustix::cmsg_space;
+use rustix::io::Errno;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use tokio::io::Interest;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::time::Sleep;
+use weft_block::polling::{SPAN_DEFAULT, is_polling, note_activity};
+
+use super::Attachment;
+use super::function::Function;
+use super::memory::RANGES_MAX;
+use super::message::{
+    self, HEADER_BYTES, Header, MESSAGE_FDS_MAX, REGION_BAR0, REGION_CONFIG, RegionWrite, Request,
+};
+use super::pci::CONFIG_BYTES;
+use super::registers::BAR0_BYTES;
+use crate::controller::{Controller, Transport};
+use crate::error_chain;
+use crate::namespace::Association;
+use crate::registry::Registry;
+
+/// Messages handled before the queues have their turn.
+const MESSAGES_PER_TURN: usize = 32;
+
+/// Replies that wait for the socket before nothing more is read.
+const REPLY_BYTES_MAX: usize = 256 << 10;
+
+/// Pause after an accept that failed for want of resources.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Serves one guest's controller on a socket until `stop`, or [`Registry::shutdown`]. A client whose subsystem is not
+/// presented any more to the attachment's host loses its connection; it may come back when it is.
+///
+/// Call it within a `LocalSet`, on the thread of the registry's devices. Dropping the future drops its connection and
+/// abandons its commands without waiting for them.
+///
+/// # Errors
+/// Never for what a client did; only if the listener itself is broken.
+pub async fn serve(
+    listener: UnixListener,
+    registry: Rc<Registry>,
+    attachment: Attachment,
+    stop: impl Future<Output = ()>,
+) -> io::Result<()> {
+    let mut shutdown = registry.shutdown_receiver();
+    let mut client: Option<LocalBoxFuture<'static, ()>> = None;
+    let mut controller: Option<Rc<Controller>> = None;
+    let mut stop = std::pin::pin!(stop);
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            // The sender lives in the registry, which is held here.
+            _ = shutdown.wait_for(|&shutdown| shutdown) => break,
+            () = &mut stop => break,
+            () = async { client.as_mut().expect("checked").await }, if client.is_some() => {
+                client = None;
+                controller = None;
+                continue;
+            }
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Ok((stream, _)) if client.is_some() => {
+                tracing::warn!(subsystem = %attachment.subsystem, "a second client of one controller is turned away");
+                drop(stream);
+            }
+            Ok((stream, _)) => match connect(&registry, &attachment) {
+                Ok(connected) => {
+                    controller = Some(Rc::clone(&connected));
+                    client = Some(run(stream, connected, Rc::clone(&registry)).boxed_local());
+                }
+                Err(reason) => {
+                    tracing::warn!(subsystem = %attachment.subsystem, reason, "client turned away");
+                }
+            },
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => return Err(error),
+            Err(error) => {
+                tracing::warn!(error = error_chain(&error), "accept failed");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+    drop(listener);
+    if let Some(controller) = controller {
+        controller.close("detached");
+    }
+    if let Some(client) = client {
+        client.await;
+    }
+    Ok(())
+}
+
+/// Makes a controller for a client.
+fn connect(registry: &Rc<Registry>, attachment: &Attachment) -> Result<Rc<Controller>, &'static str> {
+    let subsystem = registry
+        .subsystem(&attachment.subsystem)
+        .ok_or("the subsystem is not presented")?;
+    if !subsystem.allows(&attachment.hostnqn) {
+        return Err("the host is not allowed");
+    }
+    let cntlid = registry.free_cntlid().ok_or("no controller identifier is free")?;
+    let association = Association {
+        hostnqn: attachment.hostnqn.clone(),
+        hostid: attachment.hostid,
+        cntlid,
+        subsystem: attachment.subsystem.clone(),
+        kato: None,
+    };
+    tracing::info!(cntlid, subsystem = %association.subsystem, host = %association.hostnqn, "guest connected");
+    let controller = Controller::new(
+        Rc::clone(registry),
+        Transport::Memory,
+        association,
+        Some(subsystem),
+        Instant::now(),
+    );
+    registry.insert_controller(Rc::clone(&controller));
+    Ok(controller)
+}
+
+/// A message on its way in.
+#[derive(Default)]
+struct Incoming {
+    header: Option<Header>,
+    bytes: Vec<u8>,
+    files: Vec<OwnedFd>,
+}
+
+struct Connection {
+    stream: UnixStream,
+    controller: Rc<Controller>,
+    function: Function,
+    incoming: Incoming,
+    replies: Vec<u8>,
+    /// A version was agreed on.
+    negotiated: bool,
+    timer: Pin<Box<Sleep>>,
+    shutdown: LocalBoxFuture<'static, ()>,
+    /// Until when doorbells in memory are looked at without being told.
+    awake_until: Instant,
+}
+
+/// Why a connection ends.
+#[derive(Debug, thiserror::Error)]
+enum End {
+    #[error("closed by the client")]
+    Closed,
+    #[error("the subsystem is not presented to this host any more")]
+    Withdrawn,
+    #[error(transparent)]
+    Header(#[from] message::HeaderError),
+    #[error("too many file descriptors")]
+    Files,
+    #[error("version {0} of the protocol")]
+    Version(u16),
+    #[error("a message before the version was agreed on")]
+    NotNegotiated,
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// Serves a client until it leaves and its last command has left the device.
+async fn run(stream: UnixStream, controller: Rc<Controller>, registry: Rc<Registry>) {
+    let mut shutdown = registry.shutdown_receiver();
+    let now = Instant::now();
+    let mut connection = Connection {
+        stream,
+        function: Function::new(Rc::clone(&controller), registry.config().io_queues_max),
+        controller,
+        incoming: Incoming::default(),
+        replies: Vec::new(),
+        negotiated: false,
+        timer: Box::pin(tokio::time::sleep(Duration::ZERO)),
+        // An error says that the registry is gone, which is the same.
+        shutdown: Box::pin(async move { drop(shutdown.wait_for(|&shutdown| shutdown).await) }),
+        awake_until: now,
+    };
+    let end = loop {
+        match poll_fn(|cx| connection.poll(cx)).await {
+            Ok(()) => tokio::task::yield_now().await,
+            Err(end) => break end,
+        }
+    };
+    match end {
+        End::Closed => tracing::info!("guest disconnected"),
+        end => tracing::warn!(reason = error_chain(&end), "guest's connection ended"),
+    }
+    connection.finish().await;
+}
+
+impl Connection {
+    /// Ready when the connection is over, or when this wants to be called again after others had their turn.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), End>> {
+        self.controller.set_waker(0, cx.waker());
+        loop {
+            if self.shutdown.as_mut().poll(cx).is_ready() || self.controller.is_closed_for(0) {
+                return Poll::Ready(Err(End::Withdrawn));
+            }
+            let now = Instant::now();
+            let mut progress = self.poll_read(cx, now)?;
+            progress |= self.function.poll_shadow();
+            progress |= self.function.poll(cx, now);
+            progress |= self.poll_write(cx)?;
+            if progress {
+                self.awake_until = now + SPAN_DEFAULT;
+                continue;
+            }
+            if self.poll_timer(cx, now) {
+                continue;
+            }
+            if self.function.has_shadow() && now < self.awake_until && is_polling() {
+                return Poll::Ready(Ok(()));
+            }
+            if !self.function.prepare_to_sleep() {
+                return Poll::Pending;
+            }
+        }
+    }
+
+    fn poll_timer(&mut self, cx: &mut Context<'_>, now: Instant) -> bool {
+        let Some(deadline) = self.function.poll_timeout() else {
+            return false;
+        };
+        if self.timer.deadline().into_std() != deadline {
+            self.timer.as_mut().reset(deadline.into());
+        }
+        self.timer.as_mut().poll(cx).is_ready() && now >= deadline
+    }
+
+    fn poll_read(&mut self, cx: &mut Context<'_>, now: Instant) -> Result<bool, End> {
+        let mut progress = false;
+        for _ in 0..MESSAGES_PER_TURN {
+            if self.replies.len() > REPLY_BYTES_MAX {
+                break;
+            }
+            if self.poll_message(cx)?.is_pending() {
+                break;
+            }
+            note_activity();
+            progress = true;
+            self.handle_message(now)?;
+        }
+        Ok(progress)
+    }
+
+    /// Receives until a message is whole.
+    fn poll_message(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, End> {
+        loop {
+            let incoming = &mut self.incoming;
+            let wanted = incoming.header.map_or(HEADER_BYTES, |header| header.body_bytes());
+            if incoming.bytes.len() == wanted {
+                if incoming.header.is_some() {
+                    return Ok(Poll::Ready(()));
+                }
+                let bytes = incoming
+                    .bytes
+                    .first_chunk()
+                    .expect("as many bytes as a header has");
+                incoming.header = Some(Header::parse(bytes)?);
+                incoming.bytes.clear();
+                continue;
+            }
+            if self.stream.poll_read_ready(cx)?.is_pending() {
+                return Ok(Poll::Pending);
+            }
+            // Never past the end of a message: descriptors come with the bytes of the message they belong to.
+            let had = incoming.bytes.len();
+            incoming.bytes.resize(wanted, 0);
+            let received = self.stream.try_io(Interest::READABLE, || {
+                receive(&self.stream, &mut incoming.bytes[had..], &mut incoming.files)
+            });
+            incoming
+                .bytes
+                .truncate(had + received.as_ref().map_or(0, |&count| count));
+            match received {
+                Ok(0) => return Err(End::Closed),
+                Ok(_) if incoming.files.len() > MESSAGE_FDS_MAX => return Err(End::Files),
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Err(End::Closed),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn handle_message(&mut self, now: Instant) -> Result<(), End> {
+        let Incoming { header, bytes, files } = &mut self.incoming;
+        let header = header.take().expect("the message is whole");
+        let body = std::mem::take(bytes);
+        let files = std::mem::take(files);
+        let outcome = match Request::parse(&header, &body) {
+            Ok(Request::Version { major, minor }) => {
+                if major != 0 {
+                    return Err(End::Version(major));
+                }
+                self.negotiated = true;
+                Ok(message::version_reply(minor, RANGES_MAX))
+            }
+            _ if !self.negotiated => return Err(End::NotNegotiated),
+            Ok(request) => self.handle_request(request, files, now),
+            Err(errno) => Err(errno),
+        };
+        if let Err(errno) = outcome {
+            tracing::debug!(?header, %errno, "message refused");
+        }
+        if !header.no_reply {
+            let reply = header.reply(outcome.as_deref().map_err(|&errno| errno));
+            self.replies.extend_from_slice(&reply);
+        }
+        // Its memory serves the next one.
+        self.incoming.bytes = body;
+        self.incoming.bytes.clear();
+        Ok(())
+    }
+
+    fn handle_request(
+        &mut self,
+        request: Request<'_>,
+        mut files: Vec<OwnedFd>,
+        now: Instant,
+    ) -> Result<Vec<u8>, Errno> {
+        let function = &mut self.function;
+        match request {
+            Request::Version { .. } => Err(Errno::INVAL),
+            Request::DmaMap(map) => {
+                if files.len() > 1 {
+                    return Err(Errno::INVAL);
+                }
+                function.memory.map(&map, files.pop()).map(|()| Vec::new())
+            }
+            Request::DmaUnmap { address, bytes } => {
+                function.memory.unmap(address, bytes, now)?;
+                Ok(message::unmap_reply(address, bytes))
+            }
+            Request::DeviceInfo => Ok(message::device_info_reply()),
+            Request::RegionInfo { index } => match index {
+                REGION_BAR0 => Ok(message::region_info_reply(index, BAR0_BYTES)),
+                REGION_CONFIG => Ok(message::region_info_reply(index, CONFIG_BYTES as u64)),
+                0..message::REGIONS => Ok(message::region_info_reply(index, 0)),
+                _ => Err(Errno::INVAL),
+            },
+            Request::InterruptInfo { index } if index < message::INTERRUPTS => Ok(
+                message::interrupt_info_reply(index, function.interrupts.count(index)),
+            ),
+            Request::InterruptInfo { .. } => Err(Errno::INVAL),
+            Request::SetInterrupts(set) => function.interrupts.set(&set, files).map(|()| Vec::new()),
+            Request::RegionRead {
+                region,
+                offset,
+                count,
+            } => {
+                let data = match region {
+                    REGION_CONFIG => function.read_config(offset, count as usize).map(<[u8]>::to_vec),
+                    REGION_BAR0 => {
+                        let mut data = vec![0; count as usize];
+                        function.read_bar(offset, &mut data).map(|()| data)
+                    }
+                    _ => None,
+                };
+                let data = data.ok_or(Errno::INVAL)?;
+                Ok(message::access_reply(region, offset, count, &data))
+            }
+            Request::RegionWrite(write) => {
+                write_region(function, &write)?;
+                let count = write.data.len() as u32;
+                Ok(message::access_reply(write.region, write.offset, count, &[]))
+            }
+            Request::RegionWriteMulti(writes) => {
+                for write in &writes {
+                    write_region(function, write)?;
+                }
+                Ok(message::write_multi_reply(writes.len()))
+            }
+            Request::Reset => {
+                function.reset();
+                Ok(Vec::new())
+            }
+        }
+    }
+
+    fn poll_write(&mut self, cx: &mut Context<'_>) -> io::Result<bool> {
+        let mut progress = false;
+        while !self.replies.is_empty() {
+            match self.stream.poll_write_ready(cx) {
+                Poll::Ready(ready) => ready?,
+                Poll::Pending => break,
+            }
+            match self.stream.try_write(&self.replies) {
+                Ok(written) => drop(self.replies.drain(..written)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+                Err(error) => return Err(error),
+            }
+            progress = true;
+        }
+        Ok(progress)
+    }
+
+    /// Closes the socket, then stays until the last command has left the device.
+    async fn finish(self) {
+        let Self {
+            stream,
+            controller,
+            mut function,
+            ..
+        } = self;
+        controller.leave(0, function.close());
+        drop(stream);
+        while function.drain().await {
+            if let Some(outstanding) = controller.outstanding() {
+                outstanding.finish_one();
+            }
+        }
+    }
+}
+
+fn write_region(function: &mut Function, write: &RegionWrite<'_>) -> Result<(), Errno> {
+    let written = match write.region {
+        REGION_BAR0 => function.write_bar(write.offset, write.data),
+        REGION_CONFIG => function.write_config(write.offset, write.data),
+        _ => None,
+    };
+    written.ok_or(Errno::INVAL)
+}
+
+/// Receives bytes, and descriptors if some come with them.
+fn receive(stream: &UnixStream, to: &mut [u8], files: &mut Vec<OwnedFd>) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MESSAGE_FDS_MAX))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let received = recvmsg(
+        stream.as_fd(),
+        &mut [IoSliceMut::new(to)],
+        &mut control,
+        RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT,
+    )?;
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(received) = message {
+            files.extend(received);
+        }
+    }
+    Ok(received.bytes)
+}
