@@ -271,7 +271,6 @@ impl Agent {
 
     async fn delete(&self, volume: VolumeId, owner: Owner, engine: &Engine) {
         let _under = self.cluster.steps.enter(Step::Delete);
-        self.engines.borrow_mut().remove(&volume);
         let unsettled = engine.abort_and_drain(DRAIN).await;
         self.finish_delete(volume, owner, Some(unsettled)).await;
     }

@@ -28,6 +28,10 @@ impl Signal {
         Ok(Self(file))
     }
 
+    #[expect(
+        clippy::host_endian_bytes,
+        reason = "the kernel reads a number of its own byte order"
+    )]
     fn raise(&self) {
         // A full counter says what one more would say.
         let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
@@ -146,6 +150,10 @@ impl Interrupts {
 }
 
 #[cfg(test)]
+#[allow(
+    clippy::host_endian_bytes,
+    reason = "a counter of the kernel has its own byte order"
+)]
 mod tests {
     use rustix::event::{EventfdFlags, eventfd};
 

@@ -349,7 +349,7 @@ impl Connection {
             Request::RegionInfo { index } => match index {
                 REGION_BAR0 => Ok(message::region_info_reply(index, BAR0_BYTES)),
                 REGION_CONFIG => Ok(message::region_info_reply(index, CONFIG_BYTES as u64)),
-                0..message::REGIONS => Ok(message::region_info_reply(index, 0)),
+                index if index < message::REGIONS => Ok(message::region_info_reply(index, 0)),
                 _ => Err(Errno::INVAL),
             },
             Request::InterruptInfo { index } if index < message::INTERRUPTS => Ok(

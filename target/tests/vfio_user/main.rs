@@ -1,6 +1,10 @@
 //! The controller of a guest, from outside: a monitor and a guest written by hand ([`guest`]) against the server.
 
 #![allow(unreachable_pub, clippy::unwrap_used, reason = "test code")]
+#![allow(
+    clippy::host_endian_bytes,
+    reason = "a counter of the kernel has its own byte order"
+)]
 
 mod guest;
 mod hostile;
