@@ -257,15 +257,19 @@ impl Nemesis {
     fn many(&self) -> Option<NodeId> {
         let mut nodes = self.cluster.nodes();
         self.rng.borrow_mut().shuffle(&mut nodes);
+        let least = u64::from(self.cluster.plan.geometry.m) + 1;
         if self.rng.borrow_mut().chance(1, 2) {
-            // Whoever recovers a volume is left to see what is missing.
-            nodes.retain(|node| {
+            // Whoever recovers a volume is left to see what is missing, if enough others can die.
+            let idle = |node: &NodeId| {
                 let agent = self.cluster.agent(*node);
                 agent.is_none_or(|agent| agent.recovering.get() == 0)
-            });
+            };
+            let others: Vec<NodeId> = nodes.iter().copied().filter(idle).collect();
+            if others.len() as u64 >= least {
+                nodes = others;
+            }
         }
-        let most = nodes.len();
-        let count = self.between(u64::from(self.cluster.plan.geometry.m) + 1, most as u64);
+        let count = self.between(least, nodes.len() as u64);
         for node in nodes.iter().take(count as usize) {
             if self.rng.borrow_mut().chance(1, 2) {
                 self.cluster.lose_power(*node, (500, 4_000));
