@@ -8,11 +8,11 @@ use std::time::Duration;
 use weft_block::DeviceInfo;
 use weft_metadata::state::command::{NewDrive, NewNode, NewPool, NewVolume};
 use weft_metadata::state::map::{
-    DomainLevel, DriveClass, DriveHome, Presentation, Settings as ClusterSettings,
+    DomainLevel, DriveClass, DriveHome, Phase, Presentation, Settings as ClusterSettings,
 };
 use weft_metadata::state::{Command, Reply};
 use weft_proto::band::ChunkSize;
-use weft_proto::id::{ClusterId, DriveId, DriveUuid, HostId, IncarnationId, NodeId, PoolId};
+use weft_proto::id::{ClusterId, DriveId, DriveUuid, HostId, IncarnationId, NodeId, PoolId, VolumeId};
 use weft_volume::map::MapSettings;
 use weft_volume::settings::Settings;
 use weft_volume::testing::World;
@@ -234,6 +234,14 @@ impl Cluster {
     }
 
     // The workload.
+
+    /// Whether a volume has an owner that serves it.
+    pub(super) fn is_served(&self, volume: VolumeId) -> bool {
+        self.raft.inspect(|state| {
+            let found = state.map.volumes.get(&volume);
+            found.is_some_and(|found| matches!(found.phase, Phase::Serving { .. }))
+        })
+    }
 
     pub(super) fn is_working(&self) -> bool {
         self.working.get()

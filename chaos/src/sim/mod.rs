@@ -41,6 +41,7 @@ mod steps;
 mod watch;
 
 use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -200,7 +201,18 @@ fn settle(cluster: &Rc<Cluster>, host: &Rc<Host>, failures: &mut Vec<String>) {
                 .collect();
             let pools = state.map.pools.values();
             let space: Vec<_> = pools.map(|pool| state.pool_space(pool)).collect();
-            format!("{}; {space:?}", phases.join(", "))
+            let waiting = state
+                .chunks
+                .values()
+                .flat_map(|chunks| chunks.quarantine.values());
+            let mut quarantined: BTreeMap<_, u32> = BTreeMap::new();
+            for chunk in waiting {
+                *quarantined.entry(chunk.writer).or_default() += chunk.size.mib();
+            }
+            format!(
+                "{}; {space:?}; MiB in quarantine by writer: {quarantined:?}",
+                phases.join(", ")
+            )
         });
         failures.push(format!(
             "not everything was served {HEALED:?} after the faults: {phases}"

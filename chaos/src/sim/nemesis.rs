@@ -107,12 +107,17 @@ impl Nemesis {
             let wanted = self.cluster.new_volume(100 + number);
             let host = Host::start(&self.cluster, plan.hosts + number);
             let rng = self.rng.borrow_mut().fork(u64::from(number));
-            let (client, process) = (Rc::clone(client), operator.clone());
+            let (client, process, cluster) = (Rc::clone(client), operator.clone(), Rc::clone(&self.cluster));
             operator.spawn(async move {
                 process.sleep(at).await;
                 let Ok(Reply::Volume(volume)) = client.propose(wanted).await else {
                     return;
                 };
+                // One that is deleted before it was ever served leaves its chunks in quarantine while its owner lives, and these
+                // pools are too small for many of those: see the ledger.
+                while cluster.is_working() && !cluster.is_served(volume) {
+                    process.sleep(Duration::from_millis(20)).await;
+                }
                 for task in 0..6 {
                     host.scribble(volume, rng.fork(task), life + Duration::from_millis(20));
                 }
