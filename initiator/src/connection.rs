@@ -141,6 +141,11 @@ async fn drive(connection: Rc<Connection>, mut stream: TcpStream) {
         timer_armed: false,
     };
     poll_fn(|cx| connection.turn(cx, &mut socket)).await;
+    if let Some(CloseReason::KeepAliveTimeout | CloseReason::CommandTimeout) = connection.closed() {
+        // Its commands are sent again elsewhere: the kernel is not to go on delivering them. An error says that it
+        // has nothing to deliver to.
+        let _ = stream.set_zero_linger();
+    }
 }
 
 /// The socket's halves and the timer of the task that drives it.

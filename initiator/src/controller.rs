@@ -75,6 +75,8 @@ pub struct ControllerInfo {
     pub dsm_ranges_max: u16,
     /// Most blocks of one range of a Dataset Management.
     pub dsm_range_blocks_max: u32,
+    /// How long after the association was lost its commands may still begin (Command Quiesce Time).
+    pub command_quiesce: Duration,
     /// I/O queues granted.
     pub io_queues: u16,
     /// Commands outstanding per I/O queue.
@@ -626,6 +628,7 @@ async fn controller_info(
         capsule_bytes_max: capsule_bytes_max.min(TRANSFER_BYTES_MAX),
         dsm_ranges_max,
         dsm_range_blocks_max,
+        command_quiesce: Duration::from_millis(identity.cqt.get().into()),
         io_queues: 0,
         queue_depth: 0,
     }

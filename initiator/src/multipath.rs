@@ -11,7 +11,10 @@
 //! it has no answer**, as a kernel's block layer sees to for its file systems. Dropping the future of an operation ends
 //! its retries, not its effects.
 //!
-//! NVM Express Base Specification 2.0, "Asymmetric Namespace Access Reporting".
+//! And so that the first attempt is over when the second one is answered, a write without an answer is sent again only
+//! after the Command Quiesce Time of the controller that it was lost with.
+//!
+//! NVM Express Base Specification 2.0, "Asymmetric Namespace Access Reporting"; 2.1, "Command Quiesce Time".
 
 use std::cell::Cell;
 use std::collections::BTreeSet;
@@ -268,12 +271,15 @@ impl Paths {
         let mut known = BlockError::NotReady;
         let mut pause = AGAIN_MIN;
         let mut refused_by = None;
+        let mut quiet = None;
         loop {
             if let Some((index, answer)) = attempt.take() {
                 match answer.await {
                     Err(error @ (BlockError::NotReady | BlockError::Unknown)) => {
                         if error == BlockError::Unknown {
                             known = BlockError::Unknown;
+                            let until = Instant::now() + self.paths[index].command_quiesce();
+                            quiet = quiet.max(Some(until));
                         }
                         self.paths[index].doubt();
                         refused_by = Some(index);
@@ -290,6 +296,9 @@ impl Paths {
                 }
                 self.retries.set(self.retries.get() + 1);
                 metrics::host_retry();
+            }
+            if let Some(until) = quiet.take() {
+                tokio::time::sleep_until(until.min(deadline)).await;
             }
             if Instant::now() >= deadline {
                 return Err(known);

@@ -100,6 +100,8 @@ struct Shared {
     state: watch::Sender<PathState>,
     /// Of the namespace on this path; optimized where the controller has no such states.
     ana: Cell<AnaState>,
+    /// Of the controller that was connected last.
+    command_quiesce: Cell<Duration>,
     /// The access state is in doubt: a command was refused, and the log has not been read since.
     in_doubt: Cell<bool>,
     /// Wakes the task to look at the access state.
@@ -133,6 +135,7 @@ impl Path {
             live: RefCell::default(),
             state: watch::Sender::new(PathState::Connecting),
             ana: Cell::new(AnaState::OPTIMIZED),
+            command_quiesce: Cell::default(),
             in_doubt: Cell::new(false),
             look: Notify::new(),
             changed,
@@ -158,6 +161,11 @@ impl Path {
     /// Access state on this path; `None` while it is in doubt.
     pub(crate) fn ana(&self) -> Option<AnaState> {
         (!self.shared.in_doubt.get()).then(|| self.shared.ana.get())
+    }
+
+    /// How long what was lost on this path may still take effect, by what its controller said last.
+    pub(crate) fn command_quiesce(&self) -> Duration {
+        self.shared.command_quiesce.get()
     }
 
     /// A command was refused on this path: nothing is sent there until the access state has been read again.
@@ -249,6 +257,7 @@ async fn serve(path: &Shared, live: Live) -> DisconnectReason {
     let mut events = live.controller.events();
     let mut closed = pin!(live.controller.closed());
     let mut settled = path.read_ana(&live).await;
+    path.command_quiesce.set(live.controller.info().command_quiesce);
     path.live.replace(Some(live.clone()));
     tracing::info!(address = %path.options.address, nsid = path.nsid, ana = ?path.ana.get(), "path up");
     path.set_state(PathState::Connected);

@@ -37,6 +37,8 @@ use weft_target::{
 const SUBNQN: &str = "nqn.2026-01.test:subsystem";
 const UUID: [u8; 16] = [7; 16];
 const MIB: usize = 1 << 20;
+/// What the tests' targets report.
+const COMMAND_QUIESCE: Duration = Duration::from_millis(200);
 /// What no test takes unless something is wrong.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -81,6 +83,7 @@ impl Node {
         let registry = Registry::new(RegistryConfig {
             cntlid_min,
             cntlid_max: cntlid_min + 999,
+            command_quiesce: COMMAND_QUIESCE,
             ..RegistryConfig::default()
         });
         registry
@@ -845,6 +848,37 @@ fn a_silent_path_is_left_within_its_keep_alive() {
         write.await.unwrap();
         assert_eq!(multi.host_retries(), 1);
         assert_eq!(device.read(range(1, 1)).await.unwrap(), pattern(1, 4096));
+    });
+}
+
+#[test]
+fn a_write_without_an_answer_is_sent_again_only_when_its_first_attempt_has_quiesced() {
+    run(async {
+        let device = MemoryDrive::device(64 << 20);
+        let mut nodes = two_nodes(&device, [AnaState::OPTIMIZED, AnaState::NON_OPTIMIZED]).await;
+        let relay = Relay::start(nodes[0].address).await;
+        nodes[0].address = relay.address;
+        let multi = multipath(&nodes, Duration::from_millis(400)).await;
+        relay.set_silent(true);
+        let write = multi.write(Lba(1), vec![pattern(1, 4096)], Durability::Durable);
+        let read = multi.read(range(2, 1));
+        let lost = async {
+            let state = multi.watch_paths()[0].clone();
+            until_state(state, |state| matches!(state, PathState::Disconnected(_))).await;
+            tokio::time::Instant::now()
+        };
+        let sent_again = async {
+            write.await.unwrap();
+            tokio::time::Instant::now()
+        };
+        let (read, lost, sent_again) = futures_util::future::join3(read, lost, sent_again).await;
+        read.unwrap();
+        assert!(
+            sent_again - lost >= COMMAND_QUIESCE * 9 / 10,
+            "{:?}",
+            sent_again - lost
+        );
+        assert!(device.read(range(1, 1)).await.unwrap() == pattern(1, 4096));
     });
 }
 

@@ -19,7 +19,7 @@ use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::future::LocalBoxFuture;
 use futures_util::stream::FuturesUnordered;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::TcpStream;
 use tokio::time::Sleep;
 use weft_block::polling::note_activity;
@@ -34,6 +34,7 @@ use crate::metrics::{self, Op};
 use crate::qpair::{QueuePair, R2T_BYTES_MAX};
 use crate::registry::Registry;
 use crate::request::Completion;
+use crate::silence::{Heard, ReadEmpty};
 
 /// Bytes asked of the socket at a time. Measured by others on this kind of socket: larger reads gain nothing.
 const READ_BYTES: usize = 256 << 10;
@@ -84,6 +85,9 @@ struct Connection {
 struct Queue {
     controller: Rc<Controller>,
     qid: u16,
+    read_empty: ReadEmpty,
+    /// What the last read was worth.
+    heard: Heard,
 }
 
 /// Serves a connection until it ends and its last command has left the device.
@@ -153,11 +157,11 @@ impl Connection {
 
     /// Whether this is an admin queue whose I/O queues have not ended: they would end with it, unanswered.
     fn has_io_queues(&self) -> bool {
-        matches!(&self.queue, Some(Queue { controller, qid: 0 }) if controller.has_io_queues())
+        matches!(&self.queue, Some(Queue { controller, qid: 0, .. }) if controller.has_io_queues())
     }
 
     fn check_closed(&mut self, cx: &Context<'_>) {
-        if let Some(Queue { controller, qid }) = &self.queue {
+        if let Some(Queue { controller, qid, .. }) = &self.queue {
             controller.set_waker(*qid, cx.waker());
             if controller.is_closed_for(*qid) {
                 self.qpair.handle_close();
@@ -167,7 +171,9 @@ impl Connection {
 
     fn poll_timer(&mut self, cx: &mut Context<'_>) -> bool {
         let keep_alive = match &self.queue {
-            Some(Queue { controller, qid: 0 }) => controller.keep_alive_deadline(),
+            Some(Queue {
+                controller, qid: 0, ..
+            }) => controller.keep_alive_deadline(),
             _ => None,
         };
         // What ends a connection does not matter any more to one that ends.
@@ -195,22 +201,10 @@ impl Connection {
             return true;
         }
         self.qpair.handle_timeout(now);
-        if keep_alive.is_some_and(|deadline| deadline <= now) {
-            // What the host has sent may be in the socket still, after this process was held up.
-            return self.keep_alive_due(now);
-        }
-        true
-    }
-
-    fn keep_alive_due(&mut self, now: Instant) -> bool {
-        let Some(Queue { controller, .. }) = &self.queue else {
-            return false;
-        };
-        let buffer = self.framer.buffer(READ_BYTES);
-        if let Ok(1..) = self.stream.try_read_buf(buffer) {
-            controller.handle_traffic(now);
-            self.take_pdus(now);
-        } else {
+        if let Some(Queue { controller, .. }) = &self.queue
+            && keep_alive.is_some_and(|deadline| deadline <= now)
+        {
+            // Whatever lies in the socket: see `silence`.
             controller.handle_timeout(now);
             self.qpair.handle_close();
         }
@@ -235,17 +229,39 @@ impl Connection {
                 }
                 Poll::Ready(Ok(_)) => {}
                 Poll::Ready(Err(error)) => return Err(error),
-                Poll::Pending => break,
+                Poll::Pending => {
+                    if let Some(queue) = &mut self.queue {
+                        queue.read_empty = queue.controller.read_empty();
+                    }
+                    break;
+                }
             }
             note_activity();
             progress = true;
             let now = Instant::now();
-            if let Some(Queue { controller, .. }) = &self.queue {
-                controller.handle_traffic(now);
+            if self.hear(now, cx) == Heard::Expired {
+                self.qpair.handle_close();
+                break;
             }
             self.take_pdus(now);
         }
         Ok(progress)
+    }
+
+    /// Takes note of a read, and of what it is worth.
+    fn hear(&mut self, now: Instant, cx: &mut Context<'_>) -> Heard {
+        let Some(queue) = &mut self.queue else {
+            return Heard::InTime;
+        };
+        queue.heard = queue.controller.handle_traffic(now, queue.read_empty);
+        // A host that has closed the connection behind its commands has given them up, and may be repeating them.
+        if queue.heard == Heard::InTime
+            && let Poll::Ready(Ok(ready)) = pin!(self.stream.ready(Interest::READABLE)).poll(cx)
+            && ready.is_read_closed()
+        {
+            queue.heard = Heard::Late;
+        }
+        queue.heard
     }
 
     /// Hands every PDU received to the queue pair and starts what comes of it.
@@ -256,7 +272,9 @@ impl Connection {
                 Ok(Some(pdu)) => {
                     let queue = &self.queue;
                     self.qpair.handle_pdu(pdu, now, |sqe| match queue {
-                        Some(Queue { controller, qid: 1.. }) => controller.admit(sqe),
+                        Some(Queue {
+                            controller, qid: 1.., ..
+                        }) => controller.admit(sqe),
                         _ => None,
                     });
                 }
@@ -287,7 +305,9 @@ impl Connection {
                 self.running
                     .push(Box::pin(async move { Done::Connect(Box::new(connect.await)) }));
             }
-            Some(Queue { controller, qid: 0 }) => {
+            Some(Queue {
+                controller, qid: 0, ..
+            }) => {
                 let answer = controller.handle_admin(&request);
                 match answer {
                     AdminAnswer::Now(completion) => self.complete_admin(completion, request.arrived),
@@ -305,7 +325,7 @@ impl Connection {
                     }
                 }
             }
-            Some(Queue { controller, qid }) if FabricsCommand::is_fabrics(&request.sqe) => {
+            Some(Queue { controller, qid, .. }) if FabricsCommand::is_fabrics(&request.sqe) => {
                 let status = match FabricsCommand::parse(&request.sqe) {
                     Ok(FabricsCommand::Disconnect) => {
                         controller.end_queue(*qid);
@@ -315,6 +335,9 @@ impl Connection {
                     Err(status) => status,
                 };
                 self.complete_admin(request.complete(status), request.arrived);
+            }
+            Some(Queue { heard, .. }) if *heard != Heard::InTime => {
+                self.finish_command(nvm::refuse_late(request))
             }
             Some(_) => {
                 let bytes = request.data.iter().map(Bytes::len).sum();
@@ -355,7 +378,10 @@ impl Connection {
                 Done::Connect(result) => self.handle_connect(*result),
             }
         }
-        if let Some(Queue { controller, qid: 0 }) = &self.queue {
+        if let Some(Queue {
+            controller, qid: 0, ..
+        }) = &self.queue
+        {
             while let Some(completion) = controller.poll_event() {
                 progress = true;
                 self.qpair.handle_completion(completion);
@@ -373,8 +399,10 @@ impl Connection {
             }) => {
                 metrics::command_completed(Op::Admin, true, 0, Duration::ZERO);
                 self.queue = Some(Queue {
+                    read_empty: controller.read_empty(),
                     controller,
                     qid: connect.qid,
+                    heard: Heard::InTime,
                 });
                 self.qpair.handle_connected(connect);
                 self.qpair.handle_completion(completion);
@@ -417,7 +445,7 @@ impl Connection {
             read_closed,
             ..
         } = self;
-        let outstanding = queue.and_then(|Queue { controller, qid }| {
+        let outstanding = queue.and_then(|Queue { controller, qid, .. }| {
             controller.leave(qid, running.len());
             controller.outstanding().cloned()
         });

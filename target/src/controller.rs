@@ -11,7 +11,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::task::Waker;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
@@ -30,6 +30,7 @@ use crate::namespace::{Admitted, Association, OpenNamespace};
 use crate::outstanding::Outstanding;
 use crate::registry::{Registry, Subsystem};
 use crate::request::{Completion, Request};
+use crate::silence::{Heard, ReadEmpty, Silence};
 
 pub(crate) use feature::kato;
 
@@ -78,8 +79,7 @@ pub(crate) struct Controller {
     subsystem: Option<Rc<Subsystem>>,
     cc: Cell<Configuration>,
     csts: Cell<ControllerStatus>,
-    kato: Cell<Option<Duration>>,
-    last_traffic: Cell<Instant>,
+    silence: Silence,
     features: RefCell<feature::Features>,
     events: RefCell<event::Events>,
     namespaces: RefCell<BTreeMap<u32, Rc<OpenNamespace>>>,
@@ -107,12 +107,11 @@ impl Controller {
             registry,
             transport,
             outstanding,
-            kato: Cell::new(association.kato),
+            silence: Silence::new(association.kato, now),
             association,
             subsystem,
             cc: Cell::default(),
             csts: Cell::default(),
-            last_traffic: Cell::new(now),
             features: RefCell::default(),
             events: RefCell::default(),
             namespaces: RefCell::default(),
@@ -252,14 +251,24 @@ impl Controller {
         }
     }
 
-    /// The host has been heard of, on whichever queue (Traffic Based Keep Alive).
-    pub(crate) fn handle_traffic(&self, now: Instant) {
-        self.last_traffic.set(now);
+    /// The host is heard, on a queue that has been read empty as `read_empty` says. Silence past its keep-alive timeout
+    /// ends the association, whatever came then.
+    pub(crate) fn handle_traffic(&self, now: Instant, read_empty: ReadEmpty) -> Heard {
+        let heard = self.silence.hear(now, read_empty);
+        if heard == Heard::Expired {
+            self.handle_timeout(now);
+        }
+        heard
+    }
+
+    /// How a queue stands of which there is nothing left to be read.
+    pub(crate) fn read_empty(&self) -> ReadEmpty {
+        self.silence.read_empty()
     }
 
     /// When the host has been silent for too long.
     pub(crate) fn keep_alive_deadline(&self) -> Option<Instant> {
-        self.kato.get().map(|kato| self.last_traffic.get() + kato)
+        self.silence.deadline()
     }
 
     /// Takes the time.
@@ -460,6 +469,8 @@ fn cut(mut data: Vec<u8>, bytes_max: u32) -> Vec<Bytes> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use weft_proto::id::HostId;
 
     use super::*;
@@ -485,7 +496,10 @@ mod tests {
         controller.handle_timeout(start + kato - Duration::from_millis(1));
         assert!(!controller.is_closed_for(0));
         let heard = start + Duration::from_secs(10);
-        controller.handle_traffic(heard);
+        assert_eq!(
+            controller.handle_traffic(heard, controller.read_empty()),
+            Heard::InTime
+        );
         controller.handle_timeout(start + kato);
         assert!(!controller.is_closed_for(0));
         assert_eq!(controller.keep_alive_deadline(), Some(heard + kato));

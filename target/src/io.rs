@@ -189,6 +189,21 @@ fn start_write(
     }
 }
 
+/// The end of a request that its host may have given up, and repeated elsewhere (see [`crate::silence`]). It was not
+/// begun, and a host that is still there tries again, here or on another path.
+pub(crate) fn refuse_late(mut request: IoRequest) -> Finished {
+    let refuse = |request: &IoRequest| {
+        metrics::command_late();
+        let op = op_of(&NvmCommand::parse(&request.sqe));
+        finish(request, op, total(&request.data), Err(Status::ANA_TRANSITION))
+    };
+    let first = request.fused_first.take();
+    Finished {
+        first: first.map(|first| refuse(&first)),
+        completion: refuse(&request),
+    }
+}
+
 fn finish(request: &IoRequest, op: Op, received: u64, outcome: Outcome) -> Completion {
     let answered = outcome.as_ref().map_or(0, |data| total(data));
     metrics::command_completed(

@@ -34,6 +34,7 @@ mod registry;
 mod request;
 pub mod reservation;
 mod serve;
+mod silence;
 pub mod status;
 pub mod vfio_user;
 

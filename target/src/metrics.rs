@@ -17,6 +17,7 @@ const CONNECTIONS: &str = "weft_target_connections";
 const CONNECTIONS_TERMINATED: &str = "weft_target_connections_terminated_total";
 const CONTROLLERS: &str = "weft_target_controllers";
 const KEEP_ALIVE_EXPIRED: &str = "weft_target_keep_alive_expired_total";
+const COMMANDS_LATE: &str = "weft_target_commands_late_total";
 const RESERVATION_CONFLICTS: &str = "weft_target_reservation_conflicts_total";
 
 /// Every metric of this crate.
@@ -83,6 +84,13 @@ pub const METRICS: &[Metric] = &[
         unit: "controllers",
         labels: &[],
         help: "Controllers that ended because their host was silent past its keep-alive timeout.",
+    },
+    Metric {
+        name: COMMANDS_LATE,
+        kind: Kind::Counter,
+        unit: "commands",
+        labels: &[],
+        help: "Commands refused because they may have waited for longer than their host does.",
     },
     Metric {
         name: RESERVATION_CONFLICTS,
@@ -214,6 +222,10 @@ pub(crate) fn connection_terminated() {
 }
 
 /// A host was silent for too long.
+pub(crate) fn command_late() {
+    counter!(COMMANDS_LATE).increment(1);
+}
+
 pub(crate) fn keep_alive_expired() {
     counter!(KEEP_ALIVE_EXPIRED).increment(1);
 }

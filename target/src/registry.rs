@@ -9,6 +9,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::rc::{Rc, Weak};
+use std::time::Duration;
 
 use tokio::sync::watch;
 use weft_proto::fabrics::discovery::DiscoveryEntry;
@@ -38,6 +39,9 @@ pub struct RegistryConfig {
     pub ana_group_max: u32,
     /// Firmware revision that hosts are shown, at most 8 bytes.
     pub firmware: String,
+    /// Command Quiesce Time, in whole milliseconds: how long after a host lost an association a command of it may still
+    /// begin. For devices that send commands on to others; what this crate does itself needs none.
+    pub command_quiesce: Duration,
 }
 
 impl Default for RegistryConfig {
@@ -49,6 +53,7 @@ impl Default for RegistryConfig {
             queue_entries_max: 128,
             ana_group_max: 1024,
             firmware: env!("CARGO_PKG_VERSION").to_owned(),
+            command_quiesce: Duration::ZERO,
         }
     }
 }

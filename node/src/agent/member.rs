@@ -29,6 +29,7 @@ use super::local_reach::{self, LocalReach};
 use super::ownership::Ownership;
 use super::present::Presenter;
 use super::remote_reach::RemoteReach;
+use super::route::COMMAND_QUIESCE;
 use crate::config::EngineConfig;
 use crate::view;
 
@@ -95,6 +96,7 @@ impl Member {
         let registry = Registry::new(RegistryConfig {
             cntlid_min: first + 1,
             cntlid_max: first + CNTLIDS_PER_NODE - 1,
+            command_quiesce: COMMAND_QUIESCE,
             ..RegistryConfig::default()
         });
         let env: Rc<dyn Env> = Rc::new(TokioEnv::new());

@@ -3,7 +3,9 @@
 //!
 //! A forwarder opens one association to the owner for each host association, with that host's identity. It keeps
 //! nothing: a command goes on at once, or is refused with "not ready on this path" after [`ROUTE_WAIT`], and
-//! the host's multipath tries again. Forwarding goes to a subsystem that only owners serve, so it cannot loop.
+//! the host's multipath tries again. After that time it never goes on, even if a way is there by then: whoever was
+//! held up for longer may have been given up by the host, which has sent the command to somebody else meanwhile. Forwarding
+//! goes to a subsystem that only owners serve, so it cannot loop.
 
 use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
@@ -26,6 +28,10 @@ const RECONNECT_PAUSE: Duration = Duration::from_millis(5);
 
 /// Keep alive of forwarding associations: a forwarder's right lapses before the host's own keep-alive does.
 const FORWARD_KATO: Duration = Duration::from_secs(1);
+
+/// What may be left of a forwarder that has died: a command in its kernel, on the way to the owner. The owner takes none
+/// that comes when the forwarder has been silent for its keep-alive timeout.
+pub(crate) const COMMAND_QUIESCE: Duration = FORWARD_KATO;
 
 /// Where a volume is served, as far as this node knows.
 #[derive(Clone)]
@@ -158,17 +164,17 @@ impl Route {
     async fn device_by(&self, deadline: Instant) -> Result<Device, BlockError> {
         loop {
             let changed = self.slot.changed.notified();
-            if let Some(device) = self.device_now() {
-                return Ok(device);
-            }
             if Instant::now() >= deadline {
                 return Err(BlockError::NotReady);
             }
+            if let Some(device) = self.device_now() {
+                return Ok(device);
+            }
             if let Served::By(address) = self.slot.served() {
                 match tokio::time::timeout_at(deadline, self.connect(address)).await {
-                    Ok(Some(device)) => return Ok(device),
+                    // Whether there is time left for it is asked above.
+                    Ok(Some(_)) | Err(_) => {}
                     Ok(None) => tokio::time::sleep(RECONNECT_PAUSE).await,
-                    Err(_) => {}
                 }
             } else {
                 let _ = tokio::time::timeout_at(deadline, changed).await;
@@ -282,5 +288,45 @@ impl BlockDevice for OwnedDevice {
 
     fn flush(&self) -> Io<()> {
         self.issue(|device| device.flush())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use weft_block::memory::MemoryDrive;
+    use weft_proto::id::HostId;
+
+    use super::*;
+
+    #[test]
+    fn a_command_that_was_held_up_for_longer_than_its_wait_does_not_go_on() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        tokio::task::LocalSet::new().block_on(&runtime, async {
+            let drive = MemoryDrive::device(1 << 20);
+            let slot = Slot::new("nqn.owner".parse().unwrap(), drive.info());
+            let host = HostIdentity {
+                hostnqn: "nqn.host".parse().unwrap(),
+                hostid: HostId([1; 16]),
+            };
+            let routed = slot.device(host);
+            let block = |byte| vec![Bytes::from(vec![byte; 4096])];
+            let mut held = routed.write(Lba(0), block(7), Durability::Durable);
+            // It waits for a route when the process is stopped; and when it goes on, there is one.
+            assert!(futures_util::poll!(&mut held).is_pending());
+            tokio::task::yield_now().await;
+            std::thread::sleep(ROUTE_WAIT);
+            slot.set_served(Served::Here(drive.clone()));
+            assert_eq!(held.await, Err(BlockError::NotReady));
+            let first = LbaRange {
+                start: Lba(0),
+                count: 1,
+            };
+            assert!(drive.read(first).await.unwrap() == vec![0; 4096]);
+            routed.write(Lba(0), block(8), Durability::Durable).await.unwrap();
+            assert!(drive.read(first).await.unwrap() == vec![8; 4096]);
+        });
     }
 }

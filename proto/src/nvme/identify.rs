@@ -123,7 +123,12 @@ pub struct IdentifyController {
     /// Persistent Event Log Size.
     pub pels: U32,
     /// Reserved here.
-    pub rsvd356: [u8; 156],
+    pub rsvd356: [u8; 30],
+    /// Command Quiesce Time, milliseconds: how long after a lost association its commands may still take effect; 0 is not
+    /// reported. Since revision 2.1.
+    pub cqt: U16,
+    /// Reserved here.
+    pub rsvd388: [u8; 124],
     /// Submission Queue Entry Size: required in bits 3:0, maximum in 7:4, as powers of two.
     pub sqes: u8,
     /// Completion Queue Entry Size, likewise.
@@ -193,6 +198,7 @@ const _: () = assert!(offset_of!(IdentifyController, tnvmcap) == 280);
 const _: () = assert!(offset_of!(IdentifyController, kas) == 320);
 const _: () = assert!(offset_of!(IdentifyController, anatt) == 342);
 const _: () = assert!(offset_of!(IdentifyController, nanagrpid) == 348);
+const _: () = assert!(offset_of!(IdentifyController, cqt) == 386);
 const _: () = assert!(offset_of!(IdentifyController, sqes) == 512);
 const _: () = assert!(offset_of!(IdentifyController, oncs) == 520);
 const _: () = assert!(offset_of!(IdentifyController, vwc) == 525);

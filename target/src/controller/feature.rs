@@ -69,7 +69,7 @@ impl Controller {
                 )
             }
             FeatureId::KEEP_ALIVE_TIMER => {
-                self.kato.set(kato(value));
+                self.silence.set_kato(kato(value));
                 done(Status::SUCCESS)
             }
             FeatureId::ASYNC_EVENT_CONFIG => {
@@ -167,8 +167,8 @@ impl Controller {
                 .to_dword()
             }
             FeatureId::KEEP_ALIVE_TIMER => self
-                .kato
-                .get()
+                .silence
+                .kato()
                 .map_or(0, |kato| u32::try_from(kato.as_millis()).unwrap_or(u32::MAX)),
             FeatureId::ASYNC_EVENT_CONFIG => self.events.borrow().config.0,
             FeatureId::VOLATILE_WRITE_CACHE => u32::from(self.volatile_write_cache()),

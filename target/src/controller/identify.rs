@@ -120,6 +120,9 @@ impl Controller {
                 data.ctratt = (ctratt::HOSTID_128 | ctratt::TBKAS).into();
                 data.kas = KEEP_ALIVE_GRANULARITY_100MS.into();
                 data.maxcmd = config.queue_entries_max.into();
+                data.cqt = u16::try_from(config.command_quiesce.as_millis())
+                    .unwrap_or(u16::MAX)
+                    .into();
                 data.sgls = (sgls::SUPPORTED | sgls::OFFSET | sgls::TRANSPORT).into();
                 data.ioccsz = ((64 + CAPSULE_BYTES_MAX) / 16).into();
                 data.iorcsz = 1.into();
