@@ -179,10 +179,11 @@ impl Presenter {
                 subnqn,
                 volume,
                 Rc::new(move |association| {
-                    routed.device(HostIdentity {
+                    let host = HostIdentity {
                         hostnqn: association.hostnqn.clone(),
                         hostid: association.hostid,
-                    })
+                    };
+                    routed.device(host, association.kato)
                 }),
             )?;
             let owned = slot.clone();

@@ -26,7 +26,8 @@ const ROUTE_WAIT: Duration = Duration::from_millis(150);
 /// Between two attempts to reach an owner that could not be reached.
 const RECONNECT_PAUSE: Duration = Duration::from_millis(5);
 
-/// Keep alive of forwarding associations: a forwarder's right lapses before the host's own keep-alive does.
+/// Longest keep alive of forwarding associations. One whose host has a shorter one has that, so that a forwarder's right lapses
+/// before the host gives it up.
 const FORWARD_KATO: Duration = Duration::from_secs(1);
 
 /// What may be left of a forwarder that has died: a command in its kernel, on the way to the owner. The owner takes none
@@ -78,11 +79,12 @@ impl Slot {
         self.served.borrow().clone()
     }
 
-    /// The volume as `host` sees it through this node.
-    pub(crate) fn device(self: &Rc<Self>, host: HostIdentity) -> Device {
+    /// The volume as `host` sees it through this node, with the keep-alive timeout that it asked for.
+    pub(crate) fn device(self: &Rc<Self>, host: HostIdentity, kato: Option<Duration>) -> Device {
         Rc::new(RoutedDevice(Rc::new(Route {
             slot: self.clone(),
             host,
+            kato: kato.map_or(FORWARD_KATO, |kato| kato.min(FORWARD_KATO)),
             forward: RefCell::default(),
             connecting: tokio::sync::Mutex::new(()),
             refused_at: Cell::default(),
@@ -105,6 +107,8 @@ struct Forward {
 struct Route {
     slot: Rc<Slot>,
     host: HostIdentity,
+    /// Of the association with the owner.
+    kato: Duration,
     forward: RefCell<Option<Forward>>,
     connecting: tokio::sync::Mutex<()>,
     /// When the owner could last not be reached.
@@ -142,7 +146,7 @@ impl Route {
         let former = self.forward.borrow_mut().take();
         drop(former);
         let mut options = ConnectOptions::new(address, self.slot.owner_subnqn.clone(), self.host.clone());
-        options.kato = FORWARD_KATO;
+        options.kato = self.kato;
         options.connect_timeout = Duration::from_secs(1);
         let controller = Controller::connect(options)
             .await
@@ -188,7 +192,7 @@ impl Route {
         first: Option<Io<T>>,
         command: impl Fn(&Device) -> Io<T>,
     ) -> Result<T, BlockError> {
-        let deadline = Instant::now() + ROUTE_WAIT;
+        let deadline = Instant::now() + ROUTE_WAIT.min(self.kato / 4);
         let mut pending = first;
         loop {
             let io = match pending.take() {
@@ -311,7 +315,7 @@ mod tests {
                 hostnqn: "nqn.host".parse().unwrap(),
                 hostid: HostId([1; 16]),
             };
-            let routed = slot.device(host);
+            let routed = slot.device(host, None);
             let block = |byte| vec![Bytes::from(vec![byte; 4096])];
             let mut held = routed.write(Lba(0), block(7), Durability::Durable);
             // It waits for a route when the process is stopped; and when it goes on, there is one.
