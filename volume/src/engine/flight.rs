@@ -26,7 +26,7 @@ use super::work::{Abandoned, BlockWork, Target, Work};
 use super::{Core, Life};
 use crate::band::{BandState, Reservation};
 use crate::entry::{ColumnSet, MapEntry};
-use crate::format::checksum::{content_crc, crc32c, followed_by_block};
+use crate::format::checksum::{content_crc, followed_by_block, payload_crc};
 use crate::format::header::{BlockRecord, ShardPart, StripeHeader, ZeroRecord};
 use crate::metrics::Bytes as SentBytes;
 use crate::seams::BandPurpose;
@@ -34,7 +34,7 @@ use crate::seams::BandPurpose;
 /// A payload block of zeroes: padding, and what a block without data reads as.
 pub(crate) static ZERO_BLOCK: [u8; BLOCK_BYTES] = [0; BLOCK_BYTES];
 
-static ZERO_BLOCK_CRC: LazyLock<u32> = LazyLock::new(|| crc32c([&ZERO_BLOCK[..]]));
+static ZERO_BLOCK_CRC: LazyLock<u32> = LazyLock::new(|| payload_crc(&ZERO_BLOCK));
 
 /// A stripe that was sent.
 struct Flight {
@@ -501,7 +501,7 @@ fn note_unknown(band: &BandState, column: u8, error: &BlockError) {
 #[derive(Clone)]
 struct Payload {
     pieces: Vec<Bytes>,
-    /// crc32c of all pieces.
+    /// [`payload_crc`] of all pieces.
     crc: u32,
 }
 
@@ -510,7 +510,7 @@ impl Payload {
     fn with_capacity(pieces: usize) -> Self {
         let mut payload = Self {
             pieces: Vec::with_capacity(pieces),
-            crc: crc32c([]),
+            crc: payload_crc(&[]),
         };
         payload.pieces.push(Bytes::new());
         payload
@@ -530,7 +530,7 @@ fn parity(geometry: Geometry, data: &[Payload], d: usize) -> impl Iterator<Item 
     (0..usize::from(geometry.m)).map(move |shard| {
         let bytes = parity.slice(shard * shard_bytes..(shard + 1) * shard_bytes);
         Payload {
-            crc: crc32c([&bytes[..]]),
+            crc: payload_crc(&bytes),
             pieces: vec![Bytes::new(), bytes],
         }
     })

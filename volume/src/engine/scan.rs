@@ -18,7 +18,7 @@ use super::Core;
 use crate::band::BandState;
 use crate::entry::{ColumnSet, MapEntry};
 use crate::error::VolumeError;
-use crate::format::checksum::crc32c;
+use crate::format::checksum::{followed_by_block, payload_crc};
 use crate::format::header::{HeaderError, ShardPart, StripeHeader};
 
 /// A stripe of which at least one header was found.
@@ -182,7 +182,10 @@ impl Core {
                     payload.extend(block);
                 }
                 payload.len() == d as usize
-                    && crc32c(payload.iter().map(|block| &block[..])) == part.payload_crc
+                    && payload
+                        .iter()
+                        .fold(0, |crc, block| followed_by_block(crc, payload_crc(block)))
+                        == part.payload_crc
             };
             cursor.row += 1 + d;
             found.push((header, part, whole));

@@ -26,8 +26,8 @@ use crate::entry::{ColumnSet, Shape};
 
 /// First bytes of every header block.
 pub const MAGIC: [u8; 8] = *b"WEFTSTRP";
-/// The versions there are: 1, the first.
-pub const VERSION: u16 = 1;
+/// The versions there are: 1, the first, had crc32c for the checksums of blocks and payloads; 2 has those of [`super::checksum`].
+pub const VERSION: u16 = 2;
 /// Room for block and zero records.
 pub const TABLE_BYTES: usize = BLOCK_BYTES - size_of::<RawHeader>();
 /// Most payload blocks of a stripe, padding included. Bounded by the table; 128 leaves room for ten zero
@@ -175,7 +175,7 @@ pub struct ShardPart {
     pub index: u8,
     /// Where it lies.
     pub column: u8,
-    /// crc32c of this shard's d payload blocks.
+    /// [`super::checksum::payload_crc`] of this shard's d payload blocks.
     pub payload_crc: u32,
 }
 

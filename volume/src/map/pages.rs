@@ -199,7 +199,7 @@ mod tests {
 
     /// Found by the simulator: seed 2006129 of its first form, a drive that misdirects writes in a volume of 4+2.
     #[test]
-    fn a_map_block_of_another_run_in_its_place_is_read_around_although_its_checksum_matches() {
+    fn a_map_block_of_another_run_in_its_place_is_read_around() {
         let id = |run| PageId {
             run,
             level: 0,
@@ -218,11 +218,8 @@ mod tests {
         let page = |run| Page::encode(IDENTITY, id(run), &records);
         let crc = |bytes: &[u8]| block_crc(VolumeId(1), id(7).lba(), sequence(20), bytes);
         assert_ne!(page(6), page(7));
-        assert_eq!(
-            crc(&page(6)),
-            crc(&page(7)),
-            "the checksum does not see the header"
-        );
+        // Both are closed by crc32c, header and records. Stripes of version 1 had the same checksum for both.
+        assert_ne!(crc(&page(6)), crc(&page(7)));
         let store = Rc::new(Misdirected {
             stands: page(6),
             belongs: page(7),

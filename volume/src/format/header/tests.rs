@@ -73,7 +73,7 @@ const PART: ShardPart = ShardPart {
 fn example() -> Vec<u8> {
     let mut bytes = Vec::new();
     bytes.extend_from_slice(b"WEFTSTRP");
-    bytes.extend_from_slice(&[1, 0, 4, 2, 1, 5, 2, 0]);
+    bytes.extend_from_slice(&[2, 0, 4, 2, 1, 5, 2, 0]);
     bytes.extend_from_slice(&[0xC1; 16]);
     for number in [0x0C, 0x0D, 0x0E, 0x0B, 0x11, 0x10] {
         bytes.extend_from_slice(&[number, 0, 0, 0, 0, 0, 0, 0]);
