@@ -1,7 +1,7 @@
 //! A Linux guest under QEMU's software emulation: `chaos/guest/prepare` makes it, `chaos/guest/run` boots it.
 
 use std::io::{BufRead as _, BufReader};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
@@ -154,6 +154,36 @@ impl Drop for Nvmet {
         let _ = self.guest.kill();
         let _ = self.guest.wait();
     }
+}
+
+/// Lets guests, which reach this machine at 127.0.0.1 alone, reach `address`. Returns the port. It goes on until the process
+/// ends, and when one side ends a connection, the other one hears of it after all that was sent.
+///
+/// # Errors
+/// No port is free.
+pub fn relay(address: SocketAddr) -> anyhow::Result<u16> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("listen for guests")?;
+    let port = listener.local_addr()?.port();
+    std::thread::spawn(move || {
+        for near in listener.incoming().flatten() {
+            // Where nobody listens, the guest's connection ends.
+            let _ = TcpStream::connect(address).and_then(|far| {
+                pump(near.try_clone()?, far.try_clone()?);
+                pump(far, near);
+                Ok(())
+            });
+        }
+    });
+    Ok(port)
+}
+
+fn pump(mut from: TcpStream, mut to: TcpStream) {
+    std::thread::spawn(move || {
+        // However it ends, it is over for both.
+        let _ = to.set_nodelay(true);
+        let _ = std::io::copy(&mut from, &mut to);
+        let _ = to.shutdown(Shutdown::Both);
+    });
 }
 
 fn free_port() -> anyhow::Result<u16> {

@@ -4,12 +4,14 @@
 //!    disconnect, reconnect, fsck, compare.
 //! 2. The Linux kernel's nvmet as a third-party drive: refused by name without reservations; with them it completes a
 //!    4+2 that five nodes cannot hold, and data written through it comes back when a node is gone.
-//! 3. Volumes as NVMe drives of a guest, through emulated controllers: four at once, resets, fio with verify while a storage
+//! 3. The Linux kernel's own multipath, with the owner stopped under its writes: what it left in sockets never lands.
+//! 4. Volumes as NVMe drives of a guest, through emulated controllers: four at once, resets, fio with verify while a storage
 //!    node is killed, mkfs.ext4, and a second boot that finds it all.
 
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use bytes::Bytes;
@@ -36,9 +38,11 @@ fn main() -> anyhow::Result<()> {
     println!("passed: the Linux kernel {kernel} as a host");
     nvmet_is_a_drive(&program).context("the Linux kernel's nvmet as a third-party drive")?;
     println!("passed: nvmet of Linux {kernel} as a third-party drive");
+    linux_fails_over(&program).context("the Linux kernel with several paths")?;
+    println!("passed: the Linux kernel {kernel} with several paths, owners stopped and resumed");
     volumes_are_drives(&program).context("volumes as drives of a guest")?;
     println!("passed: volumes as drives of a guest with Linux {kernel}");
-    println!("3 passed, 0 failed");
+    println!("4 passed, 0 failed");
     Ok(())
 }
 
@@ -173,6 +177,52 @@ fn nvmet_is_a_drive(program: &Path) -> anyhow::Result<()> {
         "the third-party box is no failure domain of its own: {status}"
     );
     nvmet.stop()
+}
+
+/// How often the owner is stopped.
+const ROUNDS: usize = 3;
+
+fn linux_fails_over(program: &Path) -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let agents = cluster(program, folder.path(), 7)?;
+    agents.weft_ok(&["volume", "create", "disk", "--size", "64MiB", "--ec", "4+2"])?;
+    let attached = agents.weft_json(&["volume", "attach", "disk", "--host", GUEST_HOSTNQN])?;
+    let subnqn = attached["subnqn"]
+        .as_str()
+        .context("attach prints the subsystem")?;
+    wait_until_served(&agents, "disk")?;
+    let ports = agents
+        .list
+        .iter()
+        .map(|agent| Ok(guest::relay(agent.config.nvme_listen)?.to_string()))
+        .collect::<anyhow::Result<Vec<_>>>()?
+        .join(" ");
+    let rounds = ROUNDS.to_string();
+    let variables = [("SUBNQN", subnqn), ("PORTS", &ports), ("ROUNDS", &rounds)];
+    let mut stopped = None;
+    guest::run_with_drives("multipath.sh", &variables, &[], |line| {
+        if line.starts_with("guest: writing") {
+            // Not before the writes are under way.
+            std::thread::sleep(Duration::from_millis(1500));
+            let owner = owner(&agents, "disk")?;
+            println!("the owner, {}, is stopped", agents.list[owner].config.name);
+            agents.signal(owner, "STOP")?;
+            stopped = Some(owner);
+        } else if line.starts_with("guest: overwritten") {
+            let owner = stopped.take().context("nobody was stopped")?;
+            println!("and resumed");
+            agents.signal(owner, "CONT")?;
+        }
+        Ok(())
+    })?;
+    agents.wait_for_drives(7)
+}
+
+fn owner(agents: &Agents, volume: &str) -> anyhow::Result<usize> {
+    let shown = agents.weft_ok(&["volume", "show", volume])?;
+    let mut words = shown.split_whitespace().skip_while(|word| *word != "owner");
+    let name = words.nth(1).with_context(|| format!("no owner: {shown}"))?;
+    agents.index_of(name).with_context(|| format!("no agent {name}"))
 }
 
 /// Drives of the guest that has volumes for drives.
