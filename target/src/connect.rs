@@ -64,9 +64,32 @@ pub(crate) async fn connect(registry: Rc<Registry>, request: IoRequest) -> Resul
             })
         }
         Err(Refusal { status, dw0 }) => {
-            tracing::warn!(%status, "connect refused");
+            log_refusal(&registry, &request, status);
             Err(request.complete(status).with_result(u64::from(dw0)))
         }
+    }
+}
+
+/// With the names, where the command has any.
+fn log_refusal(registry: &Registry, request: &IoRequest, status: Status) {
+    let names = ConnectData::read_from_bytes(&gather(&request.data))
+        .ok()
+        .and_then(|data| {
+            Some((
+                Nqn::from_field(&data.hostnqn).ok()?,
+                Nqn::from_field(&data.subnqn).ok()?,
+            ))
+        });
+    match names {
+        Some((host, subsystem))
+            if registry
+                .refusals
+                .is_news(&host, &subsystem, status, Instant::now()) =>
+        {
+            tracing::warn!(%status, %host, %subsystem, "connect refused; more of these within a minute are not logged");
+        }
+        Some(_) => tracing::debug!(%status, "connect refused"),
+        None => tracing::debug!(%status, "malformed Connect refused"),
     }
 }
 

@@ -30,6 +30,7 @@ pub mod metrics;
 mod namespace;
 mod outstanding;
 pub mod qpair;
+mod refusals;
 mod registry;
 mod request;
 pub mod reservation;

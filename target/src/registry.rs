@@ -21,6 +21,7 @@ use weft_proto::nvme::log::{AnaGroup, AnaLog, AnaState};
 use crate::controller::Controller;
 use crate::namespace::{AnaGroupState, Association, Namespace, NamespaceConfig, Source};
 use crate::outstanding::Outstanding;
+use crate::refusals::Refusals;
 use crate::reservation::table::Notice;
 
 /// Limits and identity of this node's controllers.
@@ -150,6 +151,7 @@ pub struct Registry {
     discovery: RefCell<Discovery>,
     controllers: RefCell<BTreeMap<u16, Rc<Controller>>>,
     cntlid_last: Cell<u16>,
+    pub(crate) refusals: Refusals,
     shutdown: watch::Sender<bool>,
 }
 
@@ -195,6 +197,7 @@ impl Registry {
             subsystems: RefCell::default(),
             discovery: RefCell::default(),
             controllers: RefCell::default(),
+            refusals: Refusals::default(),
             shutdown: watch::Sender::new(false),
         })
     }
