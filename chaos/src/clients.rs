@@ -45,8 +45,9 @@ const PLAIN_HOSTS: u16 = 4;
 const COMMAND_BLOCKS_MAX: u32 = 32;
 /// A host waits this long for an answer before the run calls the command stuck: far more than any retry takes.
 const STUCK: Duration = Duration::from_secs(120);
-/// Longest pause of a client between commands. It bounds the history, and leaves the machine time for the agents.
-const THINK_MAX_MS: u64 = 16;
+/// Longest pause of a client between commands, unless said otherwise. It bounds the history, and leaves the machine time for the
+/// agents.
+pub const THINK_MAX: Duration = Duration::from_millis(16);
 
 /// Bytes of a volume of the run.
 pub const VOLUME_BYTES: u64 = 64 << 20;
@@ -128,7 +129,8 @@ fn connect_options(host: u16, address: SocketAddr, subnqn: &Nqn) -> ConnectOptio
     ConnectOptions::new(address, subnqn.clone(), host)
 }
 
-/// Runs the clients of all volumes on this thread until the watch says stop.
+/// Runs the clients of all volumes on this thread until the watch says stop, with pauses of up to `think_max` between
+/// commands.
 ///
 /// # Errors
 /// A multipath host cannot connect at the beginning.
@@ -136,6 +138,7 @@ pub fn run(
     volumes: &[Volume],
     nodes: &[SocketAddr],
     seed: u64,
+    think_max: Duration,
     watch: &Arc<Watch>,
 ) -> anyhow::Result<Harvest> {
     on_this_thread(async {
@@ -164,7 +167,7 @@ pub fn run(
                 let path = Multipath::connect(MultipathOptions::new(options, nodes.to_vec(), 1)).await?;
                 for _ in 0..TASKS {
                     tasks.push(tokio::task::spawn_local(
-                        client(Through::Multipath(path.clone())).work(),
+                        client(Through::Multipath(path.clone())).work(think_max),
                     ));
                 }
                 paths.push(path);
@@ -172,7 +175,9 @@ pub fn run(
             for host in numbers.take(PLAIN_HOSTS.into()) {
                 let node = nodes[usize::from(host) % nodes.len()];
                 let plain = Plain::new(connect_options(host, node, &volume.subnqn));
-                tasks.push(tokio::task::spawn_local(client(Through::Plain(plain)).work()));
+                tasks.push(tokio::task::spawn_local(
+                    client(Through::Plain(plain)).work(think_max),
+                ));
             }
         }
         for task in tasks {
@@ -270,7 +275,7 @@ struct Client {
 }
 
 impl Client {
-    async fn work(mut self) {
+    async fn work(mut self, think_max: Duration) {
         while !self.watch.stopped() {
             let action = match self.random.random_range(0..100) {
                 0..40 => Action::Read,
@@ -293,8 +298,8 @@ impl Client {
                     .borrow_mut()
                     .retain(|lba| !(start..start + count).contains(lba));
             }
-            let think = self.random.random_range(0..=THINK_MAX_MS);
-            tokio::time::sleep(Duration::from_millis(think)).await;
+            let think = self.random.random_range(Duration::ZERO..=think_max);
+            tokio::time::sleep(think).await;
         }
     }
 

@@ -48,6 +48,9 @@ struct Args {
     /// What decides the faults and the load.
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Longest pause of a client between commands, in milliseconds: long runs need not wear out the machine.
+    #[arg(long, default_value_t = clients::THINK_MAX.as_millis() as u64)]
+    think_ms: u64,
     /// Print the result as one JSON object.
     #[arg(long)]
     json: bool,
@@ -133,7 +136,8 @@ fn torment(args: &Args, folder: &std::path::Path, began: Instant) -> anyhow::Res
     let nodes = nemesis.nvme_addresses();
     let hosts = {
         let (volumes, nodes, watch, seed) = (volumes.clone(), nodes.clone(), watch.clone(), args.seed);
-        std::thread::spawn(move || clients::run(&volumes, &nodes, seed, &watch))
+        let think = Duration::from_millis(args.think_ms);
+        std::thread::spawn(move || clients::run(&volumes, &nodes, seed, think, &watch))
     };
     let mut told = Instant::now();
     let raged = nemesis.rage(until, || {
