@@ -43,10 +43,24 @@ pub(super) struct Agent {
     /// Epochs that have a task.
     pub(super) tasks: RefCell<BTreeMap<VolumeId, Owner>>,
     pub(super) engines: RefCell<BTreeMap<VolumeId, (Owner, Engine)>>,
-    /// Volumes whose deletion came before they were open.
-    pub(super) deleted_unopened: RefCell<BTreeSet<VolumeId>>,
     /// Takeovers that scan and replay now.
     pub(super) recovering: Cell<u32>,
+}
+
+/// A takeover that scans and replays, until dropped.
+pub(super) struct Recovering(Rc<Agent>);
+
+impl Recovering {
+    pub(super) fn by(agent: &Rc<Agent>) -> Self {
+        agent.recovering.set(agent.recovering.get() + 1);
+        Self(Rc::clone(agent))
+    }
+}
+
+impl Drop for Recovering {
+    fn drop(&mut self) {
+        self.0.recovering.set(self.0.recovering.get() - 1);
+    }
 }
 
 impl Agent {
@@ -70,7 +84,6 @@ impl Agent {
             served: RefCell::default(),
             tasks: RefCell::default(),
             engines: RefCell::default(),
-            deleted_unopened: RefCell::default(),
             recovering: Cell::new(0),
         });
         let fabric = Fabric::new(Rc::downgrade(&agent), agent.process.clone(), host, key);

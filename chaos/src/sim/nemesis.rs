@@ -107,15 +107,15 @@ impl Nemesis {
             let wanted = self.cluster.new_volume(100 + number);
             let host = Host::start(&self.cluster, plan.hosts + number);
             let rng = self.rng.borrow_mut().fork(u64::from(number));
+            let served_first = self.rng.borrow_mut().chance(1, 2);
             let (client, process, cluster) = (Rc::clone(client), operator.clone(), Rc::clone(&self.cluster));
             operator.spawn(async move {
                 process.sleep(at).await;
                 let Ok(Reply::Volume(volume)) = client.propose(wanted).await else {
                     return;
                 };
-                // One that is deleted before it was ever served leaves its chunks in quarantine while its owner lives, and these
-                // pools are too small for many of those: see the ledger.
-                while cluster.is_working() && !cluster.is_served(volume) {
+                // Half of them wait for it to be served; the others may meet the owner while it opens it.
+                while served_first && cluster.is_working() && !cluster.is_served(volume) {
                     process.sleep(Duration::from_millis(20)).await;
                 }
                 for task in 0..6 {

@@ -2,6 +2,7 @@
 //!
 //! A counterpart of `node/src/agent/ownership.rs`, in the same order of steps and with the same times.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::time::Duration;
@@ -11,13 +12,13 @@ use weft_metadata::state::map::{ClusterMap, NodeState, Owner, Phase, Volume};
 use weft_metadata::state::{Command, Reply};
 use weft_proto::band::EpochGrant;
 use weft_proto::id::{BandId, DriveId, IncarnationId, NodeId, VolumeId};
-use weft_volume::engine::Engine;
+use weft_volume::engine::{Engine, Opening};
 use weft_volume::error::VolumeError;
 use weft_volume::format::header::HeaderKey;
 use weft_volume::seams::{ReservationKey, Seams};
 use weft_volume::settings::Identity;
 
-use super::agent::Agent;
+use super::agent::{Agent, Recovering};
 use super::client::SimDirectory;
 use super::steps::Step;
 
@@ -33,8 +34,7 @@ const DRAIN: Duration = Duration::from_secs(3);
 const COMPACTION_LOOK: Duration = Duration::from_millis(50);
 
 impl Agent {
-    /// Starts a task for every epoch that the map gives to this incarnation and that has none, and for every deletion of
-    /// a volume that is not open here.
+    /// Starts a task for every epoch that the map gives to this incarnation and that has none.
     pub(super) fn follow_ownership(self: &Rc<Self>, map: &ClusterMap) {
         let own = self.incarnation.get();
         for (id, volume) in &map.volumes {
@@ -45,22 +45,21 @@ impl Agent {
             else {
                 continue;
             };
+            if self.tasks.borrow().get(id) == Some(&owner) {
+                continue;
+            }
             match volume.phase {
-                Phase::Recovering { .. } if self.tasks.borrow().get(id) != Some(&owner) => {
+                Phase::Recovering { .. } => {
                     self.tasks.borrow_mut().insert(*id, owner);
                     self.process.spawn(Rc::clone(self).own(*id, owner));
                 }
-                // Whoever serves it sees this too, and drains it first.
-                Phase::Deleting { .. }
-                    if !self.engines.borrow().contains_key(id)
-                        && self.deleted_unopened.borrow_mut().insert(*id) =>
-                {
-                    self.process.spawn(Rc::clone(self).delete_unopened(*id, owner));
+                // Nothing of it was sent.
+                Phase::Deleting { .. } => {
+                    self.tasks.borrow_mut().insert(*id, owner);
+                    self.process
+                        .spawn(Rc::clone(self).delete_unopened(*id, owner, None));
                 }
-                Phase::Recovering { .. }
-                | Phase::Deleting { .. }
-                | Phase::Serving { .. }
-                | Phase::Unowned => {}
+                Phase::Serving { .. } | Phase::Unowned => {}
             }
         }
     }
@@ -76,8 +75,19 @@ impl Agent {
 
     /// One epoch, from its grant to its end.
     async fn own(self: Rc<Self>, volume: VolumeId, owner: Owner) {
-        let Some(engine) = self.take_over(volume, owner).await else {
-            return;
+        let opening = RefCell::default();
+        let taken = {
+            let taken = std::pin::pin!(self.take_over(volume, owner, &opening));
+            let deleted = std::pin::pin!(self.deleted(volume, owner));
+            match select(taken, deleted).await {
+                Either::Left((taken, _)) => Some(taken),
+                Either::Right(_) => None,
+            }
+        };
+        let engine = match taken {
+            Some(Some(engine)) => engine,
+            Some(None) => return,
+            None => return self.delete_unopened(volume, owner, opening.take()).await,
         };
         let epoch = owner.epoch;
         let node = self.node;
@@ -111,8 +121,27 @@ impl Agent {
         }
     }
 
-    /// Fences, recovers, and waits out the former owner's lease. `None` when the epoch is no longer ours.
-    async fn take_over(self: &Rc<Self>, volume: VolumeId, owner: Owner) -> Option<Engine> {
+    /// Waits until the volume is to be deleted under this epoch.
+    async fn deleted(&self, volume: VolumeId, owner: Owner) {
+        let deleting = Phase::Deleting { owner: Some(owner) };
+        let mut map = self.map.subscribe();
+        loop {
+            let found = map.borrow_and_update().volumes.get(&volume).cloned();
+            if found.is_some_and(|found| found.phase == deleting) {
+                return;
+            }
+            map.changed().await;
+        }
+    }
+
+    /// Fences, recovers, and waits out the former owner's lease. `None` when the epoch is no longer ours. What is being opened stands
+    /// in `opening`, for whoever drops this.
+    async fn take_over(
+        self: &Rc<Self>,
+        volume: VolumeId,
+        owner: Owner,
+        opening: &RefCell<Option<Opening>>,
+    ) -> Option<Engine> {
         let steps = &self.cluster.steps;
         loop {
             if !self.is_current(volume, owner) {
@@ -143,9 +172,11 @@ impl Agent {
                 key: HeaderKey(cluster.authentication_key),
                 name: volume_found.name,
             };
-            self.recovering.set(self.recovering.get() + 1);
-            let opened = Engine::open(self.seams(), self.cluster.settings(), identity, grant.clone()).await;
-            self.recovering.set(self.recovering.get() - 1);
+            let attempt = Opening::new(self.seams(), self.cluster.settings(), identity, grant.clone());
+            *opening.borrow_mut() = Some(attempt.clone());
+            let recovering = Recovering::by(self);
+            let opened = attempt.open().await;
+            drop(recovering);
             drop(under);
             match opened {
                 Ok(engine) => {
@@ -272,19 +303,23 @@ impl Agent {
     async fn delete(&self, volume: VolumeId, owner: Owner, engine: &Engine) {
         let _under = self.cluster.steps.enter(Step::Delete);
         let unsettled = engine.abort_and_drain(DRAIN).await;
-        self.finish_delete(volume, owner, Some(unsettled)).await;
+        self.finish_delete(volume, owner, unsettled).await;
     }
 
-    async fn delete_unopened(self: Rc<Self>, volume: VolumeId, owner: Owner) {
+    async fn delete_unopened(self: Rc<Self>, volume: VolumeId, owner: Owner, opening: Option<Opening>) {
         let _under = self.cluster.steps.enter(Step::Delete);
-        self.finish_delete(volume, owner, None).await;
+        let unsettled = match &opening {
+            Some(opening) => opening.abort_and_drain(DRAIN).await,
+            None => Vec::new(),
+        };
+        self.finish_delete(volume, owner, unsettled).await;
     }
 
-    async fn finish_delete(&self, volume: VolumeId, owner: Owner, unsettled: Option<Vec<BandId>>) {
+    async fn finish_delete(&self, volume: VolumeId, owner: Owner, unsettled: Vec<BandId>) {
         let finish = Command::FinishDelete {
             volume,
             epoch: owner.epoch,
-            unsettled,
+            unsettled: Some(unsettled),
         };
         let _ = self.client.propose(finish).await;
     }

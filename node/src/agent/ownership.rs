@@ -3,13 +3,14 @@
 //! ```text
 //!  Recovering{us} ─ grant ─ fence the dead on ≥ n−m drives of each band ─ record ─┬─ lease + drift ─┬─ serve
 //!                                                                                 └─ Engine::open ──┘
-//!  Serving{us}, move_to ─ quiesce ─ Handover        Deleting{us} ─ abort ─ drain ─ FinishDelete
+//!  Serving{us}, move_to ─ quiesce ─ Handover        Deleting{us}, from anywhere ─ abort ─ drain ─ FinishDelete
 //! ```
 //!
 //! Design section 5. The map says what should be; this makes it so and tells Raft.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
+use std::future::pending;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,7 +24,7 @@ use weft_metadata::state::map::{Cluster, ClusterMap, Owner, Phase, Volume};
 use weft_metadata::state::{Command, Refusal, Reply};
 use weft_proto::band::EpochGrant;
 use weft_proto::id::{BandId, DriveId, IncarnationId, NodeId, VolumeId};
-use weft_volume::engine::Engine;
+use weft_volume::engine::{Engine, Opening};
 use weft_volume::error::VolumeError;
 use weft_volume::format::header::HeaderKey;
 use weft_volume::seams::{Env, ReservationKey, Seams};
@@ -65,8 +66,6 @@ pub(crate) struct Ownership {
     /// Epochs that have a task.
     tasks: RefCell<BTreeMap<VolumeId, Owner>>,
     engines: RefCell<BTreeMap<VolumeId, Engine>>,
-    /// Volumes whose deletion came before they were open.
-    deleted_unopened: RefCell<BTreeSet<VolumeId>>,
 }
 
 impl Ownership {
@@ -101,34 +100,30 @@ impl Ownership {
             node_log_budget_bytes: u64::from(engine.node_log_budget_mib) << 20,
             tasks: RefCell::default(),
             engines: RefCell::default(),
-            deleted_unopened: RefCell::default(),
         })
     }
 
-    /// Starts a task for every epoch that the map gives to this incarnation and that has none, and for every deletion of
-    /// a volume that is not open here.
+    /// Starts a task for every epoch that the map gives to this incarnation and that has none.
     pub(crate) fn follow(self: &Rc<Self>, map: &ClusterMap) {
         let own = self.fabric.identity().incarnation;
         for (id, volume) in &map.volumes {
             let Some(owner) = volume.phase.owner().filter(|owner| owner.incarnation == own) else {
                 continue;
             };
+            if self.tasks.borrow().get(id) == Some(&owner) {
+                continue;
+            }
             match volume.phase {
-                Phase::Recovering { .. } if self.tasks.borrow().get(id) != Some(&owner) => {
+                Phase::Recovering { .. } => {
                     self.tasks.borrow_mut().insert(*id, owner);
                     tokio::task::spawn_local(self.clone().own(*id, owner));
                 }
-                // Whoever serves it sees this too, and drains it first.
-                Phase::Deleting { .. }
-                    if !self.engines.borrow().contains_key(id)
-                        && self.deleted_unopened.borrow_mut().insert(*id) =>
-                {
-                    tokio::task::spawn_local(self.clone().delete_unopened(*id, owner));
+                // Nothing of it was sent.
+                Phase::Deleting { .. } => {
+                    self.tasks.borrow_mut().insert(*id, owner);
+                    tokio::task::spawn_local(self.clone().finish_delete(*id, owner, Vec::new()));
                 }
-                Phase::Recovering { .. }
-                | Phase::Deleting { .. }
-                | Phase::Serving { .. }
-                | Phase::Unowned => {}
+                Phase::Serving { .. } | Phase::Unowned => {}
             }
         }
     }
@@ -169,7 +164,19 @@ impl Ownership {
     /// One epoch, from its grant to its end.
     async fn own(self: Rc<Self>, volume: VolumeId, owner: Owner) {
         let began = Instant::now();
-        let Some(engine) = self.take_over(volume, owner).await else {
+        let opening = RefCell::default();
+        let taken = tokio::select! {
+            taken = self.take_over(volume, owner, &opening) => taken,
+            () = self.deleted(volume, owner) => {
+                let opening: Option<Opening> = opening.take();
+                let unsettled = match &opening {
+                    Some(opening) => opening.abort_and_drain(DRAIN).await,
+                    None => Vec::new(),
+                };
+                return self.finish_delete(volume, owner, unsettled).await;
+            }
+        };
+        let Some(engine) = taken else {
             return;
         };
         tracing::info!(%volume, epoch = %owner.epoch, took_ms = began.elapsed().as_millis() as u64, "serving");
@@ -180,8 +187,27 @@ impl Ownership {
         self.engines.borrow_mut().remove(&volume);
     }
 
-    /// Fences, recovers, and waits out the former owner's lease. `None` when the epoch is no longer ours.
-    async fn take_over(&self, volume: VolumeId, owner: Owner) -> Option<Engine> {
+    /// Waits until the volume is to be deleted under this epoch.
+    async fn deleted(&self, volume: VolumeId, owner: Owner) {
+        let deleting = Phase::Deleting { owner: Some(owner) };
+        let is_deleting = |map: &Arc<ClusterMap>| {
+            let found = map.volumes.get(&volume);
+            found.is_some_and(|found| found.phase == deleting)
+        };
+        if self.map.clone().wait_for(is_deleting).await.is_err() {
+            // The agent ends.
+            pending().await
+        }
+    }
+
+    /// Fences, recovers, and waits out the former owner's lease. `None` when the epoch is no longer ours. What is being opened stands
+    /// in `opening`, for whoever drops this.
+    async fn take_over(
+        &self,
+        volume: VolumeId,
+        owner: Owner,
+        opening: &RefCell<Option<Opening>>,
+    ) -> Option<Engine> {
         loop {
             if !self.is_current(volume, owner) {
                 return None;
@@ -200,7 +226,7 @@ impl Ownership {
             }
             let fenced_at = Instant::now();
             let name = self.volume(volume)?.name;
-            let opened = Engine::open(
+            let attempt = Opening::new(
                 self.seams(),
                 self.settings.clone(),
                 Identity {
@@ -209,9 +235,9 @@ impl Ownership {
                     name,
                 },
                 grant.clone(),
-            )
-            .await;
-            match opened {
+            );
+            *opening.borrow_mut() = Some(attempt.clone());
+            match attempt.open().await {
                 Ok(engine) => {
                     if grant.recover.is_some() {
                         tokio::time::sleep_until(fenced_at + LEASE_AND_DRIFT).await;
@@ -262,7 +288,7 @@ impl Ownership {
     }
 
     /// Serves until the epoch ends: handed over, deleted, or fenced.
-    async fn serve(&self, volume: VolumeId, owner: Owner, engine: &Engine) {
+    async fn serve(self: &Rc<Self>, volume: VolumeId, owner: Owner, engine: &Engine) {
         let mut map = self.map.clone();
         loop {
             let (found, tight) = {
@@ -278,7 +304,9 @@ impl Ownership {
                 Some(found) if found.phase.owner() == Some(owner) => {
                     engine.grow(found.size_bytes);
                     match (found.phase, found.move_to) {
-                        (Phase::Deleting { .. }, _) => return self.delete(volume, owner, engine).await,
+                        (Phase::Deleting { .. }, _) => {
+                            return self.clone().delete(volume, owner, engine).await;
+                        }
                         (Phase::Serving { .. }, Some(to)) if to != self.node => moving = Some(to),
                         _ => {}
                     }
@@ -349,27 +377,22 @@ impl Ownership {
         true
     }
 
-    async fn delete(&self, volume: VolumeId, owner: Owner, engine: &Engine) {
+    async fn delete(self: Rc<Self>, volume: VolumeId, owner: Owner, engine: &Engine) {
         self.presenter.engine_stopped(volume);
         let unsettled = engine.abort_and_drain(DRAIN).await;
+        self.finish_delete(volume, owner, unsettled).await;
+    }
+
+    /// Says that a volume is gone but for the bands that a write of this incarnation may still reach.
+    async fn finish_delete(self: Rc<Self>, volume: VolumeId, owner: Owner, unsettled: Vec<BandId>) {
         if !unsettled.is_empty() {
             let bands = unsettled.len();
             tracing::warn!(%volume, bands, "deleted with writes under way: their chunks wait for this incarnation's end");
         }
-        self.finish_delete(volume, owner, Some(unsettled)).await;
-    }
-
-    /// Ends a deletion that came before the volume was open. What was sent until then is not known here, so all of it
-    /// waits for this incarnation's end; the engine that is being opened learns from metadata that it is over.
-    async fn delete_unopened(self: Rc<Self>, volume: VolumeId, owner: Owner) {
-        self.finish_delete(volume, owner, None).await;
-    }
-
-    async fn finish_delete(&self, volume: VolumeId, owner: Owner, unsettled: Option<Vec<BandId>>) {
         let finish = Command::FinishDelete {
             volume,
             epoch: owner.epoch,
-            unsettled,
+            unsettled: Some(unsettled),
         };
         if let Err(refusal) = self.insist(finish).await {
             tracing::warn!(%volume, %refusal, "the deletion was not finished");

@@ -20,6 +20,7 @@ mod device;
 mod flight;
 mod health;
 mod lease;
+mod opening;
 mod pages;
 mod read;
 mod recovery;
@@ -54,6 +55,7 @@ use health::Health;
 use space::Space;
 use work::Copy;
 
+pub use opening::Opening;
 pub use stats::Stats;
 
 /// Whether the engine serves.
@@ -141,20 +143,7 @@ impl Engine {
         identity: Identity,
         grant: EpochGrant,
     ) -> Result<Self, VolumeError> {
-        let core = Core::new(seams, settings, identity, &grant);
-        let engine = Self(Rc::clone(&core));
-        match core.open(grant).await {
-            Ok(()) => {
-                core.life.set(Life::Serving);
-                core.changed.notify();
-                core.start_background();
-                Ok(engine)
-            }
-            Err(error) => {
-                core.stop(Life::Closed);
-                Err(error)
-            }
-        }
+        Opening::new(seams, settings, identity, grant).open().await
     }
 
     /// The epoch it serves under.

@@ -1,6 +1,9 @@
 //! Writing, reading, opening again.
 
+use std::time::Duration;
+
 use super::*;
+use crate::seams::Timestamp;
 
 fn fixture() -> Fixture {
     Fixture::new(6, 256, Geometry { k: 4, m: 2 }, 64 * MIB)
@@ -189,7 +192,7 @@ fn without_a_lease_nothing_is_answered_until_it_is_back() {
     let mut fixture = fixture();
     fixture.write(1, &[1]).unwrap();
     fixture.owner.lease.expire();
-    fixture.world.run_for(std::time::Duration::from_secs(2)).unwrap();
+    fixture.world.run_for(Duration::from_secs(2)).unwrap();
     let incarnation = fixture.owner.incarnation;
     let write = fixture.world.start(
         incarnation,
@@ -202,7 +205,7 @@ fn without_a_lease_nothing_is_answered_until_it_is_back() {
             count: 1,
         }),
     );
-    fixture.world.run_for(std::time::Duration::from_secs(5)).unwrap();
+    fixture.world.run_for(Duration::from_secs(5)).unwrap();
     assert!(!write.is_done());
     assert!(!read.is_done());
     fixture.owner.lease.renew();
@@ -313,13 +316,10 @@ fn a_deletion_waits_for_the_writes_under_way_and_names_the_bands_of_those_that_d
                 .world
                 .start(fixture.owner.incarnation, futures_util::future::join_all(writes)),
         );
-        fixture
-            .world
-            .run_for(std::time::Duration::from_micros(30))
-            .unwrap();
+        fixture.world.run_for(Duration::from_micros(30)).unwrap();
         let engine = fixture.engine.clone();
         let began = fixture.world.now();
-        let limit = std::time::Duration::from_secs(3);
+        let limit = Duration::from_secs(3);
         let unsettled = fixture.run(async move { engine.abort_and_drain(limit).await });
         let waited = fixture.world.now().0 - began.0;
         let in_flight: Vec<u32> = (1..=6)
@@ -337,4 +337,57 @@ fn a_deletion_waits_for_the_writes_under_way_and_names_the_bands_of_those_that_d
             assert_eq!((in_flight, unsettled), (vec![], vec![]));
         }
     }
+}
+
+/// A deletion may come at any moment of an opening, before and after its first stripes are sent.
+#[test]
+fn an_opening_that_is_ended_names_the_bands_that_a_write_may_still_reach() {
+    let limit = Duration::from_secs(3);
+    let (mut sent, mut named) = (0, 0);
+    for moment in 1..100 {
+        for stalled in [false, true] {
+            let mut fixture = fixture();
+            fixture.write(0, &[1, 2, 3]).unwrap();
+            fixture.world.crash(fixture.owner.incarnation, InFlight::Mixed);
+            let owner = take_over(&fixture.world, VOLUME).expect("not stopped");
+            let opening_ends = fixture.world.now().after(Duration::from_micros(100 * moment));
+            if stalled {
+                // What is sent in the last moment before hangs.
+                let drive = fixture.world.drive(DriveId(2));
+                let hangs = Timestamp(opening_ends.0 - 50_000);
+                let hang = move |_: &Rc<World>| drive.set_health(Health::Stalled);
+                fixture.world.at(hangs, None, hang);
+            }
+            let before = written(&fixture);
+            let opening = Opening::new(owner.seams.clone(), small(), identity(), owner.grant.clone());
+            let opened = opening.clone();
+            let env = Rc::clone(&owner.seams.env);
+            let drained = async move {
+                let cut = crate::sync::within(&*env, opening_ends, Box::pin(opened.open())).await;
+                assert!(cut.is_none_or(|opened| opened.is_ok()));
+                opening.abort_and_drain(limit).await
+            };
+            let unsettled = fixture
+                .world
+                .block_on(owner.incarnation, drained)
+                .expect("not stopped");
+            let in_flight = (1..=6).any(|drive| {
+                let drive = fixture.world.drive(DriveId(drive));
+                drive.has_writes_in_flight(0, u64::MAX / 2)
+            });
+            assert!(stalled || unsettled.is_empty(), "all writes have ended");
+            assert_eq!(in_flight, !unsettled.is_empty(), "{moment}: {unsettled:?}");
+            sent += u64::from(written(&fixture) > before);
+            named += u64::from(in_flight);
+        }
+    }
+    assert!(
+        sent > 10 && named > 3,
+        "{sent} openings had sent something, {named} to a drive that hangs"
+    );
+}
+
+fn written(fixture: &Fixture) -> u64 {
+    let drives = (1..=6).map(|drive| fixture.world.drive(DriveId(drive)));
+    drives.map(|drive| drive.bytes_written()).sum()
 }

@@ -13,7 +13,7 @@ use weft_proto::band::Geometry;
 use weft_proto::id::{ClusterId, DriveId, IncarnationId, VolumeId};
 use weft_proto::units::{BLOCK_BYTES, Lba, LbaRange, MIB};
 
-use super::Engine;
+use super::{Engine, Opening};
 use crate::error::VolumeError;
 use crate::format::header::HeaderKey;
 use crate::settings::{Identity, Settings};
