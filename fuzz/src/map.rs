@@ -126,7 +126,7 @@ impl PageStore for Drives {
 /// Makes identity, place and checksums of a map block right.
 fn repair_page(block: &mut [u8], lba: Lba) {
     put(block, 0, b"WEFTPAGE");
-    put(block, offset_of!(PageLayout, version), &1_u16.to_le_bytes());
+    put(block, offset_of!(PageLayout, version), &2_u16.to_le_bytes());
     block[offset_of!(PageLayout, level)] = (lba.0 >> 28 & 0xf) as u8;
     put(
         block,

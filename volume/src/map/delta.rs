@@ -17,7 +17,7 @@ use weft_proto::units::{Lba, LbaRange};
 use crate::entry::MapEntry;
 
 use super::counts::BandCounts;
-use super::format::Item;
+use super::leaf::Item;
 use super::slot::{Cell, Slots};
 use super::zeroes::{ZeroRanges, Zeroes};
 

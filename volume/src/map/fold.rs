@@ -11,7 +11,7 @@ use std::rc::Rc;
 use crate::entry::MapEntry;
 
 use super::address::PageId;
-use super::format::{Page, RECORDS_PER_PAGE, Record};
+use super::format::{CHILDREN_PER_PAGE, Child, Index, Page};
 use super::merge::Merge;
 use super::store::{MapBlock, MapError};
 use super::{PageMap, Run, run};
@@ -20,7 +20,7 @@ use super::{PageMap, Run, run};
 fn parent(id: PageId) -> PageId {
     PageId {
         level: id.level + 1,
-        position: id.position / RECORDS_PER_PAGE as u32,
+        position: id.position / CHILDREN_PER_PAGE as u32,
         ..id
     }
 }
@@ -67,14 +67,14 @@ impl PageMap {
             return Ok(false);
         };
         let page = self.pages.read(id, old).await?;
-        let mut records = page.records().to_vec();
+        let mut all = page.children().to_vec();
         for (child, place) in children {
-            let slot = run::slot_towards(id, *child).filter(|slot| *slot < records.len());
+            let slot = run::slot_towards(id, *child).filter(|slot| *slot < all.len());
             if let Some(slot) = slot {
-                records[slot] = Record::child_at(records[slot].lba(), *place);
+                all[slot] = Child::new(all[slot].lba(), *place);
             }
         }
-        let data = Page::encode(self.pages.identity, id, &records);
+        let data = Index::encode(self.pages.identity, id, &all);
         let block = MapBlock {
             lba: id.lba(),
             data: data.clone(),

@@ -1,4 +1,5 @@
-//! The layout of a map block: a leaf or an index block of a run, or a table block of a spilled root.
+//! The layout of a map block: its header, the children of an index block, and the table block of a spilled root. A leaf's
+//! records are in [`super::leaf`].
 //!
 //! This module is layout, and the checks a block can fail on its own. `docs/format/checkpoint.md` has the
 //! byte tables. A block says which volume, layer, run, level and position it is, so a misdirected read is
@@ -13,21 +14,21 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use crate::entry::{ColumnSet, MapEntry};
 
 use super::address::PageId;
-use super::slot::Cell;
+use super::bits::Block;
+use super::leaf::Leaf;
 
 /// First bytes of every map block.
 pub(crate) const PAGE_MAGIC: [u8; 8] = *b"WEFTPAGE";
-/// Versions of the map block's layout. 1: the first.
-pub(crate) const PAGE_VERSION: u16 = 1;
+/// Versions of the map block's layout. 1: the first; records of 45 bytes in leaves too. 2: records of a leaf in as few bits as
+/// they take.
+pub(crate) const PAGE_VERSION: u16 = 2;
 
 /// Bytes of the header of a map block.
 pub(crate) const PAGE_HEADER_BYTES: usize = size_of::<PageHeader>();
 /// Bytes of the body of a map block.
 pub(crate) const PAGE_BODY_BYTES: usize = BLOCK_BYTES - PAGE_HEADER_BYTES;
-/// Bytes of one record.
-pub(crate) const RECORD_BYTES: usize = size_of::<Record>();
-/// Records of a full leaf or index block.
-pub(crate) const RECORDS_PER_PAGE: usize = PAGE_BODY_BYTES / RECORD_BYTES;
+/// Children of a full index block.
+pub(crate) const CHILDREN_PER_PAGE: usize = PAGE_BODY_BYTES / size_of::<Child>();
 
 /// Why bytes are not the block, record or root they should be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -80,7 +81,7 @@ struct PageHeader {
     /// 0 leaf, 1 … 14 index block, 15 table block.
     level: u8,
     rsvd11: u8,
-    /// Records in a leaf or index block, bytes in a table block.
+    /// Records in a leaf, children of an index block, bytes in a table block.
     count: U16,
     rsvd14: [u8; 2],
     volume: U64,
@@ -98,165 +99,72 @@ const _: () = assert!(size_of::<PageHeader>() == 64);
 const _: () = assert!(std::mem::offset_of!(PageHeader, volume) == 16);
 const _: () = assert!(std::mem::offset_of!(PageHeader, run) == 32);
 const _: () = assert!(std::mem::offset_of!(PageHeader, body_crc) == 56);
-const _: () = assert!(RECORDS_PER_PAGE == 89);
+const _: () = assert!(CHILDREN_PER_PAGE == 89);
 
-/// One record of a leaf (a block, or a range that reads as zeroes) or of an index block (a child).
+/// A map block and where it lies: of an index block, of the table of moved blocks, or a run's top in a root.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-pub(crate) struct Record {
-    /// The block; first block of a range; first LBA of a child.
+pub(crate) struct Child {
+    /// First LBA below it; its own LBA in the table of moved blocks.
     lba: U64,
     /// Of the sequence.
     epoch: U64,
     /// Of the sequence.
     counter: U64,
-    /// The band; of a range, its number of blocks.
     band: U64,
     crc: U32,
     row: U16,
     column: u8,
     start: u8,
-    /// Data shards of the stripe; 0 marks a range that reads as zeroes.
+    /// Data shards of the stripe, at least 1.
     w: u8,
-    flags: RecordFlags,
+    rsvd41: u8,
     /// Columns that the stripe passed over, as a set of 24 bits.
     skipped: [u8; 3],
 }
 
-const _: () = assert!(size_of::<Record>() == 45);
-const _: () = assert!(weft_proto::band::DATA_SHARDS_MAX + weft_proto::band::PARITY_SHARDS_MAX <= 24);
-const _: () = assert!(std::mem::offset_of!(Record, band) == 24);
-const _: () = assert!(std::mem::offset_of!(Record, w) == 40);
+const _: () = assert!(size_of::<Child>() == 45);
+const _: () = assert!(std::mem::offset_of!(Child, band) == 24);
+const _: () = assert!(std::mem::offset_of!(Child, w) == 40);
 
-/// Bit 0: settled. The rest is zero.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(transparent)]
-struct RecordFlags(u8);
-
-impl RecordFlags {
-    const SETTLED: u8 = 1;
-
-    fn new(settled: bool) -> Self {
-        Self(if settled { Self::SETTLED } else { 0 })
-    }
-}
-
-/// A record as the code uses it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Item {
-    pub(crate) lba: u64,
-    /// 1 for data.
-    pub(crate) count: u64,
-    pub(crate) cell: Cell,
-    /// No older run has a higher sequence for these LBAs.
-    pub(crate) settled: bool,
-}
-
-impl Item {
-    pub(crate) fn end(&self) -> u64 {
-        self.lba + self.count
-    }
-}
-
-impl Record {
-    pub(crate) fn new(item: &Item) -> Self {
-        let sequence = item.cell.sequence();
-        let record = Self {
-            lba: item.lba.into(),
-            epoch: sequence.epoch.0.into(),
-            counter: sequence.counter.into(),
-            band: item.count.into(),
-            crc: 0.into(),
-            row: 0.into(),
-            column: 0,
-            start: 0,
-            w: 0,
-            flags: RecordFlags::new(item.settled),
-            skipped: [0; 3],
-        };
-        match item.cell {
-            Cell::Zero(_) => record,
-            Cell::Data(entry) => Self {
-                band: entry.band.0.into(),
-                crc: entry.crc.into(),
-                row: u16::try_from(entry.row)
-                    .expect("a chunk has at most 16384 rows")
-                    .into(),
-                column: entry.column,
-                start: entry.start,
-                w: entry.w,
-                skipped: skipped_bytes(entry.skipped),
-                ..record
-            },
+impl Child {
+    pub(crate) fn new(lba: u64, place: MapEntry) -> Self {
+        Self {
+            lba: lba.into(),
+            epoch: place.sequence.epoch.0.into(),
+            counter: place.sequence.counter.into(),
+            band: place.band.0.into(),
+            crc: place.crc.into(),
+            row: u16::try_from(place.row)
+                .expect("a chunk has at most 16384 rows")
+                .into(),
+            column: place.column,
+            start: place.start,
+            w: place.w,
+            rsvd41: 0,
+            skipped: skipped_bytes(place.skipped),
         }
-    }
-
-    /// A child of an index block: its first LBA and its place.
-    pub(crate) fn child_at(first_lba: u64, place: MapEntry) -> Self {
-        Self::new(&Item {
-            lba: first_lba,
-            count: 1,
-            cell: Cell::Data(place),
-            settled: false,
-        })
     }
 
     pub(crate) fn lba(&self) -> u64 {
         self.lba.get()
     }
 
-    pub(crate) fn item(&self) -> Item {
-        let sequence = Sequence {
-            epoch: Epoch(self.epoch.get()),
-            counter: self.counter.get(),
-        };
-        let (count, cell) = match self.w {
-            0 => (self.band.get(), Cell::Zero(sequence)),
-            w => (
-                1,
-                Cell::Data(MapEntry {
-                    band: BandId(self.band.get()),
-                    row: u32::from(self.row.get()),
-                    column: self.column,
-                    start: self.start,
-                    w,
-                    skipped: skipped_columns(self.skipped),
-                    sequence,
-                    crc: self.crc.get(),
-                }),
-            ),
-        };
-        Item {
-            lba: self.lba.get(),
-            count,
-            cell,
-            settled: self.flags.0 & RecordFlags::SETTLED != 0,
-        }
-    }
-
-    /// The place of a child of an index block.
-    pub(crate) fn child(&self) -> Option<MapEntry> {
-        match self.item().cell {
-            Cell::Data(entry) => Some(entry),
-            Cell::Zero(_) => None,
-        }
-    }
-
-    /// The first LBA after this record, if the record is one that a writer produces.
-    fn checked_end(&self) -> Option<u64> {
-        let known = self.flags.0 & !RecordFlags::SETTLED == 0;
-        let place = (
-            self.crc.get(),
-            self.row.get(),
-            self.column,
-            self.start,
-            self.skipped,
-        );
-        let range = place == (0, 0, 0, 0, [0; 3]);
-        if !known || (self.w == 0 && (!range || self.band.get() == 0)) {
-            return None;
-        }
-        self.lba.get().checked_add(self.item().count)
+    /// Where it lies; `None` if that is nowhere.
+    pub(crate) fn place(&self) -> Option<MapEntry> {
+        (self.w > 0).then(|| MapEntry {
+            band: BandId(self.band.get()),
+            row: u32::from(self.row.get()),
+            column: self.column,
+            start: self.start,
+            w: self.w,
+            skipped: skipped_columns(self.skipped),
+            sequence: Sequence {
+                epoch: Epoch(self.epoch.get()),
+                counter: self.counter.get(),
+            },
+            crc: self.crc.get(),
+        })
     }
 }
 
@@ -272,56 +180,93 @@ fn skipped_columns([first, second, third]: [u8; 3]) -> ColumnSet {
 
 /// A leaf or index block that has been checked.
 #[derive(Clone, Debug)]
-pub(crate) struct Page {
-    bytes: Bytes,
-    count: usize,
+pub(crate) enum Page {
+    Leaf(Leaf),
+    Index(Index),
 }
 
 impl Page {
     /// Checks `bytes` to be the block `id` of `identity`.
     pub(crate) fn read(bytes: Bytes, identity: MapIdentity, id: PageId) -> Result<Self, FormatError> {
         let count = check(&bytes, identity, id)?;
-        let page = Self { bytes, count };
-        if count == 0 || count > RECORDS_PER_PAGE {
-            return Err(FormatError::Field("count"));
+        match id.level {
+            0 => Leaf::read(bytes, count).map(Self::Leaf),
+            _ => Index::read(bytes, count).map(Self::Index),
         }
-        let mut end = 0;
-        for record in page.records() {
-            if record.lba() < end {
-                return Err(FormatError::Field("lba"));
-            }
-            end = record.checked_end().ok_or(FormatError::Field("record"))?;
-            if id.level > 0 && record.w == 0 {
-                return Err(FormatError::Field("w"));
-            }
-        }
-        Ok(page)
     }
 
     /// The same in memory of its own: what was lent may be a small part of a receive buffer, all of which it keeps alive.
     pub(crate) fn kept(&self) -> Self {
-        Self {
-            bytes: Bytes::copy_from_slice(&self.bytes),
-            count: self.count,
+        match self {
+            Self::Leaf(leaf) => Self::Leaf(leaf.kept()),
+            Self::Index(index) => Self::Index(Index {
+                bytes: Bytes::copy_from_slice(&index.bytes),
+                count: index.count,
+            }),
         }
     }
 
-    /// Lays out the block `id`.
-    pub(crate) fn encode(identity: MapIdentity, id: PageId, records: &[Record]) -> Bytes {
-        debug_assert!(!records.is_empty() && records.len() <= RECORDS_PER_PAGE);
-        seal(identity, id, records.len(), records.as_bytes())
+    /// The children of an index block; a leaf has none.
+    pub(crate) fn children(&self) -> &[Child] {
+        match self {
+            Self::Leaf(_) => &[],
+            Self::Index(index) => index.children(),
+        }
+    }
+}
+
+/// An index block that has been checked.
+#[derive(Clone, Debug)]
+pub(crate) struct Index {
+    bytes: Bytes,
+    count: usize,
+}
+
+impl Index {
+    fn read(bytes: Bytes, count: usize) -> Result<Self, FormatError> {
+        let index = Self { bytes, count };
+        if count == 0 || count > CHILDREN_PER_PAGE {
+            return Err(FormatError::Field("count"));
+        }
+        let mut end = 0;
+        for child in index.children() {
+            if child.lba() < end {
+                return Err(FormatError::Field("lba"));
+            }
+            if child.w == 0 || child.rsvd41 != 0 {
+                return Err(FormatError::Field("child"));
+            }
+            end = child.lba().checked_add(1).ok_or(FormatError::Field("child"))?;
+        }
+        Ok(index)
     }
 
-    /// In ascending order, disjoint, at least one.
-    pub(crate) fn records(&self) -> &[Record] {
+    /// Lays out the index block `id`.
+    pub(crate) fn encode(identity: MapIdentity, id: PageId, children: &[Child]) -> Bytes {
+        debug_assert!(!children.is_empty() && children.len() <= CHILDREN_PER_PAGE);
+        seal(identity, id, children.len(), |block| {
+            let bytes = children.as_bytes();
+            block[PAGE_HEADER_BYTES..][..bytes.len()].copy_from_slice(bytes);
+        })
+    }
+
+    /// Children, at least one.
+    pub(crate) fn len(&self) -> usize {
+        self.count
+    }
+
+    /// In ascending order of LBA.
+    fn children(&self) -> &[Child] {
         let body = &self.bytes[PAGE_HEADER_BYTES..];
-        <[Record]>::ref_from_prefix_with_elems(body, self.count).map_or(&[], |(records, _)| records)
+        <[Child]>::ref_from_prefix_with_elems(body, self.count).map_or(&[], |(children, _)| children)
     }
 }
 
 /// Lays out a table block of a spilled root.
 pub(crate) fn encode_table(identity: MapIdentity, id: PageId, part: &[u8]) -> Bytes {
-    seal(identity, id, part.len(), part)
+    seal(identity, id, part.len(), |block| {
+        block[PAGE_HEADER_BYTES..][..part.len()].copy_from_slice(part);
+    })
 }
 
 /// Checks a table block of a spilled root and answers its part of the body.
@@ -337,9 +282,10 @@ pub(crate) fn crc32c(bytes: &[u8]) -> u32 {
     crc_fast::crc32_iscsi(bytes)
 }
 
-fn seal(identity: MapIdentity, id: PageId, count: usize, content: &[u8]) -> Bytes {
-    let mut block = vec![0; BLOCK_BYTES];
-    block[PAGE_HEADER_BYTES..PAGE_HEADER_BYTES + content.len()].copy_from_slice(content);
+/// Lays out the block `id`: its header, around what `fill` puts into the body of a block of zeroes.
+pub(super) fn seal(identity: MapIdentity, id: PageId, count: usize, fill: impl FnOnce(&mut Block)) -> Bytes {
+    let mut block = Box::new([0; BLOCK_BYTES]);
+    fill(&mut block);
     let mut header = PageHeader {
         magic: PAGE_MAGIC,
         version: PAGE_VERSION.into(),
@@ -357,7 +303,7 @@ fn seal(identity: MapIdentity, id: PageId, count: usize, content: &[u8]) -> Byte
     };
     header.header_crc = crc32c(&header.as_bytes()[..60]).into();
     block[..PAGE_HEADER_BYTES].copy_from_slice(header.as_bytes());
-    block.into()
+    Bytes::from(block as Box<[u8]>)
 }
 
 /// The one place where a map block is believed. Answers its count, not yet bounded.

@@ -14,7 +14,7 @@ use weft_proto::id::BandId;
 use weft_proto::units::Lba;
 
 use super::counts::BandCounts;
-use super::format::Item;
+use super::leaf::Item;
 use super::pages::Pages;
 use super::slot::{Cell, Slot, Slots};
 use super::{Run, run};

@@ -14,7 +14,8 @@ use weft_proto::id::Sequence;
 use super::address::PageId;
 use super::checkpoint::Unfinished;
 use super::counts::BandCounts;
-use super::format::{Item, Page};
+use super::format::Page;
+use super::leaf::Item;
 use super::pages::Pages;
 use super::run::{RunDescriptor, child};
 use super::slot::{Cell, Slot};
@@ -64,18 +65,17 @@ impl Cursor {
             let Some((id, page, slot)) = self.path.last_mut() else {
                 break;
             };
-            let Some(record) = page.records().get(*slot) else {
-                self.path.pop();
-                continue;
-            };
+            let here = *slot;
             *slot += 1;
-            if id.level == 0 {
-                self.current = Some(record.item());
-            } else {
-                let (child_id, place) = child(*id, *slot - 1, page)?;
-                let page = self.pages.read(child_id, place).await?;
-                self.path.push((child_id, page, 0));
-                read += 1;
+            match page {
+                Page::Leaf(leaf) if here < leaf.len() => self.current = Some(leaf.item(here)),
+                Page::Index(index) if here < index.len() => {
+                    let (id, place) = child(*id, here, page)?;
+                    let page = self.pages.read(id, place).await?;
+                    self.path.push((id, page, 0));
+                    read += 1;
+                }
+                Page::Leaf(_) | Page::Index(_) => drop(self.path.pop()),
             }
         }
         Ok(read)

@@ -19,6 +19,7 @@
 //! checkpoint, or when to merge: the engine decides that. `docs/format/checkpoint.md` has what it stores.
 
 mod address;
+mod bits;
 mod cache;
 mod checkpoint;
 mod counts;
@@ -26,6 +27,7 @@ mod delta;
 mod fold;
 mod format;
 mod garbage;
+mod leaf;
 mod merge;
 mod moving;
 mod pages;

@@ -72,7 +72,7 @@ impl PageMap {
         let mut place = run.top;
         while at.level > id.level {
             let page = self.pages.cached(at)?;
-            let slot = run::slot_towards(at, id).filter(|slot| *slot < page.records().len())?;
+            let slot = run::slot_towards(at, id).filter(|slot| *slot < page.children().len())?;
             (at, place) = run::child(at, slot, &page).ok()?;
         }
         (at == id).then(|| self.pages.place(id, place))
@@ -91,7 +91,7 @@ impl PageMap {
         }
         while at.level > id.level {
             let page = self.pages.page(at, place).await?;
-            let Some(slot) = run::slot_towards(at, id).filter(|slot| *slot < page.records().len()) else {
+            let Some(slot) = run::slot_towards(at, id).filter(|slot| *slot < page.children().len()) else {
                 return Ok(None);
             };
             (at, place) = run::child(at, slot, &page)?;

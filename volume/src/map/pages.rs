@@ -161,8 +161,7 @@ mod tests {
     use super::*;
     use crate::entry::ColumnSet;
     use crate::format::checksum::block_crc;
-    use crate::map::format::{Item, Record};
-    use crate::map::slot::Cell as SlotCell;
+    use crate::map::format::{Child, Index};
     use crate::map::{MapBlock, PageStore};
 
     const IDENTITY: MapIdentity = MapIdentity {
@@ -202,20 +201,25 @@ mod tests {
     fn a_map_block_of_another_run_in_its_place_is_read_around() {
         let id = |run| PageId {
             run,
-            level: 0,
+            level: 1,
             position: 0,
         };
         let sequence = |counter| Sequence {
             epoch: Epoch(1),
             counter,
         };
-        let records = [Record::new(&Item {
-            lba: 3,
-            count: 1,
-            cell: SlotCell::Zero(sequence(9)),
-            settled: true,
-        })];
-        let page = |run| Page::encode(IDENTITY, id(run), &records);
+        let place = |crc| MapEntry {
+            band: BandId(1),
+            row: 1,
+            column: 0,
+            start: 0,
+            w: 1,
+            skipped: ColumnSet::NONE,
+            sequence: sequence(20),
+            crc,
+        };
+        let children = [Child::new(3, place(9))];
+        let page = |run| Index::encode(IDENTITY, id(run), &children);
         let crc = |bytes: &[u8]| block_crc(VolumeId(1), id(7).lba(), sequence(20), bytes);
         assert_ne!(page(6), page(7));
         // Both are closed by crc32c, header and records. Stripes of version 1 had the same checksum for both.
@@ -225,17 +229,8 @@ mod tests {
             belongs: page(7),
         });
         let pages = Rc::new(Pages::new(IDENTITY, store, 1 << 20));
-        let place = MapEntry {
-            band: BandId(1),
-            row: 1,
-            column: 0,
-            start: 0,
-            w: 1,
-            skipped: ColumnSet::NONE,
-            sequence: sequence(20),
-            crc: crc(&page(7)),
-        };
+        let place = place(crc(&page(7)));
         let read = pages.page(id(7), place).now_or_never().expect("nothing waits");
-        assert_eq!(read.map(|page| page.records().len()), Ok(1));
+        assert_eq!(read.map(|page| page.children().len()), Ok(1));
     }
 }

@@ -11,15 +11,16 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use crate::entry::MapEntry;
 
 use super::address::{INDEX_LEVEL_MAX, POSITIONS, RUNS};
-use super::format::{FormatError, MapIdentity, PAGE_BODY_BYTES, RECORDS_PER_PAGE, Record, crc32c};
+use super::format::{Child, FormatError, MapIdentity, PAGE_BODY_BYTES, crc32c};
+use super::leaf::LEAF_RECORDS_MAX;
 use super::root::{BandState, Root, RootBand, Spilled};
 use super::run::RunDescriptor;
 use super::{MapRoot, RunRoot};
 
 /// First bytes of every root.
 pub(crate) const ROOT_MAGIC: [u8; 8] = *b"WEFTROOT";
-/// Versions of the root's layout. 1: the first.
-pub(crate) const ROOT_VERSION: u16 = 1;
+/// Versions of the root's layout. 1: the first. 2: the same, over map blocks of their second version.
+pub(crate) const ROOT_VERSION: u16 = 2;
 
 /// The first 144 bytes of a root.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -110,7 +111,7 @@ struct RunRecord {
     height: u8,
     rsvd33: [u8; 2],
     /// As in an index block; its LBA is 0.
-    top: Record,
+    top: Child,
 }
 
 const _: () = assert!(size_of::<RunRecord>() == 80);
@@ -152,7 +153,7 @@ pub(crate) fn encode_head(root: &Root, body: &[u8], spilled: Option<&Spilled>) -
         None => inline.extend_from_slice(body),
         Some(spilled) => {
             for place in &spilled.places {
-                inline.extend_from_slice(Record::child_at(0, *place).as_bytes());
+                inline.extend_from_slice(Child::new(0, *place).as_bytes());
             }
             encode_bands(&mut inline, &spilled.bands);
         }
@@ -212,7 +213,7 @@ pub(crate) fn encode_body(root: &Root) -> Vec<u8> {
     }
     put(&mut body, &length(root.map.moved.len()));
     for (lba, place) in &root.map.moved {
-        put(&mut body, &Record::child_at(lba.0, *place));
+        put(&mut body, &Child::new(lba.0, *place));
     }
     encode_counts(&mut body, &root.map.record_counts);
     body
@@ -277,7 +278,7 @@ fn run_record(run: &RunDescriptor) -> RunRecord {
         counter: run.sequence_max.counter.into(),
         height: run.height,
         rsvd33: [0; 2],
-        top: Record::child_at(0, run.top),
+        top: Child::new(0, run.top),
     }
 }
 
@@ -384,7 +385,7 @@ pub(crate) fn decode_body(head: &Head, body: &[u8]) -> Result<Root, FormatError>
         });
     }
     let mut moved = Vec::new();
-    for _ in 0..input.count(size_of::<Record>())? {
+    for _ in 0..input.count(size_of::<Child>())? {
         moved.push(input.place()?);
     }
     let record_counts = input.counts(BAND_BLOCKS_MAX * u64::from(RUNS))?;
@@ -458,9 +459,9 @@ impl<'a> Input<'a> {
     }
 
     fn place(&mut self) -> Result<(Lba, MapEntry), FormatError> {
-        let record = self.take::<Record>()?;
-        let place = record.child().ok_or(FormatError::Field("w"))?;
-        Ok((Lba(record.lba()), place))
+        let child = self.take::<Child>()?;
+        let place = child.place().ok_or(FormatError::Field("w"))?;
+        Ok((Lba(child.lba()), place))
     }
 
     fn bands(&mut self) -> Result<Vec<RootBand>, FormatError> {
@@ -519,13 +520,13 @@ impl<'a> Input<'a> {
         }
         // Every leaf has a record, and room for so many.
         let leaves = u64::from(record.leaves.get());
-        if !(leaves..=leaves * RECORDS_PER_PAGE as u64).contains(&record.records.get()) {
+        if !(leaves..=leaves * LEAF_RECORDS_MAX as u64).contains(&record.records.get()) {
             return Err(FormatError::Field("records"));
         }
         Ok(RunDescriptor {
             number: record.number.get(),
             height: record.height,
-            top: record.top.child().ok_or(FormatError::Field("w"))?,
+            top: record.top.place().ok_or(FormatError::Field("w"))?,
             leaves: record.leaves.get(),
             records: record.records.get(),
             sequence_max: Sequence {

@@ -7,7 +7,8 @@ use weft_proto::units::Lba;
 
 use crate::entry::{ColumnSet, MapEntry};
 use crate::map::address::{POSITIONS, PageId, RUNS, TABLE_LEVEL};
-use crate::map::format::{FormatError, Item, MapIdentity, Page, Record, encode_table, read_table};
+use crate::map::format::{Child, FormatError, Index, MapIdentity, Page, crc32c, encode_table, read_table};
+use crate::map::leaf::{Item, LEAF_RECORDS_MAX, LeafBuilder};
 use crate::map::root::{BandState, Root, RootBand, RootHead, Spilled};
 use crate::map::root_format;
 use crate::map::run::{RunDescriptor, child};
@@ -44,8 +45,14 @@ const LEAF: PageId = PageId {
     position: 4,
 };
 
-fn leaf_items() -> [Item; 2] {
-    let entry = MapEntry {
+const INDEX: PageId = PageId {
+    run: 9,
+    level: 1,
+    position: 0,
+};
+
+fn block_entry() -> MapEntry {
+    MapEntry {
         band: BandId(5),
         row: 300,
         column: 2,
@@ -54,13 +61,29 @@ fn leaf_items() -> [Item; 2] {
         skipped: ColumnSet::NONE.with(5),
         sequence: sequence(1000),
         crc: 0xDEAD_BEEF,
+    }
+}
+
+fn leaf_items() -> [Item; 3] {
+    let block = Item {
+        lba: 0x10,
+        count: 1,
+        cell: Cell::Data(block_entry()),
+        settled: true,
+    };
+    let next = MapEntry {
+        band: BandId(7),
+        row: 302,
+        crc: 0xDEAD_C0DE,
+        sequence: sequence(998),
+        ..block_entry()
     };
     [
+        block,
         Item {
-            lba: 0x10,
-            count: 1,
-            cell: Cell::Data(entry),
-            settled: true,
+            lba: 0x13,
+            cell: Cell::Data(next),
+            ..block
         },
         Item {
             lba: 0x20,
@@ -141,11 +164,63 @@ fn band(id: u64, geometry: Geometry) -> RootBand {
 #[test]
 fn the_leaf_of_the_format_page_decodes_and_encodes() {
     let bytes = Bytes::from(example("leaf"));
-    let page = Page::read(bytes.clone(), IDENTITY, LEAF).unwrap();
-    let items: Vec<Item> = page.records().iter().map(Record::item).collect();
+    assert_eq!(
+        encode_leaf(&leaf_items()),
+        bytes,
+        "{}",
+        hex(&encode_leaf(&leaf_items()))
+    );
+    let Ok(Page::Leaf(leaf)) = Page::read(bytes, IDENTITY, LEAF) else {
+        panic!("a leaf");
+    };
+    let items: Vec<Item> = (0..leaf.len()).map(|slot| leaf.item(slot)).collect();
     assert_eq!(items, leaf_items());
-    let records = leaf_items().map(|item| Record::new(&item));
-    assert_eq!(Page::encode(IDENTITY, LEAF, &records), bytes);
+}
+
+#[test]
+fn the_index_block_of_the_format_page_decodes_and_encodes() {
+    let bytes = Bytes::from(example("index"));
+    let children = [Child::new(0x10, block_entry())];
+    let encoded = Index::encode(IDENTITY, INDEX, &children);
+    assert_eq!(encoded, bytes, "{}", hex(&encoded));
+    let page = Page::read(bytes, IDENTITY, INDEX).unwrap();
+    assert_eq!(page.children(), children);
+}
+
+/// As the format page has it, for who changes the layout.
+fn hex(bytes: &[u8]) -> String {
+    let lines = bytes
+        .chunks(16)
+        .enumerate()
+        .filter(|(_, line)| line.iter().any(|byte| *byte != 0));
+    lines
+        .map(|(index, line)| {
+            let line: Vec<String> = line.iter().map(|byte| format!("{byte:02x}")).collect();
+            format!("{:04x}  {}\n", index * 16, line.join(" "))
+        })
+        .collect()
+}
+
+fn encode_leaf(items: &[Item]) -> Bytes {
+    let mut builder = LeafBuilder::default();
+    assert!(items.iter().all(|item| builder.push(item)));
+    builder.encode(IDENTITY, LEAF)
+}
+
+#[test]
+fn the_first_versions_of_map_blocks_and_roots_are_refused_by_name() {
+    let mut block = example("leaf");
+    block[8] = 1;
+    let crc = crc32c(&block[..60]);
+    block[60..64].copy_from_slice(&crc.to_le_bytes());
+    let error = Page::read(block.into(), IDENTITY, LEAF).unwrap_err();
+    assert_eq!(error.to_string(), "unknown version 1");
+    let mut root = example("root");
+    root[8] = 1;
+    let crc = crc32c(&root[..140]);
+    root[140..144].copy_from_slice(&crc.to_le_bytes());
+    let error = RootHead::read(&root, Some(IDENTITY)).unwrap_err();
+    assert_eq!(error.to_string(), "page-map root: unknown version 1");
 }
 
 #[test]
@@ -193,16 +268,11 @@ fn every_flipped_bit_of_a_map_block_is_noticed() {
             "bit {bit} of a leaf"
         );
     });
-    let index = PageId {
-        run: 9,
-        level: 1,
-        position: 0,
-    };
-    let bytes = Page::encode(IDENTITY, index, &[Record::new(&leaf_items()[0])]);
-    assert!(Page::read(bytes.clone(), IDENTITY, index).is_ok());
+    let bytes = Index::encode(IDENTITY, INDEX, &[Child::new(0x10, block_entry())]);
+    assert!(Page::read(bytes.clone(), IDENTITY, INDEX).is_ok());
     each_flipped_bit(&bytes, |bit, flipped| {
         assert!(
-            Page::read(flipped.into(), IDENTITY, index).is_err(),
+            Page::read(flipped.into(), IDENTITY, INDEX).is_err(),
             "bit {bit} of an index block"
         );
     });
@@ -273,30 +343,69 @@ fn a_misdirected_map_block_is_noticed() {
 
 #[test]
 fn a_map_block_with_sound_checksums_and_records_that_no_writer_makes_is_refused() {
-    let [block, range] = leaf_items();
-    let refused = |items: &[Item], id: PageId| {
-        let records: Vec<Record> = items.iter().map(Record::new).collect();
-        let bytes = Page::encode(IDENTITY, id, &records);
-        matches!(Page::read(bytes, IDENTITY, id), Err(FormatError::Field(_)))
+    let [block, next, range] = leaf_items();
+    let refused = |items: &[Item]| {
+        let read = Page::read(encode_leaf(items), IDENTITY, LEAF);
+        matches!(read, Err(FormatError::Field(_)))
     };
-    assert!(!refused(&[block, range], LEAF));
-    assert!(refused(&[range, block], LEAF), "descending");
-    assert!(refused(&[block, block], LEAF), "twice the same");
+    assert!(!refused(&[block, next, range]));
+    assert!(refused(&[range, block]), "descending");
+    assert!(refused(&[next, block]), "descending, without a range");
+    assert!(refused(&[block, block]), "twice the same");
     let inside = Item {
         lba: range.lba + 5,
         ..block
     };
-    assert!(refused(&[range, inside], LEAF), "a block inside of a range");
-    assert!(refused(&[Item { count: 0, ..range }], LEAF), "an empty range");
+    assert!(refused(&[range, inside]), "a block inside of a range");
     let wrapping = Item {
         count: u64::MAX,
         ..range
     };
-    assert!(refused(&[wrapping], LEAF), "a range past the end");
-    assert!(
-        refused(&[block, range], PageId { level: 1, ..LEAF }),
-        "a child that is a range"
-    );
+    assert!(refused(&[wrapping]), "a range past the end");
+    assert!(refused(&[Item { count: 0, ..range }]), "an empty range");
+
+    let refused = |children: &[Child]| {
+        let read = Page::read(Index::encode(IDENTITY, INDEX, children), IDENTITY, INDEX);
+        matches!(read, Err(FormatError::Field(_)))
+    };
+    let child = |lba| Child::new(lba, block_entry());
+    assert!(!refused(&[child(1), child(2)]));
+    assert!(refused(&[child(2), child(1)]), "descending");
+    assert!(refused(&[child(1), child(1)]), "twice the same");
+    let nowhere = MapEntry {
+        w: 0,
+        ..block_entry()
+    };
+    assert!(refused(&[Child::new(1, nowhere)]), "a child that is nowhere");
+}
+
+#[test]
+fn a_leaf_with_a_sound_checksum_and_a_frame_that_no_writer_makes_is_refused() {
+    let read = |change: fn(&mut [u8])| {
+        let mut block = example("leaf");
+        change(&mut block);
+        let crc = crc32c(&block[64..]);
+        block[56..60].copy_from_slice(&crc.to_le_bytes());
+        let crc = crc32c(&block[..60]);
+        block[60..64].copy_from_slice(&crc.to_le_bytes());
+        Page::read(block.into(), IDENTITY, LEAF).map(|_| ())
+    };
+    let refused = |field| Err(FormatError::Field(field));
+    assert_eq!(read(|_| {}), Ok(()));
+    assert_eq!(read(|block| block[12] = 0), refused("count"));
+    let too_many = |block: &mut [u8]| {
+        let count = LEAF_RECORDS_MAX as u16 + 1;
+        block[12..14].copy_from_slice(&count.to_le_bytes());
+    };
+    assert_eq!(read(too_many), refused("count"));
+    assert_eq!(read(|block| block[160] = 65), refused("width"));
+    let past_the_end = |block: &mut [u8]| block[12..14].copy_from_slice(&1000_u16.to_le_bytes());
+    assert_eq!(read(past_the_end), refused("width"), "records past the end");
+    // The lowest row is 300 now; a row has 16 bits.
+    let row = |block: &mut [u8]| block[128..136].copy_from_slice(&65_534_u64.to_le_bytes());
+    assert_eq!(read(row), refused("lowest"));
+    // A band of 64 bits above the lowest, which is 5.
+    assert_eq!(read(|block| block[160 + 6] = 64), refused("lowest"));
 }
 
 #[test]
@@ -336,7 +445,7 @@ fn a_root_with_runs_that_no_writer_makes_is_refused() {
         (0, 1, "leaves"),
         (POSITIONS, u64::from(POSITIONS), "leaves"),
         (2, 1, "records"),
-        (2, 2 * 89 + 1, "records"),
+        (2, 2 * LEAF_RECORDS_MAX as u64 + 1, "records"),
     ] {
         let mut root = example_root();
         root.map.runs[0].run.leaves = leaves;
@@ -382,20 +491,13 @@ fn an_index_block_has_no_children_past_the_last_position() {
     };
     let last = POSITIONS / 89;
     let slot_of_the_last = (POSITIONS - 1 - last * 89) as usize;
-    let records: Vec<Record> = (0..89)
-        .map(|lba| {
-            Record::new(&Item {
-                lba,
-                ..leaf_items()[0]
-            })
-        })
-        .collect();
+    let children: Vec<Child> = (0..89).map(|lba| Child::new(lba, block_entry())).collect();
     for (id, slot, exists) in [
         (index(last), slot_of_the_last, true),
         (index(last), slot_of_the_last + 1, false),
         (index(POSITIONS - 1), 0, false),
     ] {
-        let page = Page::read(Page::encode(IDENTITY, id, &records), IDENTITY, id).unwrap();
+        let page = Page::read(Index::encode(IDENTITY, id, &children), IDENTITY, id).unwrap();
         assert_eq!(child(id, slot, &page).is_ok(), exists, "slot {slot}");
     }
 }

@@ -9,7 +9,8 @@ use weft_proto::units::{Lba, LbaRange};
 
 use crate::entry::{ColumnSet, MapEntry};
 use crate::map::cache::CACHED_PAGE_BYTES;
-use crate::map::format::RECORDS_PER_PAGE;
+use crate::map::format::CHILDREN_PER_PAGE;
+use crate::map::writer::LEAF_RECORDS;
 use crate::map::{MapSettings, Mapping, MergeProgress, PageMap, PageState};
 
 use super::memory::{MemoryStore, pause, run};
@@ -67,16 +68,13 @@ async fn check(map: &PageMap, indices: impl Iterator<Item = u64>) {
 fn a_run_of_three_levels_answers_for_every_block_with_one_read_per_level() {
     let store = MemoryStore::new(50);
     let map = filled(&store, 1);
-    assert!(
-        COUNT > (RECORDS_PER_PAGE * RECORDS_PER_PAGE) as u64,
-        "three levels"
-    );
+    assert!(COUNT > (LEAF_RECORDS * CHILDREN_PER_PAGE) as u64, "three levels");
     let stats = map.stats();
-    let leaves = COUNT.div_ceil(RECORDS_PER_PAGE as u64);
+    let leaves = COUNT.div_ceil(LEAF_RECORDS as u64);
     assert_eq!(stats.run_records, COUNT);
     assert_eq!(
         stats.run_blocks,
-        leaves + leaves.div_ceil(RECORDS_PER_PAGE as u64) + 1
+        leaves + leaves.div_ceil(CHILDREN_PER_PAGE as u64) + 1
     );
     assert_eq!(store.blocks.borrow().len() as u64, stats.run_blocks);
     run(check(&map, (0..COUNT).step_by(7)));
@@ -111,7 +109,7 @@ fn a_range_is_looked_up_with_one_read_per_leaf() {
         };
         assert_eq!(*found, expected);
     }
-    let leaves = count / 3 / RECORDS_PER_PAGE as u64 + 2;
+    let leaves = count / 3 / LEAF_RECORDS as u64 + 2;
     assert!(store.reads.get() <= leaves + 2, "{} reads", store.reads.get());
     let before = store.reads.get();
     assert_eq!(run(map.lookup_range(range)).unwrap(), found);
