@@ -1,5 +1,5 @@
 //! Ghost writes: a command that its host has given up and repeated elsewhere never takes effect afterwards, wherever
-//! it waited meanwhile.
+//! it waited meanwhile. `WEFT_STOPPED_SECONDS` makes it wait for longer than it takes to repeat and overwrite it.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
@@ -89,6 +89,8 @@ impl LostPath {
 
 /// Stops an agent with writes in its sockets, repeats and overwrites them on other paths, resumes it, and looks.
 fn writes_left_in_a_socket_never_land(victim: impl Fn(&Agents) -> usize) {
+    let seconds = std::env::var("WEFT_STOPPED_SECONDS").map_or(0, |text| text.parse().unwrap());
+    let longer = Duration::from_secs(seconds);
     let folder = folder();
     let agents = cluster(folder.path(), 7, 256);
     let subnqn = volume(&agents, "v", "64MiB");
@@ -110,6 +112,7 @@ fn writes_left_in_a_socket_never_land(victim: impl Fn(&Agents) -> usize) {
             for chunk in 0..CHUNKS {
                 write_chunk(&device, chunk, round + 2).await.unwrap();
             }
+            tokio::time::sleep(longer).await;
             agents.signal(stopped, "CONT").unwrap();
             for _ in 0..20 {
                 for chunk in 0..CHUNKS {
