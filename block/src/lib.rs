@@ -51,6 +51,7 @@ pub mod buffer;
 pub mod counted;
 pub mod drive;
 pub mod faulty;
+pub mod huge;
 mod io;
 pub mod label;
 pub mod memory;

@@ -15,11 +15,9 @@
     reason = "memory of which some pages are lent while others are written"
 )]
 
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::ptr::NonNull;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -28,6 +26,7 @@ use bytes::Bytes;
 use weft_proto::units::{BLOCK_BYTES, Lba, LbaRange};
 
 use crate::buffer::AlignedBuf;
+use crate::huge::HugeMemory;
 use crate::{BlockDevice, BlockError, Device, DeviceInfo, Durability, Io};
 
 /// Longest transfer, as of a file drive.
@@ -60,24 +59,17 @@ struct Chunk {
 ///
 /// Invariant: only the chunk's owner writes, and no page that is lent.
 struct Memory {
-    start: NonNull<u8>,
+    pages: HugeMemory,
     lent: Box<[AtomicU32]>,
 }
 
 // SAFETY: what is shared between threads is only read, by the invariant, and counted atomically.
-unsafe impl Send for Memory {}
-// SAFETY: as above.
 unsafe impl Sync for Memory {}
 
 impl Memory {
     fn new() -> Self {
-        // SAFETY: the layout's size is not 0.
-        let start = unsafe { alloc_zeroed(layout()) };
-        let Some(start) = NonNull::new(start) else {
-            handle_alloc_error(layout())
-        };
         Self {
-            start,
+            pages: HugeMemory::zeroed(CHUNK_BYTES),
             lent: (0..CHUNK_PAGES).map(|_| AtomicU32::new(0)).collect(),
         }
     }
@@ -94,7 +86,7 @@ impl Memory {
     unsafe fn bytes(&self, range: Range<usize>) -> &[u8] {
         assert!(range.start <= range.end && range.end <= CHUNK_BYTES);
         // SAFETY: within the allocation, which is initialised; the rest is the caller's promise.
-        unsafe { std::slice::from_raw_parts(self.start.as_ptr().add(range.start), range.len()) }
+        unsafe { std::slice::from_raw_parts(self.pages.start().as_ptr().add(range.start), range.len()) }
     }
 
     /// Copies `data` to `at`.
@@ -104,19 +96,10 @@ impl Memory {
     unsafe fn write(&self, at: usize, data: &[u8]) {
         assert!(at + data.len() <= CHUNK_BYTES);
         // SAFETY: within the allocation; nobody else looks at it, by the caller's promise.
-        unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), self.start.as_ptr().add(at), data.len()) }
+        unsafe {
+            std::ptr::copy_nonoverlapping(data.as_ptr(), self.pages.start().as_ptr().add(at), data.len())
+        }
     }
-}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        // SAFETY: allocated in `new` with this layout, and nobody else holds it.
-        unsafe { dealloc(self.start.as_ptr(), layout()) };
-    }
-}
-
-fn layout() -> Layout {
-    Layout::from_size_align(CHUNK_BYTES, BLOCK_BYTES).expect("a chunk is far smaller than the address space")
 }
 
 /// A range of pages that somebody reads.

@@ -27,6 +27,9 @@ pub const HEARTBEAT: Duration = Duration::from_millis(200);
 const PROBE_AGAIN: Duration = Duration::from_millis(100);
 /// Until a decision that has not been seen to take effect is made again.
 const PATIENCE: Duration = Duration::from_millis(500);
+/// Between decisions, at most: well within what [`LeaderCore::awake`] takes for a pause.
+const LOOK: Duration = Duration::from_millis(200);
+const _: () = assert!(LOOK.as_millis() * 2 < SILENCE.as_millis());
 
 /// Why an incarnation is held to be dead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,6 +97,16 @@ impl Heard {
             refused: false,
         }
     }
+
+    /// Whether it is to be probed.
+    fn is_missing(&self) -> bool {
+        self.at.is_none() || self.broken
+    }
+
+    /// When it was last known to be there.
+    fn last(&self) -> Duration {
+        self.at.unwrap_or(self.since)
+    }
 }
 
 impl LeaderCore {
@@ -112,13 +125,15 @@ impl LeaderCore {
         }
     }
 
-    /// A heartbeat came.
-    pub fn heartbeat(&mut self, now: Duration, incarnation: IncarnationId) {
+    /// A heartbeat came. Answers whether that is news, after which there may be something to decide: the incarnation was
+    /// missing until now.
+    pub fn heartbeat(&mut self, now: Duration, incarnation: IncarnationId) -> bool {
         let heard = Heard {
             at: Some(now),
             ..Heard::new(now)
         };
-        self.heard.insert(incarnation, heard);
+        let before = self.heard.insert(incarnation, heard);
+        before.is_none_or(|before| before.is_missing() || before.refused)
     }
 
     /// A session broke.
@@ -133,6 +148,32 @@ impl LeaderCore {
         let heard = self.heard.entry(incarnation).or_insert(Heard::new(now));
         // A heartbeat that came after the probe was sent has the last word.
         heard.refused = refused && heard.probed_at.is_some();
+    }
+
+    /// When [`LeaderCore::decide`] is due again, just after it was asked at `now`, if by then nothing has happened: no news from
+    /// an incarnation, no probe answered, no change of the map.
+    #[must_use]
+    pub fn due(&self, now: Duration) -> Duration {
+        let silences = self.heard.values().map(|heard| heard.last() + SILENCE);
+        let probes = self
+            .heard
+            .values()
+            .filter(|heard| heard.is_missing())
+            .filter_map(|heard| Some(heard.probed_at? + PROBE_AGAIN));
+        let repeated = self
+            .declared
+            .values()
+            .chain(self.deleted.values())
+            .chain(self.assigned.values().map(|(_, at)| at))
+            .map(|at| *at + PATIENCE);
+        // What is past has been acted upon, or will not be.
+        silences
+            .chain(probes)
+            .chain(repeated)
+            .filter(|at| *at >= now)
+            // The times above are to be exceeded.
+            .map(|at| at + Duration::from_millis(1))
+            .fold(now + LOOK, Duration::min)
     }
 
     /// What to do now.
@@ -155,7 +196,7 @@ impl LeaderCore {
                 .nodes
                 .get(&incarnation.node)
                 .map(|node| node.control_address.clone());
-            let missing = heard.at.is_none() || heard.broken;
+            let missing = heard.is_missing();
             let due = heard
                 .probed_at
                 .is_none_or(|at| now.saturating_sub(at) >= PROBE_AGAIN);
@@ -165,7 +206,7 @@ impl LeaderCore {
             }
             let cause = if heard.refused {
                 Some(Cause::Refused)
-            } else if now.saturating_sub(heard.at.unwrap_or(heard.since)) > SILENCE {
+            } else if now.saturating_sub(heard.last()) > SILENCE {
                 Some(Cause::Silent)
             } else {
                 None

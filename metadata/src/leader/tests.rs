@@ -79,9 +79,9 @@ fn volume(map: &mut ClusterMap, id: u64, owner: Option<u32>) -> VolumeId {
 /// A leader that has heard everybody at `now`.
 fn settled(map: &ClusterMap, now: Duration) -> LeaderCore {
     let mut core = LeaderCore::default();
-    map.incarnations
-        .keys()
-        .for_each(|incarnation| core.heartbeat(now, *incarnation));
+    for incarnation in map.incarnations.keys() {
+        core.heartbeat(now, *incarnation);
+    }
     assert_eq!(core.decide(now, map), Decisions::default());
     core
 }
@@ -312,4 +312,69 @@ fn a_dead_owners_deletion_is_finished_for_it() {
             unsettled: None,
         })
     );
+}
+
+#[test]
+fn only_the_heartbeat_of_a_missing_incarnation_is_news() {
+    let map = map(2);
+    let mut core = LeaderCore::default();
+    assert!(core.heartbeat(ms(0), IncarnationId(1)), "not known before");
+    assert!(!core.heartbeat(ms(200), IncarnationId(1)));
+    let _ = core.decide(ms(200), &map);
+    assert!(
+        core.heartbeat(ms(210), IncarnationId(2)),
+        "known from the map only"
+    );
+    core.broken(ms(300), IncarnationId(1));
+    assert!(core.heartbeat(ms(310), IncarnationId(1)), "its session broke");
+    assert!(!core.heartbeat(ms(320), IncarnationId(1)));
+}
+
+/// Asks the core only when it says that it is due, and answers when it first declared somebody dead.
+fn first_death(core: &mut LeaderCore, map: &ClusterMap, from: Duration) -> Duration {
+    let mut now = from;
+    for _ in 0..1000 {
+        core.awake(now);
+        if !core.decide(now, map).deaths.is_empty() {
+            return now;
+        }
+        let due = core.due(now);
+        assert!(due > now, "it would be asked for ever");
+        now = due;
+    }
+    panic!("nobody died");
+}
+
+#[test]
+fn asked_only_when_due_a_leader_notices_silence_in_time() {
+    let map = map(3);
+    let mut core = settled(&map, ms(0));
+    core.heartbeat(ms(130), IncarnationId(1));
+    core.heartbeat(ms(140), IncarnationId(3));
+    let at = first_death(&mut core, &map, ms(140));
+    assert_eq!(at, SILENCE + ms(1));
+}
+
+#[test]
+fn a_leader_that_is_due_probes_again_and_repeats_what_had_no_effect() {
+    let mut map = map(2);
+    volume(&mut map, 1, Some(2));
+    let mut core = settled(&map, ms(0));
+    core.broken(ms(10), IncarnationId(2));
+    assert_eq!(core.decide(ms(10), &map).probes.len(), 1);
+    assert_eq!(core.due(ms(10)), ms(10) + PROBE_AGAIN + ms(1));
+    core.probed(ms(12), IncarnationId(2), true);
+    assert!(core.decide(ms(12), &map).command.is_some());
+    // The proposal was lost. Others are heard all the time, and the silence of 2 is known.
+    let mut now = ms(12);
+    let repeated = loop {
+        now = core.due(now);
+        core.awake(now);
+        core.heartbeat(now, IncarnationId(1));
+        if core.decide(now, &map).command.is_some() {
+            break now;
+        }
+        assert!(now < ms(2000));
+    };
+    assert_eq!(repeated, ms(12) + PATIENCE + ms(1));
 }

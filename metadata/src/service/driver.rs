@@ -20,8 +20,12 @@ use crate::state::map::{ClusterMap, NodeState};
 use crate::state::{Command, Reply};
 use crate::store::Shared;
 
-/// Between decisions that nothing else has caused.
-const TICK: Duration = Duration::from_millis(50);
+/// Until a leader that could not be confirmed looks again.
+const UNCONFIRMED: Duration = Duration::from_millis(50);
+/// Between looks of a member that does not lead. It is told when it does: this is for the case that it is not.
+const FOLLOWER_LOOK: Duration = Duration::from_secs(1);
+/// Between steps of a membership that is not yet as wanted.
+const MEMBERSHIP_STEP: Duration = Duration::from_millis(50);
 /// Between looks at the membership.
 const MEMBERSHIP_TICK: Duration = Duration::from_millis(300);
 /// Until a probed control port counts as one that does not refuse.
@@ -38,6 +42,17 @@ pub(super) enum Event {
     Probed(IncarnationId, bool),
 }
 
+/// Whether this member has the duties.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Leadership {
+    /// It leads in this term, and has applied everything that was committed before it.
+    Confirmed(u64),
+    /// It leads as far as it knows, and not all of the above was shown.
+    Unconfirmed,
+    /// Somebody else leads, or nobody.
+    Elsewhere,
+}
+
 /// What the duties need.
 #[derive(Clone, Debug)]
 pub(super) struct Driver {
@@ -47,46 +62,76 @@ pub(super) struct Driver {
 }
 
 impl Driver {
-    /// Decides who is dead and who owns what, for as long as the service lives.
+    /// Decides who is dead and who owns what, for as long as the service lives: when something has happened that a decision
+    /// may depend on, and when [`LeaderCore::due`] says so. A heartbeat of an incarnation that is there is no reason.
     pub(super) async fn run(self, mut events: mpsc::UnboundedReceiver<Event>) {
         let started = Instant::now();
-        let mut ticks = tokio::time::interval(TICK);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut maps = self.shared.watch_map();
+        let mut leadership = self.raft.server_metrics();
         let mut leading: Option<(u64, LeaderCore)> = None;
         let (finished, mut proposals) = mpsc::unbounded_channel::<()>();
         let mut under_way = false;
+        let mut due = started;
         loop {
+            let mut news = true;
             let mut received = Vec::new();
             tokio::select! {
-                _ = ticks.tick() => {}
+                () = tokio::time::sleep_until(due) => {}
                 event = events.recv() => match event {
-                    Some(event) => received.push(event),
+                    Some(event) => {
+                        news = false;
+                        received.push(event);
+                    }
                     None => return,
                 },
                 _ = proposals.recv() => under_way = false,
+                changed = maps.changed() => if changed.is_err() { return },
+                changed = leadership.changed() => if changed.is_err() { return },
             }
             while let Ok(event) = events.try_recv() {
                 received.push(event);
             }
-            let term = self.leading_term().await;
-            match (&leading, term) {
-                (Some((known, _)), Some(term)) if *known == term => {}
-                (_, Some(term)) => leading = Some((term, LeaderCore::default())),
-                (_, None) => leading = None,
+            let now = started.elapsed();
+            if let Some((_, core)) = &mut leading {
+                core.awake(now);
+                for event in received {
+                    news |= match event {
+                        Event::Heartbeat(incarnation) => core.heartbeat(now, incarnation),
+                        Event::Broken(incarnation) => {
+                            core.broken(now, incarnation);
+                            true
+                        }
+                        Event::Probed(incarnation, refused) => {
+                            core.probed(now, incarnation, refused);
+                            true
+                        }
+                    };
+                }
+            }
+            if !news {
+                continue;
+            }
+            match (self.leadership().await, &leading) {
+                (Leadership::Confirmed(term), Some((known, _))) if *known == term => {}
+                (Leadership::Confirmed(term), _) => leading = Some((term, LeaderCore::default())),
+                (Leadership::Unconfirmed, _) => {
+                    // What was heard stays true: nobody else leads in between if the term turns out to be the same.
+                    due = Instant::now() + UNCONFIRMED;
+                    continue;
+                }
+                (Leadership::Elsewhere, _) => {
+                    leading = None;
+                    due = Instant::now() + FOLLOWER_LOOK;
+                }
             }
             let Some((_, core)) = &mut leading else {
                 continue;
             };
             let now = started.elapsed();
             core.awake(now);
-            for event in received {
-                match event {
-                    Event::Heartbeat(incarnation) => core.heartbeat(now, incarnation),
-                    Event::Broken(incarnation) => core.broken(now, incarnation),
-                    Event::Probed(incarnation, refused) => core.probed(now, incarnation, refused),
-                }
-            }
             if under_way {
+                // Only so that the core is awake: the end of the proposal is waited for above.
+                due = started + core.due(now);
                 continue;
             }
             let Decisions {
@@ -94,6 +139,7 @@ impl Driver {
                 deaths,
                 command,
             } = self.shared.read(|state| core.decide(now, &state.map));
+            due = started + core.due(now);
             for (incarnation, address) in probes {
                 tokio::spawn(probe(incarnation, address, self.events.clone()));
             }
@@ -112,19 +158,26 @@ impl Driver {
         }
     }
 
-    /// The term, if this member leads it and has applied everything that was committed before it.
-    async fn leading_term(&self) -> Option<u64> {
+    async fn leadership(&self) -> Leadership {
         let (term, leads) = {
-            let metrics = self.raft.metrics().borrow_watched().clone();
-            (metrics.current_term, metrics.current_leader == Some(metrics.id))
+            // Not `metrics()`, which is published after what the duties wait for.
+            let metrics = self.raft.server_metrics();
+            let metrics = metrics.borrow_watched();
+            (
+                metrics.vote.leader_id().term,
+                metrics.current_leader == Some(metrics.id),
+            )
         };
         metrics::raft(term, leads);
         if !leads {
-            return None;
+            return Leadership::Elsewhere;
         }
         // By lease: it asks nobody, and waits until this member has applied what it must know.
         let read = self.raft.ensure_linearizable(ReadPolicy::LeaseRead);
-        matches!(tokio::time::timeout(PROBE, read).await, Ok(Ok(_))).then_some(term)
+        match tokio::time::timeout(PROBE, read).await {
+            Ok(Ok(_)) => Leadership::Confirmed(term),
+            Ok(Err(_)) | Err(_) => Leadership::Unconfirmed,
+        }
     }
 
     async fn propose(&self, command: Command) {
@@ -143,12 +196,12 @@ impl Driver {
         let mut go_on = false;
         loop {
             if go_on {
-                tokio::time::sleep(TICK).await;
+                tokio::time::sleep(MEMBERSHIP_STEP).await;
             } else {
                 ticks.tick().await;
             }
             go_on = false;
-            if self.leading_term().await.is_none() {
+            if !matches!(self.leadership().await, Leadership::Confirmed(_)) {
                 continue;
             }
             let members = {

@@ -117,17 +117,22 @@ impl ClientService {
 
     /// `None` while this member leads; otherwise who does.
     fn elsewhere(&self) -> Option<NotLeader> {
-        let metrics = self.raft.metrics().borrow_watched().clone();
-        if metrics.current_leader == Some(metrics.id) {
-            return None;
-        }
-        Some(self.not_leader(Redirected {
-            node: metrics.current_leader,
-            fallback: metrics.current_leader.and_then(|leader| {
-                let node = metrics.membership_config.membership().get_node(&leader)?;
-                Some(node.addr.clone())
-            }),
-        }))
+        let redirected = {
+            // Looked at in place: this is asked for every heartbeat.
+            let metrics = self.raft.server_metrics();
+            let metrics = metrics.borrow_watched();
+            if metrics.current_leader == Some(metrics.id) {
+                return None;
+            }
+            Redirected {
+                node: metrics.current_leader,
+                fallback: metrics.current_leader.and_then(|leader| {
+                    let node = metrics.membership_config.membership().get_node(&leader)?;
+                    Some(node.addr.clone())
+                }),
+            }
+        };
+        Some(self.not_leader(redirected))
     }
 
     fn answer(&self, query: Query) -> Answer {

@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::io::IoSlice;
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::{Buf, Bytes};
 use zerocopy::IntoBytes;
 
 use super::header::{
@@ -18,14 +18,32 @@ use super::{DIGEST_BYTES, Digests, TermReason, crc32c, crc32c_scattered};
 /// write. A guess: copying this much costs less than the bookkeeping of a slice.
 const COPY_BYTES_MAX: usize = 256;
 
+/// Memory for headers and short data that an empty queue keeps. Guessed: a deep queue's answers fit, and a hundred idle
+/// connections do not add up to much.
+const KEPT_BYTES: usize = 256 << 10;
+
 /// Bytes that wait for the socket, in order. Owned by whoever writes it.
+///
+/// Headers and short data are copied into memory that is used over and over: a PDU costs no allocation and no reference count but
+/// that of its data.
 #[derive(Debug, Default)]
 pub struct TransmitQueue {
-    /// Complete segments, none of them empty.
-    segments: VecDeque<Bytes>,
-    /// What follows the last segment.
-    tail: BytesMut,
+    /// What was copied, in order; what comes before `written` has been written.
+    copied: Vec<u8>,
+    written: usize,
+    segments: VecDeque<Segment>,
+    /// Copied bytes that follow the last segment.
+    tail: usize,
     bytes: usize,
+}
+
+/// Data that is not copied, and what goes before it.
+#[derive(Debug)]
+struct Segment {
+    /// Copied bytes since the segment before.
+    copied: usize,
+    /// Never empty.
+    data: Bytes,
 }
 
 impl TransmitQueue {
@@ -49,14 +67,27 @@ impl TransmitQueue {
 
     /// Fills `slices` from the front; answers how many it filled.
     pub fn fill<'a>(&'a self, slices: &mut [IoSlice<'a>]) -> usize {
-        let tail = (!self.tail.is_empty()).then_some(&self.tail[..]);
-        let pieces = self.segments.iter().map(|segment| &segment[..]).chain(tail);
-        let mut count = 0;
-        for (slice, piece) in slices.iter_mut().zip(pieces) {
-            *slice = IoSlice::new(piece);
-            count += 1;
+        let mut copied = &self.copied[self.written..];
+        let segments = self
+            .segments
+            .iter()
+            .map(|segment| (segment.copied, &segment.data[..]));
+        let mut filled = 0;
+        for (before, data) in segments.chain([(self.tail, &[][..])]) {
+            let (head, rest) = copied.split_at(before);
+            copied = rest;
+            for piece in [head, data] {
+                if piece.is_empty() {
+                    continue;
+                }
+                let Some(slice) = slices.get_mut(filled) else {
+                    return filled;
+                };
+                *slice = IoSlice::new(piece);
+                filled += 1;
+            }
         }
-        count
+        filled
     }
 
     /// Forgets the first `bytes`, which have been written.
@@ -67,24 +98,45 @@ impl TransmitQueue {
         assert!(bytes <= self.bytes, "more written than queued");
         self.bytes -= bytes;
         while let Some(front) = self.segments.front_mut() {
-            if bytes < front.len() {
-                front.advance(bytes);
+            let head = bytes.min(front.copied);
+            front.copied -= head;
+            self.written += head;
+            bytes -= head;
+            if bytes < front.data.len() {
+                front.data.advance(bytes);
                 return;
             }
-            bytes -= front.len();
+            bytes -= front.data.len();
             self.segments.pop_front();
         }
-        self.tail.advance(bytes);
+        self.tail -= bytes;
+        self.written += bytes;
+        if self.written == self.copied.len() {
+            self.written = 0;
+            self.copied.clear();
+            self.copied.shrink_to(KEPT_BYTES);
+        }
+    }
+
+    /// Where copied bytes go.
+    fn room(&mut self, bytes: usize) -> &mut Vec<u8> {
+        // A peer that never takes all of it must not make this grow for ever.
+        if self.written > KEPT_BYTES && self.written * 2 > self.copied.len() {
+            self.copied.drain(..self.written);
+            self.written = 0;
+        }
+        self.bytes += bytes;
+        self.tail += bytes;
+        &mut self.copied
     }
 
     fn push_copied(&mut self, bytes: &[u8]) {
-        self.bytes += bytes.len();
-        self.tail.put_slice(bytes);
+        self.room(bytes.len()).extend_from_slice(bytes);
     }
 
-    fn push_padding(&mut self, len: usize) {
-        self.bytes += len;
-        self.tail.put_bytes(0, len);
+    fn push_padding(&mut self, bytes: usize) {
+        let copied = self.room(bytes);
+        copied.resize(copied.len() + bytes, 0);
     }
 
     fn push_shared(&mut self, data: &Bytes) {
@@ -92,11 +144,11 @@ impl TransmitQueue {
             self.push_copied(data);
             return;
         }
-        if !self.tail.is_empty() {
-            self.segments.push_back(self.tail.split().freeze());
-        }
         self.bytes += data.len();
-        self.segments.push_back(data.clone());
+        self.segments.push_back(Segment {
+            copied: std::mem::take(&mut self.tail),
+            data: data.clone(),
+        });
     }
 }
 
@@ -353,6 +405,19 @@ mod tests {
         );
         assert_eq!(bytes.len(), 152);
         assert_eq!(&bytes[24..], [9; 128]);
+    }
+
+    #[test]
+    fn a_peer_that_never_takes_everything_does_not_make_the_queue_grow_for_ever() {
+        let mut queue = TransmitQueue::new();
+        Encoder::default().capsule_resp(&mut queue, &[0; 16]);
+        for _ in 0..4 * KEPT_BYTES / 24 {
+            Encoder::default().capsule_resp(&mut queue, &[1; 16]);
+            queue.advance(24);
+        }
+        assert_eq!(queue.len(), 24);
+        assert_eq!(written(&queue)[8..], [1; 16]);
+        assert!(queue.copied.capacity() < 4 * KEPT_BYTES);
     }
 
     #[test]
