@@ -25,7 +25,7 @@ use weft_proto::nqn::Nqn;
 mod engine;
 mod function;
 mod interrupt;
-mod mapping;
+pub mod mapping;
 mod memory;
 pub mod message;
 mod pci;
