@@ -22,6 +22,7 @@
 use weft_proto::id::HostId;
 use weft_proto::nqn::Nqn;
 
+mod dispatch;
 mod engine;
 mod function;
 mod interrupt;
@@ -33,6 +34,8 @@ mod queue;
 mod registers;
 mod server;
 mod transfer;
+#[doc(hidden)]
+pub mod unconnected;
 
 pub use server::serve;
 
