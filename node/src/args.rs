@@ -333,6 +333,8 @@ pub(crate) struct BenchMapArgs {
 pub(crate) enum BenchStage {
     /// An NVMe/TCP target with a memory drive.
     Target,
+    /// An emulated controller of a guest with a memory drive, and 128 that are idle.
+    VfioUser,
     /// A drive file through io_uring.
     Drive,
     /// The volume engine over six memory devices.
@@ -351,8 +353,9 @@ pub(crate) enum BenchStage {
 
 impl BenchStage {
     /// In the order they are run.
-    pub(crate) const ALL: [Self; 8] = [
+    pub(crate) const ALL: [Self; 9] = [
         Self::Target,
+        Self::VfioUser,
         Self::Drive,
         Self::Engine,
         Self::Erasure,

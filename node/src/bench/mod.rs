@@ -7,6 +7,7 @@
 //! - `pairs`, `statistics`, `histogram`: how it is measured;
 //! - `report`: rows, the table, JSON;
 //! - `host`, `echo`, `ring_echo`, `wire`: the load generator, its floors, and the bytes that all handle alike;
+//! - `guest`: the load generator of emulated controllers;
 //! - `trips`: round trips that a write waits for, counted;
 //! - `load`, `ring_floor`: load on a device of this thread; io_uring without a drive around it;
 //! - `floor`, `world`: memory floors; what an engine needs from outside, at its cheapest;
@@ -23,6 +24,7 @@ mod echo;
 mod engine;
 mod erasure;
 mod floor;
+mod guest;
 mod histogram;
 mod host;
 mod idle;
@@ -38,6 +40,7 @@ mod statistics;
 mod stripes;
 mod target;
 mod trips;
+mod vfio_user;
 mod wire;
 mod world;
 
@@ -150,6 +153,7 @@ pub(crate) fn run(args: &BenchArgs, json: bool) -> u8 {
 fn run_stage(stage: BenchStage, plan: &Plan, output: &mut Output) -> anyhow::Result<()> {
     match stage {
         BenchStage::Target => target::run(plan, output),
+        BenchStage::VfioUser => vfio_user::run(plan, output),
         BenchStage::Drive => drive::run(plan, output),
         BenchStage::Cluster => cluster::run(plan, output),
         BenchStage::Engine => engine::run(plan, output),

@@ -203,6 +203,15 @@ pub(super) fn subnqn() -> Nqn {
 /// # Errors
 /// The address, or the registry's.
 pub(super) async fn present(source: Source) -> anyhow::Result<(TcpListener, Rc<Registry>)> {
+    let registry = registry(source)?;
+    Ok((TcpListener::bind("127.0.0.1:0").await?, registry))
+}
+
+/// A registry with `source` as its one namespace.
+///
+/// # Errors
+/// The registry's.
+pub(super) fn registry(source: Source) -> anyhow::Result<Rc<Registry>> {
     let registry = Registry::new(RegistryConfig {
         queue_entries_max: QUEUE_ENTRIES,
         ..RegistryConfig::default()
@@ -224,7 +233,7 @@ pub(super) async fn present(source: Source) -> anyhow::Result<(TcpListener, Rc<R
             source,
         },
     )?;
-    Ok((TcpListener::bind("127.0.0.1:0").await?, registry))
+    Ok(registry)
 }
 
 /// A drive under reservations, as every drive of a cluster is.

@@ -10,38 +10,35 @@ use std::cell::Cell;
 use std::collections::VecDeque;
 use std::rc::Rc;
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::future::LocalBoxFuture;
 use futures_util::stream::FuturesUnordered;
 use weft_block::polling::note_activity;
-use weft_proto::fabrics::command::FabricsCommand;
-use weft_proto::nvme::event::AsyncEvent;
 use weft_proto::nvme::sqe::{Fuse, Sqe};
 use weft_proto::nvme::status::Status;
 use zerocopy::FromBytes;
 
 use super::memory::{Fault, GuestMemory};
 use super::queue::{CompletionQueue, SubmissionQueue};
-use super::registers::Doorbell;
 use super::transfer::{Refusal, Segments, admin_bytes, io_bytes};
-use crate::controller::{AdminAnswer, Controller, IoRequest};
+use crate::controller::{Controller, IoRequest};
 use crate::io::{self as nvm, Finished};
 use crate::metrics::{self, Op};
 use crate::request::{Completion, Request, Transfer, direction};
 
 mod admin;
+mod again;
+mod doorbell;
+
+use again::{Again, is_passing};
 
 /// Commands taken from one queue in one turn, so that other queues have theirs.
 const COMMANDS_PER_TURN: u32 = 64;
 
 /// Data of commands in execution beyond which no more are taken. As much as on a connection of NVMe/TCP.
 const EXECUTING_BYTES_MAX: u64 = 8 << 20;
-
-/// Between two attempts of a command that the volume cannot serve at the moment.
-const RETRY_PAUSE: Duration = Duration::from_millis(20);
 
 /// A command in execution: whose it is, and where its answer goes.
 struct Ticket {
@@ -545,239 +542,9 @@ impl Engine {
             self.controller.set_fatal();
         }
     }
-
-    // Doorbells.
-
-    /// A doorbell was written to a register.
-    pub(super) fn ring(&mut self, doorbell: Doorbell, value: u32) -> Result<(), AsyncEvent> {
-        let value = value & 0xffff;
-        let valid = match doorbell {
-            Doorbell::Tail(sqid) => {
-                let queue = self
-                    .submission
-                    .get_mut(usize::from(sqid))
-                    .and_then(Option::as_mut);
-                queue.ok_or(AsyncEvent::INVALID_DOORBELL)?.set_tail(value)
-            }
-            Doorbell::Head(cqid) => {
-                let queue = self
-                    .completion
-                    .get_mut(usize::from(cqid))
-                    .and_then(Option::as_mut);
-                queue.ok_or(AsyncEvent::INVALID_DOORBELL)?.set_head(value)
-            }
-        };
-        if valid {
-            Ok(())
-        } else {
-            Err(AsyncEvent::INVALID_DOORBELL_VALUE)
-        }
-    }
-
-    pub(super) fn has_shadow(&self) -> bool {
-        self.shadow.is_some()
-    }
-
-    /// Looks at the tails in memory. The admin queue's is not looked at: hosts ring its register.
-    pub(super) fn poll_shadow(&mut self, memory: &GuestMemory) -> bool {
-        let Some(shadow) = self.shadow else { return false };
-        let mut rung = false;
-        for (sqid, queue) in self.submission.iter_mut().enumerate().skip(1) {
-            let Some(queue) = queue else { continue };
-            let at = shadow.doorbells + Doorbell::Tail(sqid as u16).offset();
-            // What cannot be read or cannot be is not a new tail.
-            if let Ok(tail) = memory.load_u32(at)
-                && tail != queue.tail
-                && queue.set_tail(tail)
-            {
-                rung = true;
-            }
-        }
-        rung
-    }
-
-    /// Asks to be told of the next command of each queue; answers whether one came before.
-    pub(super) fn prepare_to_sleep(&mut self, memory: &GuestMemory) -> bool {
-        let Some(shadow) = self.shadow else { return false };
-        let mut told = false;
-        for (sqid, queue) in self.submission.iter_mut().enumerate().skip(1) {
-            let Some(queue) = queue else { continue };
-            if queue.event != queue.tail {
-                let at = shadow.events + Doorbell::Tail(sqid as u16).offset();
-                if memory.store_u32(at, queue.tail).is_ok() {
-                    queue.event = queue.tail;
-                    told = true;
-                }
-            }
-        }
-        if told {
-            GuestMemory::fence();
-            return self.poll_shadow(memory);
-        }
-        false
-    }
-
-    /// Moves a queue's event index behind the head, half a queue at a time, where no tail meets it: while this side is
-    /// awake nobody has to tell it anything.
-    fn trail_event(&mut self, sqid: u16, memory: &GuestMemory) {
-        let Some(shadow) = self.shadow.filter(|_| sqid > 0) else {
-            return;
-        };
-        let Some(queue) = &mut self.submission[usize::from(sqid)] else {
-            return;
-        };
-        let behind = (queue.head + queue.entries - queue.event % queue.entries) % queue.entries;
-        if behind > queue.entries / 2 {
-            let event = queue.before_head();
-            let at = shadow.events + Doorbell::Tail(sqid).offset();
-            if memory.store_u32(at, event).is_ok() {
-                queue.event = event;
-            }
-        }
-    }
-
-    /// Whether a completion queue has a place; looks at its head in memory when it seems not to.
-    fn has_room(&mut self, cqid: u16, memory: &GuestMemory) -> bool {
-        let Some(queue) = &mut self.completion[usize::from(cqid)] else {
-            return false;
-        };
-        if queue.room() > 0 {
-            return true;
-        }
-        let Some(shadow) = self.shadow.filter(|_| cqid > 0) else {
-            return false;
-        };
-        let offset = Doorbell::Head(cqid).offset();
-        let look = |queue: &mut CompletionQueue| {
-            if let Ok(head) = memory.load_u32(shadow.doorbells + offset) {
-                // One that cannot be is not a new head.
-                queue.set_head(head);
-            }
-            queue.room() > 0
-        };
-        if look(queue) {
-            let _ = memory.store_u32(shadow.events + offset, queue.before_head());
-            return true;
-        }
-        // The host has to say when it takes the next one.
-        let _ = memory.store_u32(shadow.events + offset, queue.head);
-        GuestMemory::fence();
-        look(queue)
-    }
 }
 
 /// Whether a fault may pass.
 fn may_settle(memory: &GuestMemory, now: Instant) -> bool {
     memory.settled_at().is_some_and(|settled| now < settled)
-}
-
-/// Whether a command can be served later: its volume moves, or is being taken over. A host with several paths would try
-/// another; this one has no other, and must not see an error for what passes.
-fn is_passing(finished: &Finished) -> bool {
-    finished.completion.status.is_path_related()
-}
-
-/// A command that may have to be tried again.
-struct Again {
-    sqe: Sqe,
-    data: Vec<Bytes>,
-    answer_bytes_max: u32,
-    arrived: Instant,
-    fused: bool,
-    controller: Rc<Controller>,
-    life: Rc<Cell<u64>>,
-    born: u64,
-}
-
-impl Again {
-    fn new(request: &IoRequest, controller: Rc<Controller>, life: Rc<Cell<u64>>) -> Self {
-        Self {
-            sqe: request.sqe,
-            data: request.data.clone(),
-            answer_bytes_max: request.answer_bytes_max,
-            arrived: request.arrived,
-            fused: request.fused_first.is_some(),
-            controller,
-            born: life.get(),
-            life,
-        }
-    }
-
-    /// Tries until the command is served or fails for good, or nobody waits for it any more.
-    async fn until_served(self, mut finished: Finished) -> Finished {
-        // A fused pair is not repeated: whether its first half was executed is not known here.
-        while !self.fused && is_passing(&finished) && !self.is_over() {
-            tokio::time::sleep(RETRY_PAUSE).await;
-            if self.is_over() {
-                break;
-            }
-            metrics::command_started();
-            let attempt = nvm::start(Request {
-                sqe: self.sqe,
-                data: self.data.clone(),
-                answer_bytes_max: self.answer_bytes_max,
-                admitted: self.controller.admit(&self.sqe),
-                arrived: self.arrived,
-                fused_first: None,
-            });
-            finished = match attempt {
-                nvm::Execution::Finished(finished) => finished,
-                nvm::Execution::Running(running) => running.await,
-            };
-        }
-        finished
-    }
-
-    fn is_over(&self) -> bool {
-        self.life.get() != self.born || self.controller.is_closed_for(0)
-    }
-}
-
-/// Whether an admin command is one of fabrics.
-fn is_fabrics(sqe: &Sqe) -> bool {
-    FabricsCommand::is_fabrics(sqe)
-}
-
-impl Engine {
-    fn start_admin(&mut self, request: IoRequest, segments: Segments, memory: &GuestMemory, now: Instant) {
-        if is_fabrics(&request.sqe) {
-            return self.complete_now(0, &request, Status::INVALID_OPCODE.dnr(), memory, now);
-        }
-        if self.start_queue_command(&request, memory, now) {
-            return;
-        }
-        match self.controller.handle_admin(&request) {
-            AdminAnswer::Now(completion) => {
-                let success = completion.status.is_success();
-                metrics::command_completed(Op::Admin, success, 0, request.arrived.elapsed());
-                self.answer(0, completion, segments, memory, now);
-            }
-            AdminAnswer::Parked => {
-                metrics::command_dropped();
-                if let Some(queue) = &mut self.completion[0] {
-                    queue.release();
-                }
-            }
-            AdminAnswer::Later(completion) => {
-                let arrived = request.arrived;
-                let ticket = Ticket {
-                    life: self.life.get(),
-                    sqid: 0,
-                    segments,
-                    bytes: 0,
-                };
-                self.running_on(0, 1);
-                self.running.push(Box::pin(async move {
-                    let completion = completion.await;
-                    let success = completion.status.is_success();
-                    metrics::command_completed(Op::Admin, success, 0, arrived.elapsed());
-                    let finished = Finished {
-                        first: None,
-                        completion,
-                    };
-                    Done { ticket, finished }
-                }));
-            }
-        }
-    }
 }

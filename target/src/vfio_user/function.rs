@@ -325,7 +325,7 @@ impl Function {
             return;
         }
         let rung = match Doorbell::at(offset) {
-            Some(doorbell) => self.engine.ring(doorbell, value),
+            Some(doorbell) => self.engine.ring(doorbell, value, &self.memory),
             None => Err(AsyncEvent::INVALID_DOORBELL),
         };
         if let Err(event) = rung {

@@ -1,11 +1,12 @@
-//! A mapping of guest memory: the only `unsafe` of this transport.
+//! A mapping of guest memory: the only `unsafe` of this transport. For either side: a client that measures has the same
+//! memory.
 //!
 //! Guest memory is shared with a guest that changes it at any time, from another process. So no reference into it is
 //! ever made: bytes are copied out, or in, by raw pointers, and what was copied is what is checked and used. Words
 //! that both sides poll (doorbells, event indices, phase tags) are atomics.
 //!
 //! The file behind a mapping must not shrink while it is mapped, or an access would end this process with SIGBUS;
-//! [`super::memory`] maps only what is sealed against that.
+//! the server maps only what is sealed against that.
 #![expect(
     unsafe_code,
     reason = "memory that another process shares can only be mapped and accessed through raw pointers"
@@ -19,7 +20,7 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 /// A mapped part of a file.
 #[derive(Debug)]
-pub(super) struct Mapping {
+pub struct Mapping {
     start: NonNull<u8>,
     bytes: usize,
     writable: bool,
@@ -27,12 +28,10 @@ pub(super) struct Mapping {
 
 impl Mapping {
     /// Maps `bytes` from `offset`, a multiple of the page size.
-    pub(super) fn new(
-        file: BorrowedFd<'_>,
-        offset: u64,
-        bytes: usize,
-        writable: bool,
-    ) -> rustix::io::Result<Self> {
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn new(file: BorrowedFd<'_>, offset: u64, bytes: usize, writable: bool) -> rustix::io::Result<Self> {
         let protection = if writable {
             ProtFlags::READ | ProtFlags::WRITE
         } else {
@@ -68,7 +67,10 @@ impl Mapping {
     }
 
     /// Copies bytes out.
-    pub(super) fn read(&self, offset: usize, to: &mut [u8]) {
+    ///
+    /// # Panics
+    /// Here as in all accesses: past the end, or not aligned.
+    pub fn read(&self, offset: usize, to: &mut [u8]) {
         let from = self.at(offset, to.len());
         // SAFETY: `from` is mapped for as many bytes and `to` is our own memory, so they do not overlap. The guest may
         // write meanwhile: what is copied is then a mixture, which whoever uses it expects of a guest's bytes.
@@ -76,7 +78,7 @@ impl Mapping {
     }
 
     /// Copies bytes in. The mapping has to be writable.
-    pub(super) fn write(&self, offset: usize, from: &[u8]) {
+    pub fn write(&self, offset: usize, from: &[u8]) {
         assert!(self.writable, "a write to memory that is read-only");
         let to = self.at(offset, from.len());
         // SAFETY: as in `read`, in the other direction.
@@ -84,7 +86,7 @@ impl Mapping {
     }
 
     /// Reads a word at a multiple of 4, before whatever is read after it.
-    pub(super) fn load_u32(&self, offset: usize) -> u32 {
+    pub fn load_u32(&self, offset: usize) -> u32 {
         let at = self.at(offset, 4);
         assert!(at.cast::<u32>().is_aligned(), "a word at {offset}");
         // SAFETY: mapped and aligned; shared memory is accessed as an atomic.
@@ -92,7 +94,7 @@ impl Mapping {
     }
 
     /// Writes a word at a multiple of 4, after whatever was written before it.
-    pub(super) fn store_u32(&self, offset: usize, value: u32) {
+    pub fn store_u32(&self, offset: usize, value: u32) {
         assert!(self.writable, "a write to memory that is read-only");
         let at = self.at(offset, 4);
         assert!(at.cast::<u32>().is_aligned(), "a word at {offset}");
@@ -101,7 +103,7 @@ impl Mapping {
     }
 
     /// Writes two words at a multiple of 8, the second, with whatever it announces, after the first.
-    pub(super) fn store_pair(&self, offset: usize, first: u64, second: u64) {
+    pub fn store_pair(&self, offset: usize, first: u64, second: u64) {
         assert!(self.writable, "a write to memory that is read-only");
         let at = self.at(offset, 16);
         assert!(at.cast::<u64>().is_aligned(), "a pair at {offset}");

@@ -22,10 +22,11 @@
 use weft_proto::id::HostId;
 use weft_proto::nqn::Nqn;
 
+mod dispatch;
 mod engine;
 mod function;
 mod interrupt;
-mod mapping;
+pub mod mapping;
 mod memory;
 pub mod message;
 mod pci;
@@ -33,6 +34,8 @@ mod queue;
 mod registers;
 mod server;
 mod transfer;
+#[doc(hidden)]
+pub mod unconnected;
 
 pub use server::serve;
 

@@ -13,6 +13,34 @@ use crate::controller::IoRequest;
 const SQE_BYTES: u64 = 64;
 const CQE_BYTES: u64 = 16;
 
+/// What a doorbell in memory has said. A host that has rung it there counts by it alone: what it writes to the register
+/// too is of some moment before, and only says that there is something new. A host that never has counts by the register.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Shadow {
+    value: u32,
+    rung: bool,
+}
+
+impl Shadow {
+    /// A doorbell that was written by this side, to what is known.
+    pub(super) fn adopted(value: u32) -> Self {
+        Self { value, rung: false }
+    }
+
+    /// Takes note of what is in memory; answers it if the host rang there since the last look.
+    pub(super) fn look(&mut self, value: u32) -> Option<u32> {
+        let rung = value != self.value;
+        self.value = value;
+        self.rung |= rung;
+        rung.then_some(value)
+    }
+
+    /// What counts when the register was written.
+    pub(super) fn counts(&self, register: u32) -> u32 {
+        if self.rung { self.value } else { register }
+    }
+}
+
 /// A submission queue.
 pub(super) struct SubmissionQueue {
     pub(super) address: u64,
@@ -24,6 +52,7 @@ pub(super) struct SubmissionQueue {
     pub(super) tail: u32,
     /// The event index that was told last.
     pub(super) event: u32,
+    pub(super) shadow: Shadow,
     /// Commands in execution.
     pub(super) running: usize,
     /// The first half of a fused pair, which waits for the second.
@@ -41,6 +70,7 @@ impl SubmissionQueue {
             head: 0,
             tail: 0,
             event: 0,
+            shadow: Shadow::default(),
             running: 0,
             fused: None,
             deleting: None,
@@ -78,6 +108,7 @@ pub(super) struct CompletionQueue {
     pub(super) vector: Option<u16>,
     /// Up to where the host has taken completions, as far as is known.
     pub(super) head: u32,
+    pub(super) shadow: Shadow,
     /// Where the next completion goes.
     tail: u32,
     phase: bool,
@@ -96,6 +127,7 @@ impl CompletionQueue {
             entries,
             vector,
             head: 0,
+            shadow: Shadow::default(),
             tail: 0,
             phase: true,
             reserved: 0,
@@ -183,6 +215,16 @@ mod tests {
         queue.tail = 2;
         assert!(queue.set_head(2));
         assert_eq!(queue.used(), 0);
+    }
+
+    #[test]
+    fn a_doorbell_in_memory_counts_once_it_was_rung_there() {
+        let mut shadow = Shadow::adopted(5);
+        assert_eq!(shadow.look(5), None);
+        assert_eq!(shadow.counts(7), 7, "a host that rings registers only");
+        assert_eq!(shadow.look(9), Some(9));
+        assert_eq!(shadow.counts(7), 9, "of before the ring in memory");
+        assert_eq!(shadow.look(9), None);
     }
 
     #[test]

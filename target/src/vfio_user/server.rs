@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use futures_util::FutureExt;
 use futures_util::future::LocalBoxFuture;
 use rustix::cmsg_space;
-use rustix::io::Errno;
+use rustix::event::{self, PollFd, PollFlags, Timespec};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use tokio::io::Interest;
 use tokio::net::{UnixListener, UnixStream};
@@ -22,11 +22,7 @@ use weft_block::polling::{SPAN_DEFAULT, is_polling, note_activity};
 use super::Attachment;
 use super::function::Function;
 use super::memory::RANGES_MAX;
-use super::message::{
-    self, HEADER_BYTES, Header, MESSAGE_FDS_MAX, REGION_BAR0, REGION_CONFIG, RegionWrite, Request,
-};
-use super::pci::CONFIG_BYTES;
-use super::registers::BAR0_BYTES;
+use super::message::{self, HEADER_BYTES, Header, MESSAGE_FDS_MAX, Request};
 use crate::controller::{Controller, Transport};
 use crate::error_chain;
 use crate::namespace::Association;
@@ -35,8 +31,14 @@ use crate::registry::Registry;
 /// Messages handled before the queues have their turn.
 const MESSAGES_PER_TURN: usize = 32;
 
+/// Turns before others on the thread have theirs: a guest that never stops asking does not have it to itself.
+const TURNS_MAX: usize = 4;
+
 /// Replies that wait for the socket before nothing more is read.
 const REPLY_BYTES_MAX: usize = 256 << 10;
+
+/// Between two looks at a client: after a longer pause this process may have been stopped, and the client be gone since.
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// Pause after an accept that failed for want of resources.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -104,7 +106,10 @@ pub async fn serve(
 }
 
 /// Makes a controller for a client.
-fn connect(registry: &Rc<Registry>, attachment: &Attachment) -> Result<Rc<Controller>, &'static str> {
+pub(super) fn connect(
+    registry: &Rc<Registry>,
+    attachment: &Attachment,
+) -> Result<Rc<Controller>, &'static str> {
     let subsystem = registry
         .subsystem(&attachment.subsystem)
         .ok_or("the subsystem is not presented")?;
@@ -151,6 +156,8 @@ struct Connection {
     shutdown: LocalBoxFuture<'static, ()>,
     /// Until when doorbells in memory are looked at without being told.
     awake_until: Instant,
+    /// When this looked last.
+    looked: Instant,
 }
 
 /// Why a connection ends.
@@ -187,6 +194,7 @@ async fn run(stream: UnixStream, controller: Rc<Controller>, registry: Rc<Regist
         // An error says that the registry is gone, which is the same.
         shutdown: Box::pin(async move { drop(shutdown.wait_for(|&shutdown| shutdown).await) }),
         awake_until: now,
+        looked: now,
     };
     let end = loop {
         match poll_fn(|cx| connection.poll(cx)).await {
@@ -205,11 +213,17 @@ impl Connection {
     /// Ready when the connection is over, or when this wants to be called again after others had their turn.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), End>> {
         self.controller.set_waker(0, cx.waker());
-        loop {
+        for _ in 0..TURNS_MAX {
             if self.shutdown.as_mut().poll(cx).is_ready() || self.controller.is_closed_for(0) {
                 return Poll::Ready(Err(End::Withdrawn));
             }
             let now = Instant::now();
+            // What a guest that is gone had asked for may be asked for again by its successor, elsewhere, and already be
+            // overwritten there. So nothing is taken from its queues any more, whatever is in the socket in front of the end.
+            if now - self.looked > PAUSE && self.has_hung_up() {
+                return Poll::Ready(Err(End::Closed));
+            }
+            self.looked = now;
             let mut progress = self.poll_read(cx, now)?;
             progress |= self.function.poll_shadow();
             progress |= self.function.poll(cx, now);
@@ -228,6 +242,14 @@ impl Connection {
                 return Poll::Pending;
             }
         }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Whether the client has closed its end.
+    fn has_hung_up(&self) -> bool {
+        let mut files = [PollFd::new(&self.stream, PollFlags::RDHUP)];
+        // An error says that it cannot be known; the next read tells.
+        event::poll(&mut files, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
     }
 
     fn poll_timer(&mut self, cx: &mut Context<'_>, now: Instant) -> bool {
@@ -310,7 +332,7 @@ impl Connection {
                 Ok(message::version_reply(minor, RANGES_MAX))
             }
             _ if !self.negotiated => return Err(End::NotNegotiated),
-            Ok(request) => self.handle_request(request, files, now),
+            Ok(request) => self.function.handle(request, files, now),
             Err(errno) => Err(errno),
         };
         if let Err(errno) = outcome {
@@ -324,71 +346,6 @@ impl Connection {
         self.incoming.bytes = body;
         self.incoming.bytes.clear();
         Ok(())
-    }
-
-    fn handle_request(
-        &mut self,
-        request: Request<'_>,
-        mut files: Vec<OwnedFd>,
-        now: Instant,
-    ) -> Result<Vec<u8>, Errno> {
-        let function = &mut self.function;
-        match request {
-            Request::Version { .. } => Err(Errno::INVAL),
-            Request::DmaMap(map) => {
-                if files.len() > 1 {
-                    return Err(Errno::INVAL);
-                }
-                function.memory.map(&map, files.pop()).map(|()| Vec::new())
-            }
-            Request::DmaUnmap { address, bytes } => {
-                function.memory.unmap(address, bytes, now)?;
-                Ok(message::unmap_reply(address, bytes))
-            }
-            Request::DeviceInfo => Ok(message::device_info_reply()),
-            Request::RegionInfo { index } => match index {
-                REGION_BAR0 => Ok(message::region_info_reply(index, BAR0_BYTES)),
-                REGION_CONFIG => Ok(message::region_info_reply(index, CONFIG_BYTES as u64)),
-                index if index < message::REGIONS => Ok(message::region_info_reply(index, 0)),
-                _ => Err(Errno::INVAL),
-            },
-            Request::InterruptInfo { index } if index < message::INTERRUPTS => Ok(
-                message::interrupt_info_reply(index, function.interrupts.count(index)),
-            ),
-            Request::InterruptInfo { .. } => Err(Errno::INVAL),
-            Request::SetInterrupts(set) => function.interrupts.set(&set, files).map(|()| Vec::new()),
-            Request::RegionRead {
-                region,
-                offset,
-                count,
-            } => {
-                let data = match region {
-                    REGION_CONFIG => function.read_config(offset, count as usize).map(<[u8]>::to_vec),
-                    REGION_BAR0 => {
-                        let mut data = vec![0; count as usize];
-                        function.read_bar(offset, &mut data).map(|()| data)
-                    }
-                    _ => None,
-                };
-                let data = data.ok_or(Errno::INVAL)?;
-                Ok(message::access_reply(region, offset, count, &data))
-            }
-            Request::RegionWrite(write) => {
-                write_region(function, &write)?;
-                let count = write.data.len() as u32;
-                Ok(message::access_reply(write.region, write.offset, count, &[]))
-            }
-            Request::RegionWriteMulti(writes) => {
-                for write in &writes {
-                    write_region(function, write)?;
-                }
-                Ok(message::write_multi_reply(writes.len()))
-            }
-            Request::Reset => {
-                function.reset();
-                Ok(Vec::new())
-            }
-        }
     }
 
     fn poll_write(&mut self, cx: &mut Context<'_>) -> io::Result<bool> {
@@ -424,15 +381,6 @@ impl Connection {
             }
         }
     }
-}
-
-fn write_region(function: &mut Function, write: &RegionWrite<'_>) -> Result<(), Errno> {
-    let written = match write.region {
-        REGION_BAR0 => function.write_bar(write.offset, write.data),
-        REGION_CONFIG => function.write_config(write.offset, write.data),
-        _ => None,
-    };
-    written.ok_or(Errno::INVAL)
 }
 
 /// Receives bytes, and descriptors if some come with them.

@@ -8,6 +8,7 @@
 
 mod guest;
 mod hostile;
+mod lives;
 mod work;
 
 use std::path::{Path, PathBuf};
@@ -133,16 +134,7 @@ impl Drop for Server {
 
 /// Whether a server still serves whoever comes next.
 fn assert_serves(path: &Path) {
-    // The server notices the end of the one before in its own time.
-    let mut guest = loop {
-        let mut guest = guest::Guest::connect(path);
-        if guest.try_request(1, b"\0\0\x01\0", &[]).is_some() {
-            break guest;
-        }
-        std::thread::sleep(std::time::Duration::from_millis(1));
-    };
-    guest.map(0, guest::MEMORY_BYTES, 0).unwrap();
-    guest.write(guest::CONFIG, 4, &[6, 4]);
+    let mut guest = guest::Guest::start_next(path);
     let mut admin = guest.enable();
     let mut queue = guest.create(&mut admin, 1, 16);
     let read = guest.transfer(0x02, 0, 1, guest::DATA_AT);

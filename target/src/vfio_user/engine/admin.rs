@@ -1,28 +1,77 @@
-//! Admin commands about queues, which only a controller with queues in memory has.
+//! Admin commands: those about queues, which only a controller with queues in memory has, and the way of the others to
+//! the controller model.
 
 use std::time::Instant;
 
+use weft_proto::fabrics::command::FabricsCommand;
 use weft_proto::nvme::command::AdminCommand;
 use weft_proto::nvme::feature::FeatureId;
 use weft_proto::nvme::queue::{CreateQueue, QueueCommand};
 use weft_proto::nvme::status::Status;
 
-use super::{Engine, Shadow};
-use crate::controller::IoRequest;
+use super::{Done, Engine, Shadow, Ticket};
+use crate::controller::{AdminAnswer, IoRequest};
+use crate::io::Finished;
+use crate::metrics::{self, Op};
+use crate::request::Completion;
 use crate::vfio_user::function::QUEUE_ENTRIES_MAX;
 use crate::vfio_user::memory::GuestMemory;
-use crate::vfio_user::queue::{CompletionQueue, SubmissionQueue};
+use crate::vfio_user::queue::{self, CompletionQueue, SubmissionQueue};
 use crate::vfio_user::registers::Doorbell;
-use crate::vfio_user::transfer::PAGE_BYTES;
+use crate::vfio_user::transfer::{PAGE_BYTES, Segments};
 
 impl Engine {
-    /// Executes a command about queues; `false` if it is about something else.
-    pub(super) fn start_queue_command(
+    /// Starts an admin command whose data pointer has been looked at.
+    pub(super) fn start_admin(
         &mut self,
-        request: &IoRequest,
+        request: IoRequest,
+        segments: Segments,
         memory: &GuestMemory,
         now: Instant,
-    ) -> bool {
+    ) {
+        if FabricsCommand::is_fabrics(&request.sqe) {
+            return self.complete_now(0, &request, Status::INVALID_OPCODE.dnr(), memory, now);
+        }
+        if self.start_queue_command(&request, memory, now) {
+            return;
+        }
+        match self.controller.handle_admin(&request) {
+            AdminAnswer::Now(completion) => {
+                let success = completion.status.is_success();
+                metrics::command_completed(Op::Admin, success, 0, request.arrived.elapsed());
+                self.answer(0, completion, segments, memory, now);
+            }
+            AdminAnswer::Parked => {
+                metrics::command_dropped();
+                if let Some(queue) = &mut self.completion[0] {
+                    queue.release();
+                }
+            }
+            AdminAnswer::Later(completion) => {
+                let arrived = request.arrived;
+                let ticket = Ticket {
+                    life: self.life.get(),
+                    sqid: 0,
+                    segments,
+                    bytes: 0,
+                };
+                self.running_on(0, 1);
+                self.running.push(Box::pin(async move {
+                    let completion = completion.await;
+                    let success = completion.status.is_success();
+                    metrics::command_completed(Op::Admin, success, 0, arrived.elapsed());
+                    let finished = Finished {
+                        first: None,
+                        completion,
+                    };
+                    Done { ticket, finished }
+                }));
+            }
+        }
+    }
+
+    /// Executes a command about queues; `false` if it is about something else.
+    fn start_queue_command(&mut self, request: &IoRequest, memory: &GuestMemory, now: Instant) -> bool {
         let status = match QueueCommand::parse(&request.sqe) {
             Some(QueueCommand::CreateCompletion { queue, vector }) => {
                 self.create_completion(&queue, vector, memory)
@@ -75,14 +124,14 @@ impl Engine {
             target.submission_queues -= 1;
         }
         self.submission[usize::from(sqid)] = None;
-        crate::metrics::command_completed(crate::metrics::Op::Admin, true, 0, std::time::Duration::ZERO);
-        let completion = crate::request::Completion {
+        metrics::command_completed(Op::Admin, true, 0, std::time::Duration::ZERO);
+        let completion = Completion {
             cid,
             status: Status::SUCCESS,
             result: 0,
             data: Vec::new(),
         };
-        self.answer(0, completion, Default::default(), memory, now);
+        self.answer(0, completion, Segments::default(), memory, now);
     }
 
     fn io_submission(&mut self, qid: u16) -> Option<&mut SubmissionQueue> {
@@ -200,9 +249,13 @@ impl Engine {
         let known = match doorbell {
             Doorbell::Tail(qid) => self.submission[usize::from(qid)].as_mut().map(|queue| {
                 queue.event = queue.tail;
+                queue.shadow = queue::Shadow::adopted(queue.tail);
                 queue.tail
             }),
-            Doorbell::Head(qid) => self.completion[usize::from(qid)].as_ref().map(|queue| queue.head),
+            Doorbell::Head(qid) => self.completion[usize::from(qid)].as_mut().map(|queue| {
+                queue.shadow = queue::Shadow::adopted(queue.head);
+                queue.head
+            }),
         };
         if let Some(known) = known {
             // A page that went away since it was checked is met again at the next look.
