@@ -4,7 +4,8 @@
 //! A new epoch takes over, and the oracle judges what it reads; it goes on writing, drives come back, and the oracle
 //! judges again.
 //!
-//! `WEFT_SEEDS=0..100` runs each script with more seeds; `WEFT_TRACE=1` prints every effect.
+//! `WEFT_SEEDS=0..100` runs each script with more seeds; `WEFT_ALL_POINTS=1` takes all effects of the longest scripts as well;
+//! `WEFT_TRACE=1` prints every effect.
 
 mod common;
 
@@ -128,8 +129,16 @@ fn write_on(fabric: &Fabric, owner: &Owner) {
     });
 }
 
-/// Most crash points of one script under one seed. Only compaction has more effects than that.
+/// Most crash points of one script under one seed; `WEFT_ALL_POINTS=1` takes every one. Only compaction has more effects
+/// than that.
 const POINTS_MAX: u64 = 100;
+
+fn points_max() -> u64 {
+    match std::env::var_os("WEFT_ALL_POINTS") {
+        Some(_) => u64::MAX,
+        None => POINTS_MAX,
+    }
+}
 
 /// Every effect of `script`, each with one crash drawn by the seed.
 fn sweep(name: &str, spec: &Spec, script: Script) {
@@ -157,7 +166,7 @@ fn sweep_with_broken(name: &str, spec: &Spec, script: Script, broken: Option<Dri
         fabric.verify(&owner, name);
         drop(owner);
         // Long scripts take every so many effects, others with each seed.
-        let stride = (last - first) / POINTS_MAX + 1;
+        let stride = (last - first) / points_max() + 1;
         for effect in (first + seed % stride..=last).step_by(stride as usize) {
             let fabric = Fabric::new(seed, spec.clone());
             let mut rng = Rng::new(seed).fork(effect);
@@ -439,6 +448,71 @@ fn compaction() {
             }
         })
     });
+}
+
+/// A volume with writes in flight moves: quiesced, handed over, opened by the next owner.
+fn move_away(fabric: &Fabric) -> Result<Owner, Stopped> {
+    let owner = fabric.try_open()?.expect("drives and metadata are well");
+    let host = owner.host.clone();
+    fabric.world.block_on(owner.incarnation(), async move {
+        host.put(0, 48).await;
+        host.checkpoint().await;
+        host.put(16, 40).await;
+        host.discard(20, 8).await;
+    })?;
+    owner.host.mark();
+    let host = owner.host.clone();
+    let quiesced = fabric.world.block_on(owner.incarnation(), async move {
+        let writes = (0..6).map(|step| host.write(step * 9, 1 + step * 2));
+        let (_, quiesced) = join(join_all(writes), async {
+            host.sleep(Duration::from_micros(40)).await;
+            host.engine.quiesce().await
+        })
+        .await;
+        quiesced
+    })?;
+    let quiesced = quiesced.expect("nothing keeps the owner from handing over");
+    let epoch = owner.host.engine.epoch();
+    fabric
+        .world
+        .hand_over(common::VOLUME, epoch, quiesced.last, &quiesced.unsettled)
+        .expect("the epoch is its own");
+    Ok(fabric.try_open()?.expect("what was handed over opens"))
+}
+
+/// A move, with a crash of both owners after every effect, from the first write that it waits for to the first root of
+/// the next owner.
+#[test]
+fn planned_moves() {
+    let mut points = 0;
+    for seed in seeds(0..3) {
+        for spec in [small(), wide()] {
+            let fabric = Fabric::new(seed, spec.clone());
+            let Ok(owner) = move_away(&fabric) else {
+                unreachable!("nobody asked to stop");
+            };
+            let (first, last) = (fabric.mark.get() + 1, fabric.world.effects());
+            fabric.verify(&owner, "a move");
+            drop(owner);
+            for effect in first..=last {
+                let fabric = Fabric::new(seed, spec.clone());
+                let mut rng = Rng::new(seed).fork(effect);
+                let crash = Crash::draw(&mut rng, &spec);
+                let what = format!("move: effect {effect} of {first}..={last}, {crash:?}");
+                fabric.world.note(|| what.clone());
+                fabric.world.crash_after(effect);
+                assert!(
+                    move_away(&fabric).is_err(),
+                    "{what}: the script went another way than before"
+                );
+                crash.strike(&fabric);
+                judge(&fabric, &crash, &mut rng, &what);
+                points += 1;
+            }
+        }
+    }
+    println!("planned moves: {points} crash points");
+    assert!(points > 0);
 }
 
 /// The owner dies with writes in flight, and then each of its successors during its takeover, after every effect.
