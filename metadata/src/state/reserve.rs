@@ -14,9 +14,10 @@ use super::map::{Domain, Pool};
 /// Bands per volume kept for the engine's own writes, of the largest chunks that it takes. Guessed: two for what lives in bands that
 /// were emptied and are not freed yet, one open, and one that was open at a takeover in the meantime.
 const INTERNAL_BANDS_PER_VOLUME: u64 = 4;
-/// Of the capacity, one part in so many is kept besides for the page maps: a merge of all runs writes a map anew, 46 bytes for
-/// each block of 4 KiB, before the old one can be freed.
-const MAP_SHARE: u64 = 80;
+/// Of the capacity, one part in so many is kept besides. A merge of all runs writes a page map anew, 11 to 15 bytes for each block
+/// of 4 KiB, before the old one can be freed: one part in 273 at most. The rest is for what lives in the third to fifth band that
+/// a volume of many bands empties before any is freed.
+const SHARE: u64 = 160;
 /// The engine's own part is at most one in so many of the capacity. Guessed.
 const INTERNAL_SHARE_MAX: u64 = 10;
 
@@ -80,7 +81,7 @@ pub fn internal_reserve_mib(
 ) -> u64 {
     let chunks_mib: u64 = chunks.into_iter().map(|chunk| u64::from(chunk.mib())).sum();
     let wished_mib = chunks_mib * u64::from(geometry.n()) * INTERNAL_BANDS_PER_VOLUME;
-    (wished_mib + capacity_mib / MAP_SHARE).min(capacity_mib / INTERNAL_SHARE_MAX)
+    (wished_mib + capacity_mib / SHARE).min(capacity_mib / INTERNAL_SHARE_MAX)
 }
 
 impl ClusterState {

@@ -40,10 +40,13 @@ const GAIN_MIN: f64 = 0.1;
 const GAIN_MIN_IDLE: f64 = 0.25;
 /// Candidates looked up before hosts' work has its turn: some tens of microseconds.
 const LOOKUPS_PER_TURN: usize = 64;
-/// Of so many bands one may be emptied and not freed yet: less than the pool's reserve, which what was moved out of them
-/// takes. Each checkpoint frees them all, so the more, the fewer checkpoints.
+/// Of so many bands one may be emptied and not freed yet. Each checkpoint frees them all, so the more, the fewer checkpoints, of
+/// which each has a line for every band. What was moved out of them takes the pool's reserve (`weft_metadata::state::reserve`
+/// reckons with these numbers), so they are bounded, whatever the volume's size: a volume of many bands has large ones, beside
+/// which a checkpoint is small.
 const BANDS_PER_EMPTIED: usize = 192;
 const EMPTIED_MIN: usize = 2;
+const EMPTIED_MAX: usize = 5;
 /// A volume whose hosts have filled no band for so long leaves its garbage to others. Guessed.
 const QUIET_AFTER: Duration = Duration::from_secs(5);
 /// Sealed bands below which garbage is no reason to compact.
@@ -134,7 +137,7 @@ impl Core {
         let held = self.held_bytes();
         let granted = self.host.granted.get();
         let before = self.bands_opened.get();
-        let emptied_max = (self.bands.borrow().len() / BANDS_PER_EMPTIED).max(EMPTIED_MIN);
+        let emptied_max = (self.bands.borrow().len() / BANDS_PER_EMPTIED).clamp(EMPTIED_MIN, EMPTIED_MAX);
         if self.victims().iter().any(|band| !self.map().refers_to(band.id)) {
             // What is dead already costs nothing but a root.
             self.checkpoint(Purpose::Ordinary).await?;

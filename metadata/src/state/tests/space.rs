@@ -84,8 +84,8 @@ fn host_writes_leave_the_reserve_and_the_engine_may_use_it() {
     let space = cluster.state.pool_space(&pool);
     assert_eq!((space.capacity_mib, space.rebuild_reserve_mib), (2560, 640));
     assert_eq!(
-        space.internal_reserve_mib, 96,
-        "4 bands of 2 chunks of 8 MiB, and one part in 80"
+        space.internal_reserve_mib, 80,
+        "4 bands of 2 chunks of 8 MiB, and one part in 160"
     );
     let refused = loop {
         match fullest(&mut cluster, volume, Purpose::User) {
@@ -101,8 +101,8 @@ fn host_writes_leave_the_reserve_and_the_engine_may_use_it() {
     else {
         panic!("{refused:?}");
     };
-    assert_eq!(reserve_mib, 736);
-    assert!((736..736 + 128).contains(&free_mib), "{free_mib} MiB left");
+    assert_eq!(reserve_mib, 720);
+    assert!((720..720 + 128).contains(&free_mib), "{free_mib} MiB left");
     assert!(matches!(
         fullest(&mut cluster, volume, Purpose::Internal),
         Reply::Bands(_)
