@@ -350,7 +350,7 @@ mod tests {
     #[tokio::test]
     async fn a_filled_map_finds_what_it_has_and_its_cache_keeps_to_the_setting() {
         let filled = fill(BenchMapArgs {
-            blocks: 1 << 16,
+            blocks: 1 << 18,
             cache_mib: 1,
             checkpoint_blocks: 10_000,
         })
@@ -359,7 +359,7 @@ mod tests {
         let [most, whole] = &filled[..] else {
             panic!("{filled:?}")
         };
-        assert_eq!((most.blocks, whole.blocks), (3 << 14, 1 << 16));
+        assert_eq!((most.blocks, whole.blocks), (3 << 16, 1 << 18));
         assert!(whole.map_bytes > 2 << 20 && whole.runs > 0);
         assert!((900_000..=1 << 20).contains(&whole.cache_bytes), "{whole:?}");
     }
