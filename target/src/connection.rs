@@ -30,7 +30,7 @@ use weft_proto::tcp::{Framer, FromHost};
 use crate::connect::{self, Connected};
 use crate::controller::{AdminAnswer, Controller, IoRequest};
 use crate::io::{self as nvm, Finished};
-use crate::metrics::{self, Op};
+use crate::metrics::{self, Op, Tally};
 use crate::qpair::{QueuePair, R2T_BYTES_MAX};
 use crate::registry::Registry;
 use crate::request::Completion;
@@ -74,6 +74,7 @@ struct Connection {
     running: FuturesUnordered<LocalBoxFuture<'static, Done>>,
     /// Data that the commands among them hold.
     executing_bytes: usize,
+    tally: Tally,
     timer: Pin<Box<Sleep>>,
     shutdown: LocalBoxFuture<'static, ()>,
     shutting_down: bool,
@@ -106,6 +107,7 @@ pub(crate) async fn run(stream: TcpStream, peer: SocketAddr, registry: Rc<Regist
         queue: None,
         running: FuturesUnordered::new(),
         executing_bytes: 0,
+        tally: Tally::default(),
         timer: Box::pin(tokio::time::sleep(Duration::ZERO)),
         // An error says that the registry is gone, which is the same.
         shutdown: Box::pin(async move { drop(shutdown.wait_for(|&shutdown| shutdown).await) }),
@@ -266,6 +268,11 @@ impl Connection {
 
     /// Hands every PDU received to the queue pair and starts what comes of it.
     fn take_pdus(&mut self, now: Instant) {
+        self.start_all(now);
+        self.tally.count(now);
+    }
+
+    fn start_all(&mut self, now: Instant) {
         loop {
             self.framer.set_limits(self.qpair.framer_limits());
             match self.framer.next_pdu() {
@@ -294,12 +301,9 @@ impl Connection {
     }
 
     fn start(&mut self, request: IoRequest) {
-        metrics::command_started();
-        if request.fused_first.is_some() {
-            metrics::command_started();
-        }
         match &self.queue {
             None => {
+                metrics::command_started();
                 let registry = Rc::clone(&self.registry);
                 let connect = connect::connect(registry, request);
                 self.running
@@ -308,6 +312,7 @@ impl Connection {
             Some(Queue {
                 controller, qid: 0, ..
             }) => {
+                metrics::command_started();
                 let answer = controller.handle_admin(&request);
                 match answer {
                     AdminAnswer::Now(completion) => self.complete_admin(completion, request.arrived),
@@ -326,6 +331,7 @@ impl Connection {
                 }
             }
             Some(Queue { controller, qid, .. }) if FabricsCommand::is_fabrics(&request.sqe) => {
+                metrics::command_started();
                 let status = match FabricsCommand::parse(&request.sqe) {
                     Ok(FabricsCommand::Disconnect) => {
                         controller.end_queue(*qid);
@@ -337,13 +343,16 @@ impl Connection {
                 self.complete_admin(request.complete(status), request.arrived);
             }
             Some(Queue { heard, .. }) if *heard != Heard::InTime => {
+                commands_started(request.fused_first.is_some());
                 self.finish_command(nvm::refuse_late(request))
             }
             Some(_) => {
                 let bytes = request.data.iter().map(Bytes::len).sum();
-                match nvm::start(request) {
+                let is_pair = request.fused_first.is_some();
+                match nvm::start(request, Some(&mut self.tally)) {
                     nvm::Execution::Finished(finished) => self.finish_command(finished),
                     nvm::Execution::Running(command) => {
+                        commands_started(is_pair);
                         self.executing_bytes += bytes;
                         self.running
                             .push(Box::pin(async move { Done::Command(command.await, bytes) }));
@@ -473,6 +482,14 @@ impl Connection {
             drop(stream);
         };
         futures_util::future::join(drain, close).await;
+    }
+}
+
+/// Counts a request as in flight.
+fn commands_started(is_pair: bool) {
+    metrics::command_started();
+    if is_pair {
+        metrics::command_started();
     }
 }
 

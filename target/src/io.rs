@@ -18,7 +18,7 @@ use zerocopy::FromBytes;
 
 use crate::controller::IoRequest;
 use crate::fused::{Entry, Kind};
-use crate::metrics::{self, Op};
+use crate::metrics::{self, Op, Tally};
 use crate::namespace::{Admitted, CommandDevice};
 use crate::request::{Completion, TRANSFER_BYTES_MAX};
 use crate::status::{of_block_error, of_reservation_error};
@@ -76,7 +76,10 @@ pub(crate) enum Execution {
 
 /// Starts a request. Reads and writes are with the device when this returns: writes enter the namespace in the order of
 /// the calls.
-pub(crate) fn start(mut request: IoRequest) -> Execution {
+///
+/// With a tally, one that is over when this returns is counted there, and must not have been counted as started; all others
+/// count themselves when they are.
+pub(crate) fn start(mut request: IoRequest, tally: Option<&mut Tally>) -> Execution {
     if let Some(first) = request.fused_first.take() {
         return Execution::Running(execute_fused(*first, request).boxed_local());
     }
@@ -99,24 +102,31 @@ pub(crate) fn start(mut request: IoRequest) -> Execution {
         }
         Err(status) => Err(status),
     };
-    let finished = move |request: IoRequest, outcome| Finished {
-        first: None,
-        completion: finish(&request, op, received, outcome),
-    };
-    match submitted.map(Io::take_ready) {
-        Err(status) => Execution::Finished(finished(request, Err(status))),
-        Ok(Ok(result)) => {
-            let outcome = result.map_err(|error| status(&request, &error));
-            Execution::Finished(finished(request, outcome))
-        }
-        Ok(Err(io)) => Execution::Running(
-            async move {
+    let outcome = match submitted.map(Io::take_ready) {
+        Err(status) => Err(status),
+        Ok(Ok(result)) => result.map_err(|error| status(&request, &error)),
+        Ok(Err(io)) => {
+            let execution = async move {
                 let outcome = io.await.map_err(|error| status(&request, &error));
-                finished(request, outcome)
-            }
-            .boxed_local(),
-        ),
-    }
+                Finished {
+                    first: None,
+                    completion: finish(&request, op, received, outcome),
+                }
+            };
+            return Execution::Running(execution.boxed_local());
+        }
+    };
+    let completion = match tally {
+        Some(tally) => {
+            tally.add(op, outcome.is_ok(), received + answered(&outcome));
+            complete(&request, outcome)
+        }
+        None => finish(&request, op, received, outcome),
+    };
+    Execution::Finished(Finished {
+        first: None,
+        completion,
+    })
 }
 
 /// What the host is told of an error of the request's device.
@@ -205,13 +215,17 @@ pub(crate) fn refuse_late(mut request: IoRequest) -> Finished {
 }
 
 fn finish(request: &IoRequest, op: Op, received: u64, outcome: Outcome) -> Completion {
-    let answered = outcome.as_ref().map_or(0, |data| total(data));
-    metrics::command_completed(
-        op,
-        outcome.is_ok(),
-        received + answered,
-        request.arrived.elapsed(),
-    );
+    let bytes = received + answered(&outcome);
+    metrics::command_completed(op, outcome.is_ok(), bytes, request.arrived.elapsed());
+    complete(request, outcome)
+}
+
+/// Bytes for the host.
+fn answered(outcome: &Outcome) -> u64 {
+    outcome.as_ref().map_or(0, |data| total(data))
+}
+
+fn complete(request: &IoRequest, outcome: Outcome) -> Completion {
     match outcome {
         Ok(data) => request.complete(Status::SUCCESS).with_data(data),
         Err(status) => request.complete(status),

@@ -3,7 +3,7 @@
 //! [`METRICS`] is the list that `weft metrics list` prints; the functions below are the only places that record.
 //! Labels come from closed enums: no host's name, no LBA, no NSID.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 use weft_proto::metric::{Kind, Metric};
@@ -190,6 +190,59 @@ pub(crate) fn command_completed(op: Op, success: bool, bytes: u64, took: Duratio
         by_op.seconds.record(took);
         handles.inflight.decrement(1);
     });
+}
+
+/// Commands that were answered in the instant in which they arrived, to be counted together: nobody could have seen them in flight,
+/// and one look at the clock does for all.
+#[derive(Default)]
+pub(crate) struct Tally {
+    by_op: [Answered; Op::ALL.len()],
+    any: bool,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Answered {
+    commands: usize,
+    errors: u64,
+    bytes: u64,
+}
+
+impl Tally {
+    /// A command that has not been counted as started is completed. `bytes` is its payload.
+    pub(crate) fn add(&mut self, op: Op, success: bool, bytes: u64) {
+        let answered = &mut self.by_op[op as usize];
+        answered.commands += 1;
+        if success {
+            answered.bytes += bytes;
+        } else {
+            answered.errors += 1;
+        }
+        self.any = true;
+    }
+
+    /// Counts all of them. They arrived at `arrived`.
+    pub(crate) fn count(&mut self, arrived: Instant) {
+        if !std::mem::take(&mut self.any) {
+            return;
+        }
+        let took = arrived.elapsed();
+        HANDLES.with(|handles| {
+            for (by_op, answered) in handles.by_op.iter().zip(&mut self.by_op) {
+                let Answered {
+                    commands,
+                    errors,
+                    bytes,
+                } = std::mem::take(answered);
+                if commands == 0 {
+                    continue;
+                }
+                by_op.commands.increment(commands as u64);
+                by_op.bytes.increment(bytes);
+                by_op.errors.increment(errors);
+                by_op.seconds.record_many(took, commands);
+            }
+        });
+    }
 }
 
 /// Counts a thing that is open while it lives.

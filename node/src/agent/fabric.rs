@@ -14,7 +14,7 @@ use std::time::Duration;
 use futures_util::FutureExt as _;
 use futures_util::future::LocalBoxFuture;
 use tokio::sync::Notify;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use weft_block::Device;
 use weft_proto::id::{DriveId, HostId, IncarnationId};
 use weft_volume::seams::{Drives, Env, FenceError, Fencing, Lease, ReservationKey, Timestamp};
@@ -62,6 +62,7 @@ struct Entry {
 pub(crate) struct Fabric {
     identity: Identity,
     env: Rc<dyn Env>,
+    began: Instant,
     entries: RefCell<BTreeMap<DriveId, Entry>>,
     /// Registered, and not yet on record in Raft.
     to_record: RefCell<BTreeSet<DriveId>>,
@@ -76,6 +77,7 @@ impl Fabric {
         Rc::new(Self {
             identity,
             env,
+            began: Instant::now(),
             entries: RefCell::default(),
             to_record: RefCell::default(),
             record: Notify::new(),
@@ -172,9 +174,18 @@ impl Fabric {
         loop {
             let Some(this) = fabric.upgrade() else { return };
             this.check(drive).await;
+            // All drives at once: an idle thread wakes once for all of them.
+            let next = this.next_check();
             drop(this);
-            tokio::time::sleep(LEASE_CHECK).await;
+            tokio::time::sleep_until(next).await;
         }
+    }
+
+    /// The next multiple of [`LEASE_CHECK`] since this fabric began.
+    fn next_check(&self) -> Instant {
+        let elapsed = self.began.elapsed().as_nanos();
+        let into = Duration::from_nanos((elapsed % LEASE_CHECK.as_nanos()) as u64);
+        Instant::now() + (LEASE_CHECK - into)
     }
 
     /// One look at a drive: registers the first time, and reads the report from then on.

@@ -8,8 +8,9 @@ use std::io::{BufRead as _, BufReader, Read as _};
 use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Duration;
+
+use bytes::Bytes;
 
 use anyhow::{Context as _, ensure};
 use rustix::thread::CpuSet;
@@ -49,7 +50,7 @@ pub(super) fn run(plan: &Plan, output: &mut Output) -> anyhow::Result<()> {
     let mut cluster = Cluster::start()?;
     let target = Target::start(SPAN_DEFAULT)?;
     let sleeping = Target::start(Duration::ZERO)?;
-    let payload: Arc<[u8]> = noise(128 << 10).into();
+    let payload: Bytes = noise(128 << 10).into();
     let mut single = Host::to_target(target.address, &subnqn(), 1, &payload)?;
     let owner = cluster.owner.as_ref().context("the owner runs")?.address;
     let mut whole = Host::to_target(owner, &subnqn(), 1, &payload)?;

@@ -13,6 +13,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{JoinHandle, Thread};
 
+use bytes::Bytes;
+
 use super::wire::{
     C2H_DATA, CAPSULE_RESP, COMMAND_BYTES, Incoming, LAST, Outgoing, SHORT_BYTES, SUCCESS, header, u16_at,
     u32_at,
@@ -65,7 +67,7 @@ pub(super) struct Echo {
 
 impl Echo {
     /// Listens for `connections`, which have to be made before it is first activated. Reads are answered from `table`.
-    pub(super) fn start(through: Through, connections: usize, table: Arc<[u8]>) -> anyhow::Result<Self> {
+    pub(super) fn start(through: Through, connections: usize, table: Bytes) -> anyhow::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let address = listener.local_addr()?;
         let signals = Signals::default();
@@ -110,7 +112,7 @@ fn serve(
     listener: &TcpListener,
     through: Through,
     connections: usize,
-    table: &Arc<[u8]>,
+    table: &Bytes,
     signals: &Signals,
 ) -> anyhow::Result<()> {
     machine::pin(machine::SUBJECT_CORE)?;
@@ -126,14 +128,14 @@ fn serve(
     }
 }
 
-fn serve_sockets(streams: Vec<TcpStream>, table: &Arc<[u8]>, signals: &Signals) -> anyhow::Result<()> {
+fn serve_sockets(streams: Vec<TcpStream>, table: &Bytes, signals: &Signals) -> anyhow::Result<()> {
     let mut peers = Vec::new();
     for stream in streams {
         stream.set_nonblocking(true)?;
         peers.push(Peer {
             stream,
             incoming: Incoming::new(),
-            outgoing: Outgoing::new(Arc::clone(table)),
+            outgoing: Outgoing::new(table.clone()),
         });
     }
     while signals.wait() {

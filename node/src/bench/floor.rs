@@ -5,6 +5,7 @@ use std::hint::black_box;
 
 use rand::rngs::SmallRng;
 use rand::{RngCore as _, SeedableRng as _};
+use weft_block::huge::HugeMemory;
 use weft_erasure::Codec;
 use weft_proto::tcp::crc32c;
 
@@ -14,6 +15,13 @@ pub(super) const BLOCK: usize = weft_proto::units::BLOCK_BYTES;
 /// Bytes that are no zeroes and do not repeat.
 pub(super) fn noise(bytes: usize) -> Vec<u8> {
     let mut memory = vec![0; bytes];
+    SmallRng::seed_from_u64(7).fill_bytes(&mut memory);
+    memory
+}
+
+/// The same, as large as a drive and in memory as of one.
+pub(super) fn noise_in_huge_pages(bytes: usize) -> HugeMemory {
+    let mut memory = HugeMemory::zeroed(bytes);
     SmallRng::seed_from_u64(7).fill_bytes(&mut memory);
     memory
 }
@@ -47,8 +55,8 @@ pub(super) struct StripeFloor {
     d: usize,
     codec: Codec,
     staging: Vec<u8>,
-    /// One region per column, written round and round.
-    devices: Vec<Vec<u8>>,
+    /// One region per column, written round and round; of the memory that memory drives are made of.
+    devices: Vec<HugeMemory>,
     at: usize,
 }
 
@@ -62,7 +70,9 @@ impl StripeFloor {
             d,
             codec: Codec::new(m)?,
             staging: vec![0; columns * d * BLOCK],
-            devices: vec![noise(device_bytes); columns],
+            devices: std::iter::repeat_with(|| noise_in_huge_pages(device_bytes))
+                .take(columns)
+                .collect(),
             at: 0,
         })
     }

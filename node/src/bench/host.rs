@@ -5,8 +5,9 @@
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use bytes::Bytes;
 
 use anyhow::{Context as _, bail, ensure};
 use rand::rngs::SmallRng;
@@ -108,11 +109,7 @@ struct Connection {
 
 impl Host {
     /// Connects to an echo.
-    pub(super) fn to_echo(
-        address: SocketAddr,
-        connections: usize,
-        payload: &Arc<[u8]>,
-    ) -> anyhow::Result<Self> {
+    pub(super) fn to_echo(address: SocketAddr, connections: usize, payload: &Bytes) -> anyhow::Result<Self> {
         let streams = (0..connections)
             .map(|_| open(address))
             .collect::<anyhow::Result<Vec<_>>>()?;
@@ -124,7 +121,7 @@ impl Host {
         address: SocketAddr,
         subnqn: &Nqn,
         connections: usize,
-        payload: &Arc<[u8]>,
+        payload: &Bytes,
     ) -> anyhow::Result<Self> {
         let hostnqn: Nqn = "nqn.2026-01.io.weft:bench-host".parse()?;
         let hostid = HostId([0xbe; 16]);
@@ -165,7 +162,7 @@ impl Host {
         peer: Peer,
         streams: Vec<TcpStream>,
         admin: Option<TcpStream>,
-        payload: &Arc<[u8]>,
+        payload: &Bytes,
     ) -> anyhow::Result<Self> {
         let mut connections = Vec::new();
         for stream in streams {
@@ -173,7 +170,7 @@ impl Host {
             connections.push(Connection {
                 stream,
                 incoming: Incoming::new(),
-                outgoing: Outgoing::new(Arc::clone(payload)),
+                outgoing: Outgoing::new(payload.clone()),
                 free: Vec::new(),
                 sent_at: vec![0; usize::from(QUEUE_ENTRIES)],
                 outstanding: 0,

@@ -62,6 +62,8 @@ struct Plan {
     idle: Duration,
     /// How much larger than with `--quick` what is written to a pool and mapped in a map is.
     scale: u64,
+    /// How full the pools of `space` are, in per cent.
+    fill: &'static [u64],
 }
 
 /// Where rows go while the run goes on.
@@ -93,6 +95,12 @@ pub(crate) fn run(args: &BenchArgs, json: bool) -> u8 {
             pairs: 9,
             idle: Duration::from_secs(3),
             scale: 1,
+            // All stages shall take no more than a minute, and each of these takes a fifth of that.
+            fill: if args.stage.is_none() {
+                &[80]
+            } else {
+                &[70, 80, 85]
+            },
         }
     } else {
         Plan {
@@ -100,6 +108,7 @@ pub(crate) fn run(args: &BenchArgs, json: bool) -> u8 {
             pairs: 15,
             idle: Duration::from_secs(15),
             scale: 8,
+            fill: &[70, 80, 85],
         }
     };
     let began = Instant::now();

@@ -177,8 +177,9 @@ impl Peer {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
     use std::time::Duration;
+
+    use bytes::Bytes;
 
     use crate::bench::echo::{Echo, Through};
     use crate::bench::host::Host;
@@ -187,7 +188,7 @@ mod tests {
     #[test]
     fn both_echoes_answer_reads_and_writes_of_all_connections() {
         for through in [Through::Sockets, Through::Ring] {
-            let payload: Arc<[u8]> = vec![3; 128 << 10].into();
+            let payload: Bytes = vec![3; 128 << 10].into();
             let workload = |depth| random(50, depth);
             let table = vec![4; (workload(1).area.1 * 4096) as usize].into();
             let echo = Echo::start(through, 4, table).unwrap();

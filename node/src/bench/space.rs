@@ -10,7 +10,8 @@
 //! - Everything that goes to drives counts: checkpoints, merges of the map, narrow stripes.
 //!
 //! The pool is a miniature, so that it can be written over in seconds: of the smallest chunks, to have as many bands (255 with
-//! `--quick`, 1023 otherwise) as 64 and 256 GiB have of the largest. `docs/performance.md` says what that leaves open.
+//! `--quick`, 1023 otherwise) as 64 and 256 GiB have of the largest. `docs/performance.md` says what that leaves open. With all other
+//! stages and `--quick` it is only the pool that is 80 % full.
 
 use std::cell::Cell;
 
@@ -57,7 +58,7 @@ const OVERWRITE: Pattern = Pattern {
 /// The engine refuses a write: the pool should have had room for it.
 pub(super) fn run(plan: &Plan, output: &mut Output) -> anyhow::Result<()> {
     machine::pin(machine::SUBJECT_CORE)?;
-    for percent in [70, 80, 85] {
+    for &percent in plan.fill {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;

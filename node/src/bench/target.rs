@@ -3,7 +3,6 @@
 
 use std::net::SocketAddr;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -22,7 +21,7 @@ use weft_target::reservation::ReservedNamespace;
 use weft_target::{AllowedHosts, NamespaceConfig, Registry, RegistryConfig, Source, SubsystemConfig, serve};
 
 use super::echo::{Echo, Through};
-use super::floor::noise;
+use super::floor::{noise, noise_in_huge_pages};
 use super::host::{Host, QUEUE_ENTRIES, Workload};
 use super::machine;
 use super::pairs::{Paired, Window, measure};
@@ -47,10 +46,12 @@ const SEQUENTIAL_DEPTH: usize = 8;
 /// A connection or a command fails, or a core cannot be had.
 pub(super) fn run(plan: &Plan, output: &mut Output) -> anyhow::Result<()> {
     machine::pin(machine::host_core())?;
-    let payload: Arc<[u8]> = noise(128 << 10).into();
+    let payload: Bytes = noise(128 << 10).into();
     let target = Target::start(SPAN_DEFAULT)?;
     // As much of it as is read, and all of it touched.
-    let table: Arc<[u8]> = noise(((SEQUENTIAL_AREA.0 + SEQUENTIAL_AREA.1) * 4096) as usize).into();
+    let table = Bytes::from_owner(noise_in_huge_pages(
+        ((SEQUENTIAL_AREA.0 + SEQUENTIAL_AREA.1) * 4096) as usize,
+    ));
 
     for connections in [1, 4] {
         let bench = Bench::new(&target, Through::Sockets, connections, &payload, &table)?;
@@ -151,10 +152,10 @@ impl Bench {
         target: &Target,
         through: Through,
         connections: usize,
-        payload: &Arc<[u8]>,
-        table: &Arc<[u8]>,
+        payload: &Bytes,
+        table: &Bytes,
     ) -> anyhow::Result<Self> {
-        let echo = Echo::start(through, connections, Arc::clone(table))?;
+        let echo = Echo::start(through, connections, table.clone())?;
         let hosts = (
             Host::to_echo(echo.address, connections, payload)?,
             Host::to_target(target.address, &subnqn(), connections, payload)?,

@@ -6,7 +6,8 @@
 use std::collections::VecDeque;
 use std::io::{self, IoSlice, Read as _, Write as _};
 use std::net::TcpStream;
-use std::sync::Arc;
+
+use bytes::Bytes;
 
 /// Bytes of a command capsule without data: common header and submission queue entry.
 pub(super) const COMMAND_BYTES: usize = 72;
@@ -44,12 +45,12 @@ pub(super) struct Outgoing {
     pieces: VecDeque<Piece>,
     /// Of the first piece.
     sent: usize,
-    payload: Arc<[u8]>,
+    payload: Bytes,
 }
 
 impl Outgoing {
     /// All data comes from `payload`.
-    pub(super) fn new(payload: Arc<[u8]>) -> Self {
+    pub(super) fn new(payload: Bytes) -> Self {
         Self {
             pieces: VecDeque::new(),
             sent: 0,

@@ -354,7 +354,7 @@ impl Engine {
             bytes,
         };
         let again = Again::new(&request, Rc::clone(&self.controller), Rc::clone(&self.life));
-        let attempt = match nvm::start(request) {
+        let attempt = match nvm::start(request, None) {
             nvm::Execution::Finished(finished) if !is_passing(&finished) => {
                 self.executing_bytes += bytes;
                 self.running_on(sqid, 1);

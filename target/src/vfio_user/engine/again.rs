@@ -56,14 +56,15 @@ impl Again {
                 break;
             }
             metrics::command_started();
-            let attempt = nvm::start(Request {
+            let again = Request {
                 sqe: self.sqe,
                 data: self.data.clone(),
                 answer_bytes_max: self.answer_bytes_max,
                 admitted: self.controller.admit(&self.sqe),
                 arrived: self.arrived,
                 fused_first: None,
-            });
+            };
+            let attempt = nvm::start(again, None);
             finished = match attempt {
                 nvm::Execution::Finished(finished) => finished,
                 nvm::Execution::Running(running) => running.await,
