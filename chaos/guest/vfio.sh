@@ -36,7 +36,7 @@ for job in $jobs; do wait "$job"; done
 fio --name=depth1 --filename="/dev/${first}n1" --direct=1 --ioengine=io_uring --iodepth=1 --rw=randrw --bs=4k --size=2m \
   --verify=crc32c --do_verify=1 --verify_fatal=1 --minimal > /tmp/depth1
 for name in $(ls /dev/nvme*n1); do [ "$(cut -d';' -f5 "/tmp/$(basename "$name")")" = 0 ]; done
-! dmesg | grep -iE 'nvme.*(i/o error|timeout|fatal)'
+if dmesg | grep -iE 'nvme.*(i/o error|timeout|fatal)'; then exit 12; fi
 step "discard and mkfs.ext4"
 blkdiscard -o 0 -l 1048576 "/dev/${first}n1"
 cmp -n 1048576 "/dev/${first}n1" /dev/zero

@@ -1,7 +1,8 @@
 //! A Linux guest under QEMU's software emulation: `chaos/guest/prepare` makes it, `chaos/guest/run` boots it.
 
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
@@ -45,23 +46,34 @@ pub fn run(script: &str, variables: &[(&str, &str)]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Runs a script in a guest whose drives are at these vfio-user sockets. Its output goes to ours, and `heard` is told each
-/// line.
+/// A guest whose drives are volumes.
+pub struct Drives<'a> {
+    /// As `weft vm qemu` prints them.
+    pub options: &'a str,
+    /// Of QEMU, besides.
+    pub more: &'a [&'a str],
+    /// The firmware that boots from the first of the drives, `efi` or `bios`; otherwise a kernel is given to QEMU.
+    pub firmware: Option<&'a str>,
+}
+
+/// Runs a script in a guest whose drives are volumes; a guest that boots from one of them has its own. Its output goes to
+/// ours, and `heard` is told each line.
 ///
 /// # Errors
 /// The guest did not boot, the script failed, or `heard` did.
 pub fn run_with_drives(
     script: &str,
     variables: &[(&str, &str)],
-    sockets: &[PathBuf],
+    drives: &Drives<'_>,
     mut heard: impl FnMut(&str) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    let paths: Vec<_> = sockets.iter().map(|path| path.display().to_string()).collect();
-    let mut child = command(script, variables)
-        .env("GUEST_SOCKETS", paths.join(" "))
-        .stdout(Stdio::piped())
-        .spawn()
-        .context("run a guest")?;
+    let mut command = command(script, variables);
+    command.arg("--").args(drives.more);
+    command.env("GUEST_OPTIONS", drives.options);
+    if let Some(firmware) = drives.firmware {
+        command.env("GUEST_BOOT", firmware);
+    }
+    let mut child = command.stdout(Stdio::piped()).spawn().context("run a guest")?;
     let output = child.stdout.take().context("a guest's output")?;
     for line in BufReader::new(output).split(b'\n') {
         let line = String::from_utf8_lossy(&line?).trim_end().to_owned();
@@ -71,6 +83,37 @@ pub fn run_with_drives(
     let status = child.wait().context("wait for a guest")?;
     ensure!(status.success(), "guest script {script}: {status}");
     Ok(())
+}
+
+/// Sends one command to a QEMU whose monitor (QMP) listens at `path`.
+///
+/// # Errors
+/// Nobody listens, or it is refused.
+pub fn monitor(path: &Path, command: &serde_json::Value) -> anyhow::Result<()> {
+    let mut stream = UnixStream::connect(path).with_context(|| path.display().to_string())?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut lines = BufReader::new(stream.try_clone()?).lines();
+    let negotiate = serde_json::json!({ "execute": "qmp_capabilities" });
+    for command in [&negotiate, command] {
+        writeln!(stream, "{command}")?;
+        loop {
+            let line = lines.next().context("the monitor hung up")??;
+            let answer: serde_json::Value = serde_json::from_str(&line)?;
+            ensure!(answer.get("error").is_none(), "{command}: {line}");
+            // Greetings and events come in between.
+            if answer.get("return").is_some() {
+                break;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The disk with a system that boots from it.
+#[must_use]
+pub fn boot_image() -> PathBuf {
+    let top = Path::new(env!("CARGO_MANIFEST_DIR")).join("../build/guest");
+    top.join("boot.img")
 }
 
 fn command(script: &str, variables: &[(&str, &str)]) -> Command {

@@ -12,6 +12,7 @@
 //! `fuzz/run SECONDS` runs all of them.
 
 pub mod command;
+pub mod guest;
 pub mod host_queue;
 pub mod input;
 pub mod label;

@@ -267,6 +267,15 @@ pub(crate) enum VmCommand {
         #[arg(long, default_value_t = 1024)]
         memory_mib: u32,
     },
+    /// Print the command of QEMU's monitor (QMP) that gives a running guest a volume that is attached with --vfio-user. The
+    /// guest needs a free port, from `-device pcie-root-port,id=PORT,chassis=1`.
+    Qmp {
+        /// The socket.
+        path: PathBuf,
+        /// The `pcie-root-port` that the drive is put into.
+        #[arg(long)]
+        port: String,
+    },
 }
 
 /// `weft host …`

@@ -7,16 +7,23 @@
 //! 3. The Linux kernel's own multipath, with the owner stopped under its writes: what it left in sockets never lands.
 //! 4. Volumes as NVMe drives of a guest, through emulated controllers: four at once, resets, fio with verify while a storage
 //!    node is killed, mkfs.ext4, and a second boot that finds it all.
+//! 5. A volume that follows its guest: hot-plug, resize, move (`follow`).
+//! 6. An operating system that boots from a volume, by UEFI and by BIOS (`boot`).
+//!
+//! `guest PATH-OF-WEFT NAME…` runs those that are named.
+
+mod boot;
+mod follow;
 
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use bytes::Bytes;
 use weft_block::{Device, Durability};
-use weft_chaos::guest::{self, Nvmet};
+use weft_chaos::guest::{self, Drives, Nvmet};
 use weft_initiator::{ConnectOptions, HostIdentity, Multipath, MultipathOptions};
 use weft_node::config::EngineConfig;
 use weft_node::local_cluster::{Agents, Options};
@@ -27,22 +34,48 @@ use weft_proto::units::{Lba, LbaRange};
 /// As `chaos/guest/init` writes it.
 const GUEST_HOSTNQN: &str = "nqn.2014-08.org.nvmexpress:uuid:6b1f2c3d-0000-4000-8000-000000000001";
 
+/// A test of a program.
+type Test = fn(&Path) -> anyhow::Result<()>;
+
+const TESTS: [(&str, &str, Test); 6] = [
+    ("host", "the Linux kernel as a host", linux_is_a_host),
+    ("nvmet", "nvmet as a third-party drive", nvmet_is_a_drive),
+    (
+        "multipath",
+        "the Linux kernel with several paths, owners stopped and resumed",
+        linux_fails_over,
+    ),
+    ("drives", "volumes as drives of a guest", volumes_are_drives),
+    ("follow", "a volume that follows its guest", follow::test),
+    ("boot", "an operating system that boots from a volume", boot::test),
+];
+
 fn main() -> anyhow::Result<()> {
-    let program = std::env::args_os()
-        .nth(1)
+    let mut arguments = std::env::args_os().skip(1);
+    let program = arguments
+        .next()
         .map(PathBuf::from)
-        .context("usage: guest PATH-OF-WEFT")?;
+        .context("usage: guest PATH-OF-WEFT [TEST…]")?;
+    let wanted: Vec<_> = arguments.collect();
+    ensure!(
+        wanted
+            .iter()
+            .all(|wanted| TESTS.iter().any(|(name, ..)| wanted == name)),
+        "the tests are {}",
+        TESTS.map(|(name, ..)| name).join(", ")
+    );
     let kernel = guest::prepare()?;
     println!("guest kernel: Linux {kernel}");
-    linux_is_a_host(&program).context("the Linux kernel as a host")?;
-    println!("passed: the Linux kernel {kernel} as a host");
-    nvmet_is_a_drive(&program).context("the Linux kernel's nvmet as a third-party drive")?;
-    println!("passed: nvmet of Linux {kernel} as a third-party drive");
-    linux_fails_over(&program).context("the Linux kernel with several paths")?;
-    println!("passed: the Linux kernel {kernel} with several paths, owners stopped and resumed");
-    volumes_are_drives(&program).context("volumes as drives of a guest")?;
-    println!("passed: volumes as drives of a guest with Linux {kernel}");
-    println!("4 passed, 0 failed");
+    let mut passed = 0;
+    for (name, title, test) in TESTS {
+        if wanted.is_empty() || wanted.iter().any(|wanted| wanted == name) {
+            let began = Instant::now();
+            test(&program).context(title)?;
+            println!("passed: {title}, Linux {kernel}, {} s", began.elapsed().as_secs());
+            passed += 1;
+        }
+    }
+    println!("{passed} passed, 0 failed");
     Ok(())
 }
 
@@ -235,19 +268,16 @@ fn volumes_are_drives(program: &Path) -> anyhow::Result<()> {
     for number in 0..DRIVES {
         let name = format!("disk{number}");
         agents.weft_ok(&["volume", "create", &name, "--size", "128MiB", "--ec", "4+2"])?;
-        let socket = folder.path().join(format!("{name}.sock"));
-        let path = socket.display().to_string();
-        let attached = agents.weft_json(&["volume", "attach", &name, "--vfio-user", &path])?;
-        ensure!(
-            attached["qemu"].to_string().contains("vfio-user-pci"),
-            "attach prints the options of QEMU: {attached}"
-        );
+        sockets.push(attach_guest(&agents, folder.path(), &name, 0)?);
         wait_until_served(&agents, &name)?;
-        sockets.push(socket);
     }
-    let shown = agents.weft_json(&["volume", "show", "disk0"])?;
-    let uuid: Vec<u8> = serde_json::from_value(shown["uuid"].clone()).context("a volume has a uuid")?;
-    let serial: String = uuid.iter().take(10).map(|byte| format!("{byte:02x}")).collect();
+    let serial = serial(&agents, "disk0")?;
+    let options = vm_options(&agents, &sockets)?;
+    let attached = Drives {
+        options: &options,
+        more: &[],
+        firmware: None,
+    };
     let drives = DRIVES.to_string();
     let variables = |boot| {
         [
@@ -257,7 +287,7 @@ fn volumes_are_drives(program: &Path) -> anyhow::Result<()> {
         ]
     };
     let killed = agents.list.len() - 1;
-    guest::run_with_drives("vfio.sh", &variables("1"), &sockets, |line| {
+    guest::run_with_drives("vfio.sh", &variables("1"), &attached, |line| {
         if line == "guest: writing" {
             println!("a storage node is killed");
             agents.kill(killed)?;
@@ -265,11 +295,47 @@ fn volumes_are_drives(program: &Path) -> anyhow::Result<()> {
         Ok(())
     })?;
     agents.start(killed)?;
-    guest::run_with_drives("vfio.sh", &variables("2"), &sockets, |_| Ok(()))?;
+    guest::run_with_drives("vfio.sh", &variables("2"), &attached, |_| Ok(()))?;
     let path = sockets[0].display().to_string();
     agents.weft_ok(&["volume", "detach", "disk0", "--vfio-user", &path])?;
     ensure!(!sockets[0].exists(), "a detached volume leaves no socket");
     Ok(())
+}
+
+/// Attaches a volume to a guest at an agent; answers the socket.
+fn attach_guest(agents: &Agents, folder: &Path, volume: &str, agent: usize) -> anyhow::Result<PathBuf> {
+    let socket = folder.join(format!("{volume}-{agent}.sock"));
+    let path = socket.display().to_string();
+    let control = &agents.control_addresses()[agent];
+    let attached = agents.weft_json(&[
+        "volume",
+        "attach",
+        volume,
+        "--vfio-user",
+        &path,
+        "--agent",
+        control,
+    ])?;
+    ensure!(
+        attached["qemu"].to_string().contains("vfio-user-pci"),
+        "attach prints the options of QEMU: {attached}"
+    );
+    Ok(socket)
+}
+
+/// The options of a guest with these drives, as they are printed for people.
+fn vm_options(agents: &Agents, sockets: &[PathBuf]) -> anyhow::Result<String> {
+    let paths: Vec<_> = sockets.iter().map(|path| path.display().to_string()).collect();
+    let mut arguments = vec!["vm", "qemu", "--memory-mib", "1536"];
+    arguments.extend(paths.iter().map(String::as_str));
+    agents.weft_ok(&arguments)
+}
+
+/// The serial number that a volume's controllers show.
+fn serial(agents: &Agents, volume: &str) -> anyhow::Result<String> {
+    let shown = agents.weft_json(&["volume", "show", volume])?;
+    let uuid: Vec<u8> = serde_json::from_value(shown["uuid"].clone()).context("a volume has a uuid")?;
+    Ok(uuid.iter().take(10).map(|byte| format!("{byte:02x}")).collect())
 }
 
 const CHUNKS: u64 = 256;

@@ -1,7 +1,8 @@
 //! The guests of this server: volumes presented as emulated NVMe controllers on vfio-user sockets.
 //!
-//! An attachment lasts as long as this incarnation: a monitor cannot reconnect to a guest's running controller, so after a
-//! restart of the agent the guest is started anew, and the volume attached again before.
+//! An attachment outlives the agent: it is on record in the data folder (`guest_record`) until it is detached, and after a
+//! restart its socket is there again as soon as this node presents the volume. A monitor cannot reconnect to a guest's
+//! running controller, so the guest itself has to be started anew.
 //!
 //! A guest is known by a name and an identifier that belong to the volume and not to the node, so that what it had reserved is
 //! still its own after it moved. Hence one guest for each volume of a node.
@@ -19,10 +20,12 @@ use anyhow::{Context as _, bail, ensure};
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use weft_metadata::state::ClusterMap;
+use weft_metadata::state::map::Volume;
 use weft_proto::id::{ClusterId, HostId};
 use weft_target::Registry;
 use weft_target::vfio_user::{Attachment, serve};
 
+use super::guest_record::{self, Recorded, Records};
 use crate::view;
 
 /// How long an attachment waits for this node to hear of the volume and of its guest.
@@ -32,18 +35,27 @@ const MAP_WAIT: Duration = Duration::from_secs(10);
 const PATH_BYTES_MAX: usize = 107;
 
 struct Guest {
+    uuid: [u8; 16],
     path: PathBuf,
     stop: oneshot::Sender<()>,
-    serving: JoinHandle<std::io::Result<()>>,
+    serving: JoinHandle<anyhow::Result<()>>,
 }
 
 /// The guests of one member.
 pub(crate) struct Guests {
+    presented: Presented,
+    /// Where they are on record.
+    record: PathBuf,
+    /// By volume.
+    guests: RefCell<BTreeMap<String, Guest>>,
+}
+
+/// What this node presents, and to which guests.
+#[derive(Clone)]
+struct Presented {
     registry: Rc<Registry>,
     cluster: ClusterId,
     map: watch::Receiver<Arc<ClusterMap>>,
-    /// By volume.
-    guests: RefCell<BTreeMap<String, Guest>>,
 }
 
 impl Guests {
@@ -51,19 +63,70 @@ impl Guests {
         registry: Rc<Registry>,
         cluster: ClusterId,
         map: watch::Receiver<Arc<ClusterMap>>,
+        record: PathBuf,
     ) -> Self {
         Self {
-            registry,
-            cluster,
-            map,
+            presented: Presented {
+                registry,
+                cluster,
+                map,
+            },
+            record,
             guests: RefCell::default(),
+        }
+    }
+
+    /// Serves what is on record, each as soon as its volume is presented.
+    pub(crate) fn restore(&self) {
+        let records = guest_record::read(&self.record).unwrap_or_else(|error| {
+            tracing::error!("guests have to be attached again: {error:#}");
+            Records::new()
+        });
+        for (volume, Recorded { uuid, path }) in records {
+            let (stop, stopped) = oneshot::channel::<()>();
+            let presented = self.presented.clone();
+            let (name, socket) = (volume.clone(), path.clone());
+            let serving = tokio::task::spawn_local(async move {
+                let registry = Rc::clone(&presented.registry);
+                let mut stopped = stopped;
+                let attachment = tokio::select! {
+                    // The end of its sender too.
+                    _ = &mut stopped => return Ok(()),
+                    attachment = presented.wait(&name) => attachment,
+                };
+                // Without one this member has ended.
+                let Some(attachment) = attachment else {
+                    return Ok(());
+                };
+                if attachment.hostid.0 != uuid {
+                    tracing::warn!(
+                        volume = name,
+                        "not attached again: this is another volume of that name"
+                    );
+                    return Ok(());
+                }
+                let listener = listen(&socket).inspect_err(|error| {
+                    tracing::error!(volume = name, "not attached again: {error:#}");
+                })?;
+                tracing::info!(volume = name, path = %socket.display(), "attached again");
+                serve(listener, registry, attachment, async { drop(stopped.await) })
+                    .await
+                    .context("a guest's socket")
+            });
+            let guest = Guest {
+                uuid,
+                path,
+                stop,
+                serving,
+            };
+            self.guests.borrow_mut().insert(volume, guest);
         }
     }
 
     /// Presents a volume on a socket.
     ///
     /// # Errors
-    /// The volume is not there or has a guest, or there can be no socket at that path.
+    /// The volume is not there or has a guest, there can be no socket at that path, or it cannot be put on record.
     pub(crate) async fn attach(&self, volume: &str, path: PathBuf) -> anyhow::Result<()> {
         if let Some(guest) = self.guests.borrow().get(volume)
             && !guest.serving.is_finished()
@@ -73,22 +136,39 @@ impl Guests {
                 guest.path.display()
             );
         }
-        let attachment = self.attachment(volume).await?;
+        let attachment = self.presented.attachment(volume).await?;
         let listener = listen(&path)?;
+        let uuid = attachment.hostid.0;
         let (stop, stopped) = oneshot::channel();
         // The end of its sender is the end of this member.
         let stopped = async move { drop(stopped.await) };
-        let registry = Rc::clone(&self.registry);
-        let serving = tokio::task::spawn_local(serve(listener, registry, attachment, stopped));
-        let guest = Guest { path, stop, serving };
+        let registry = Rc::clone(&self.presented.registry);
+        let serving = tokio::task::spawn_local(async move {
+            serve(listener, registry, attachment, stopped)
+                .await
+                .context("a guest's socket")
+        });
+        let guest = Guest {
+            uuid,
+            path: path.clone(),
+            stop,
+            serving,
+        };
         self.guests.borrow_mut().insert(volume.to_owned(), guest);
+        if let Err(error) = self.write_record() {
+            // As it was before: an attachment that a restart forgets is none.
+            let guest = self.guests.borrow_mut().remove(volume);
+            guest.into_iter().for_each(|guest| drop(guest.stop));
+            remove_socket(&path);
+            return Err(error);
+        }
         Ok(())
     }
 
-    /// Ends a guest's controller and removes its socket.
+    /// Ends a guest's controller, removes its socket and takes it off the record.
     ///
     /// # Errors
-    /// There is none.
+    /// There is none, or the record cannot be written.
     pub(crate) async fn detach(&self, volume: &str, path: &Path) -> anyhow::Result<()> {
         let guest = {
             let mut guests = self.guests.borrow_mut();
@@ -102,9 +182,22 @@ impl Guests {
         };
         // Whoever is gone already needs no telling.
         let _ = guest.stop.send(());
-        guest.serving.await.context("the guest's controller")??;
+        let served = guest.serving.await.context("the guest's controller")?;
         remove_socket(&guest.path);
-        Ok(())
+        self.write_record()?;
+        served
+    }
+
+    fn write_record(&self) -> anyhow::Result<()> {
+        let guests = self.guests.borrow();
+        let records = guests.iter().map(|(volume, guest)| {
+            let recorded = Recorded {
+                uuid: guest.uuid,
+                path: guest.path.clone(),
+            };
+            (volume.clone(), recorded)
+        });
+        guest_record::write(&self.record, &records.collect())
     }
 
     /// The live state as a tree.
@@ -115,37 +208,44 @@ impl Guests {
             .map(|(volume, guest)| (volume, guest.path.display().to_string()));
         serde_json::json!(paths.collect::<BTreeMap<_, _>>())
     }
+}
 
-    /// Waits until this node presents the volume to its guest.
+impl Presented {
+    /// Waits until this node presents the volume to its guest, for a while.
     async fn attachment(&self, volume: &str) -> anyhow::Result<Attachment> {
+        let found = tokio::time::timeout(MAP_WAIT, self.wait(volume)).await;
+        found.ok().flatten().with_context(|| {
+            format!(
+                "this node does not present volume {volume} to {}; see `weft volume show {volume}`",
+                view::guest_nqn(self.cluster, volume)
+            )
+        })
+    }
+
+    /// Waits until this node presents the volume to its guest; `None` if the map ends.
+    async fn wait(&self, volume: &str) -> Option<Attachment> {
         let hostnqn = view::guest_nqn(self.cluster, volume);
         let mut map = self.map.clone();
-        let found = tokio::time::timeout(MAP_WAIT, async {
-            loop {
-                let known = map.borrow_and_update().volume_named(volume).cloned();
-                if let Some(known) = known.filter(|known| known.allowed_hosts.contains(&hostnqn))
-                    && self.registry.allows(&known.subnqn, &hostnqn)
-                {
-                    return Some(known);
-                }
-                // The registry follows the map a moment later.
-                tokio::select! {
-                    changed = map.changed() => changed.ok()?,
-                    () = tokio::time::sleep(Duration::from_millis(10)) => {}
-                }
+        loop {
+            let known = map.borrow_and_update().volume_named(volume).cloned();
+            let known: Option<Volume> = known.filter(|known| known.allowed_hosts.contains(&hostnqn));
+            let Some(known) = known else {
+                map.changed().await.ok()?;
+                continue;
+            };
+            if self.registry.allows(&known.subnqn, &hostnqn) {
+                return Some(Attachment {
+                    subsystem: known.subnqn,
+                    hostnqn,
+                    hostid: HostId(known.uuid),
+                });
             }
-        });
-        let known = found.await.ok().flatten();
-        let known = known.with_context(|| {
-            format!(
-                "this node does not present volume {volume} to {hostnqn}; see `weft volume show {volume}`"
-            )
-        })?;
-        Ok(Attachment {
-            subsystem: known.subnqn,
-            hostnqn,
-            hostid: HostId(known.uuid),
-        })
+            // The registry follows the map a moment later.
+            tokio::select! {
+                changed = map.changed() => changed.ok()?,
+                () = tokio::time::sleep(Duration::from_millis(10)) => {}
+            }
+        }
     }
 }
 

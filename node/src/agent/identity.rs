@@ -66,16 +66,26 @@ impl DataDir {
     /// # Errors
     /// The file system refuses.
     pub(crate) fn write_identity(&self, identity: &Identity) -> anyhow::Result<()> {
-        let (path, fresh) = (self.join("identity.json"), self.join("identity.json.new"));
-        let write = || -> std::io::Result<()> {
-            let mut file = fs::File::create(&fresh)?;
-            file.write_all(&serde_json::to_vec_pretty(identity)?)?;
-            file.sync_all()?;
-            fs::rename(&fresh, &path)?;
-            fs::File::open(&self.path)?.sync_all()
-        };
-        write().with_context(|| format!("write {}", path.display()))
+        write_whole(&self.join("identity.json"), &serde_json::to_vec_pretty(identity)?)
     }
+}
+
+/// Writes a file so that after a crash it is the new one or the former one, and whole.
+///
+/// # Errors
+/// The file system refuses.
+pub(super) fn write_whole(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
+    let mut fresh = path.as_os_str().to_owned();
+    fresh.push(".new");
+    let write = || -> std::io::Result<()> {
+        let mut file = fs::File::create(&fresh)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&fresh, path)?;
+        path.parent()
+            .map_or(Ok(()), |folder| fs::File::open(folder)?.sync_all())
+    };
+    write().with_context(|| format!("write {}", path.display()))
 }
 
 #[cfg(test)]

@@ -388,6 +388,7 @@ impl Life {
             node: membership.identity.node,
             new_node: self.new_node(),
             reservations_dir: self.data_dir.join("reservations"),
+            guest_record: self.data_dir.join("guests.json"),
             nvme: self.nvme_listener.try_clone().context("share nvme_listen")?,
             discovery: self
                 .discovery_listener

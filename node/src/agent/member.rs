@@ -45,6 +45,8 @@ pub(crate) struct MemberOptions {
     pub(crate) client: MetadataClient,
     pub(crate) map: watch::Receiver<Arc<ClusterMap>>,
     pub(crate) reservations_dir: PathBuf,
+    /// Where guests are on record.
+    pub(crate) guest_record: PathBuf,
     pub(crate) nvme: TcpListener,
     pub(crate) discovery: TcpListener,
     pub(crate) engine: EngineConfig,
@@ -82,6 +84,7 @@ impl Member {
             client,
             map,
             reservations_dir,
+            guest_record,
             nvme,
             discovery,
             engine,
@@ -112,7 +115,7 @@ impl Member {
             map.clone(),
             engine,
         );
-        let guests = Guests::new(registry.clone(), cluster.id, map.clone());
+        let guests = Guests::new(registry.clone(), cluster.id, map.clone(), guest_record);
         let member = Rc::new(Self {
             cluster,
             node,
@@ -140,6 +143,7 @@ impl Member {
         tokio::task::spawn_local(member.clone().follow());
         tokio::task::spawn_local(member.clone().record_registrations());
         tokio::task::spawn_local(member.ownership.clone().bound_log());
+        member.guests.restore();
         Ok(member)
     }
 

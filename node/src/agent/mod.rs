@@ -13,6 +13,7 @@ mod control;
 mod directory;
 pub(crate) mod env;
 mod fabric;
+mod guest_record;
 mod guests;
 mod identity;
 mod life;

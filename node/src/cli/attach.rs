@@ -109,11 +109,19 @@ impl Session {
     }
 
     pub(super) fn vm(&self, command: VmCommand) {
-        let VmCommand::Qemu { paths, memory_mib } = command;
-        let options = qemu_options(&paths, memory_mib);
-        self.output.one(&json!({ "qemu": options }), |_| {
-            format!("{}\n", options.join(" \\\n"))
-        });
+        match command {
+            VmCommand::Qemu { paths, memory_mib } => {
+                let options = qemu_options(&paths, memory_mib);
+                self.output.one(&json!({ "qemu": options }), |_| {
+                    format!("{}\n", options.join(" \\\n"))
+                });
+            }
+            VmCommand::Qmp { path, port } => {
+                let command = json!({ "execute": "device_add", "arguments": hot_device(&path, port) });
+                self.output
+                    .one(&json!({ "qmp": command }), |_| format!("{command}\n"));
+            }
+        }
     }
 
     /// The agent on whose server a guest runs.
@@ -153,14 +161,25 @@ fn qemu_options(paths: &[PathBuf], memory_mib: u32) -> Vec<String> {
 }
 
 fn device_option(number: usize, path: &Path) -> String {
-    let device = json!({
-        "driver": "vfio-user-pci",
-        "id": format!("weft{number}"),
-        "bootindex": number,
-        "socket": { "type": "unix", "path": path },
-    });
+    let mut device = device(format!("weft{number}"), path);
+    device["bootindex"] = number.into();
     // For a shell: a quote inside of quotes.
     format!("-device '{}'", device.to_string().replace('\'', r"'\''"))
+}
+
+/// The device as QEMU's monitor takes it, named after the port it is put into.
+fn hot_device(path: &Path, port: String) -> serde_json::Value {
+    let mut device = device(format!("weft-{port}"), path);
+    device["bus"] = port.into();
+    device
+}
+
+fn device(id: String, path: &Path) -> serde_json::Value {
+    json!({
+        "driver": "vfio-user-pci",
+        "id": id,
+        "socket": { "type": "unix", "path": path },
+    })
 }
 
 #[cfg(test)]
