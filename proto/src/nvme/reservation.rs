@@ -1,6 +1,8 @@
 //! Reservation data structures and codes (Base Specification, "Reservation Register / Acquire / Release /
 //! Report command").
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::mem::offset_of;
 
 use serde::{Deserialize, Serialize};
@@ -241,18 +243,23 @@ impl ReservationStatus {
             wire => Some(ReservationType::from_wire(wire)?),
         };
         let mut registrants: Vec<Registrant> = Vec::new();
+        // Where each host stands in them: a target may list 65,535.
+        let mut places: HashMap<HostId, usize> = HashMap::new();
         for _ in 0..header.regctl.get() {
             let (entry, after) = RegistrantEntry::read_from_prefix(rest).ok()?;
             rest = after;
             let hostid = HostId(entry.hostid);
             let holder = entry.rcsts & 1 != 0;
-            match registrants.iter_mut().find(|known| known.hostid == hostid) {
-                Some(known) => known.holder |= holder,
-                None => registrants.push(Registrant {
-                    hostid,
-                    key: entry.rkey.get(),
-                    holder,
-                }),
+            match places.entry(hostid) {
+                Entry::Occupied(place) => registrants[*place.get()].holder |= holder,
+                Entry::Vacant(place) => {
+                    place.insert(registrants.len());
+                    registrants.push(Registrant {
+                        hostid,
+                        key: entry.rkey.get(),
+                        holder,
+                    });
+                }
             }
         }
         Some(Self {
@@ -312,5 +319,28 @@ mod tests {
         for rtype in ReservationType::ALL {
             assert_eq!(ReservationType::from_wire(rtype.to_wire()), Some(rtype));
         }
+    }
+
+    #[test]
+    fn the_entries_of_one_host_are_joined_wherever_they_stand_in_a_long_report() {
+        let host = |number: u16| {
+            let mut hostid = [0; 16];
+            hostid[..2].copy_from_slice(&number.to_le_bytes());
+            HostId(hostid)
+        };
+        let entry = |number| Registrant {
+            hostid: host(number),
+            key: u64::from(number) + 1,
+            holder: number == 3,
+        };
+        // Each host on two controllers, the second half in the order of the first.
+        let listed = ReservationStatus {
+            generation: 1,
+            rtype: Some(ReservationType::WriteExclusiveAllRegistrants),
+            ptpl: true,
+            registrants: (0..30_000).chain(0..30_000).map(entry).collect(),
+        };
+        let parsed = ReservationStatus::parse(&listed.to_bytes()).expect("a whole report");
+        assert_eq!(parsed.registrants, (0..30_000).map(entry).collect::<Vec<_>>());
     }
 }
