@@ -46,7 +46,8 @@ pub fn run(script: &str, variables: &[(&str, &str)]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A guest whose drives are volumes.
+/// A guest whose drives are volumes, or that has none.
+#[derive(Default)]
 pub struct Drives<'a> {
     /// As `weft vm qemu` prints them.
     pub options: &'a str,

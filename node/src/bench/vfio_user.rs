@@ -336,7 +336,7 @@ impl FloorQueue {
                 memory.read(page, block);
             }
             let cid = u64::from(u16::from_le_bytes([entry[2], entry[3]]));
-            let phase = u64::from(self.completions / ENTRIES % 2 == 0);
+            let phase = u64::from((self.completions / ENTRIES).is_multiple_of(2));
             let second = u64::from(self.head) | 1 << 16 | cid << 32 | phase << 48;
             let place = self.completions % ENTRIES;
             memory.store_pair(at::CQ + place as usize * 16, 0, second);

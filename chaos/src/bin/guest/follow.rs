@@ -33,7 +33,11 @@ pub(super) fn test(program: &Path) -> anyhow::Result<()> {
         firmware: None,
     };
     let mut sum = None;
-    let variables = [("BOOT", "1"), ("SERIAL", serial.as_str()), ("BYTES", bytes.as_str())];
+    let variables = [
+        ("BOOT", "1"),
+        ("SERIAL", serial.as_str()),
+        ("BYTES", bytes.as_str()),
+    ];
     guest::run_with_drives("follow.sh", &variables, &drives, |line| {
         match line {
             "guest: ready for a drive" => {

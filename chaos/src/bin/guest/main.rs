@@ -233,7 +233,7 @@ fn linux_fails_over(program: &Path) -> anyhow::Result<()> {
     let rounds = ROUNDS.to_string();
     let variables = [("SUBNQN", subnqn), ("PORTS", &ports), ("ROUNDS", &rounds)];
     let mut stopped = None;
-    guest::run_with_drives("multipath.sh", &variables, &[], |line| {
+    guest::run_with_drives("multipath.sh", &variables, &Drives::default(), |line| {
         if line.starts_with("guest: writing") {
             // Not before the writes are under way.
             std::thread::sleep(Duration::from_millis(1500));
