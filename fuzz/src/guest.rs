@@ -96,7 +96,11 @@ pub fn run(data: &[u8]) {
     });
     // The drive's memory, data of commands in execution, one more of them, and replies.
     let bound = (40 << 20) + 64 * data.len();
-    assert!(most <= bound, "{most} bytes of memory for {} of input", data.len());
+    assert!(
+        most <= bound,
+        "{most} bytes of memory for {} of input",
+        data.len()
+    );
 }
 
 fn memory_file() -> File {
@@ -193,13 +197,17 @@ impl Guest {
                 self.poke(at, &input.bytes(count).to_vec());
             }
             step::ADMIN => {
-                let opcodes = [0x00, 0x01, 0x02, 0x04, 0x05, 0x06, 0x08, 0x09, 0x0a, 0x0c, 0x18, 0x7c, 0x7f];
+                let opcodes = [
+                    0x00, 0x01, 0x02, 0x04, 0x05, 0x06, 0x08, 0x09, 0x0a, 0x0c, 0x18, 0x7c, 0x7f,
+                ];
                 let command = entry(input, &opcodes);
                 self.submit(0, command);
             }
             step::IO => {
                 let qid = 1 + usize::from(input.u8() % 3);
-                let opcodes = [0x00, 0x01, 0x02, 0x04, 0x05, 0x08, 0x09, 0x0c, 0x0d, 0x0e, 0x11, 0x15];
+                let opcodes = [
+                    0x00, 0x01, 0x02, 0x04, 0x05, 0x08, 0x09, 0x0c, 0x0d, 0x0e, 0x11, 0x15,
+                ];
                 let command = entry(input, &opcodes);
                 self.submit(qid, command);
             }
@@ -346,7 +354,8 @@ impl Guest {
     fn behave(&mut self) {
         self.send(message::RESET, &[], false);
         self.unmap(0, u64::MAX / PAGE * PAGE);
-        self.map(0, OFFERED_PAGES, 0, 3).expect("an empty map takes a range");
+        self.map(0, OFFERED_PAGES, 0, 3)
+            .expect("an empty map takes a range");
         self.poke(ADMIN_CQ, &[0; PAGE as usize]);
         self.enable();
         let mut body = 0x1cu64.to_le_bytes().to_vec();
@@ -354,7 +363,11 @@ impl Guest {
         let status = self
             .send(message::REGION_READ, &body, false)
             .expect("a register is read");
-        assert_eq!(status[16..20], [1, 0, 0, 0], "ready after a reset, and nothing else");
+        assert_eq!(
+            status[16..20],
+            [1, 0, 0, 0],
+            "ready after a reset, and nothing else"
+        );
         let mut identify = [0; 64];
         identify[0] = 0x06;
         set(&mut identify, 2, &77u16.to_le_bytes());
