@@ -1,6 +1,6 @@
 //! Tests against the real thing, real or in simulated time, as programs: nothing depends on this crate.
 //!
-//! - `guest` (`src/bin/guest.rs`): the Linux kernel as a host of a volume, and its nvmet as a third-party drive, in
+//! - `guest` (`src/bin/guest`): the Linux kernel as a host of a volume, and its nvmet as a third-party drive, in
 //!   QEMU guests ([`guest`]).
 //! - `chaos` (`src/bin/chaos.rs`): real agents under a seeded [`nemesis`], [`clients`] that record a [`history`], and a
 //!   [`checker`] that says whether any correct volume could have answered so.
