@@ -162,7 +162,8 @@ fn qemu_options(paths: &[PathBuf], memory_mib: u32) -> Vec<String> {
 
 fn device_option(number: usize, path: &Path) -> String {
     let mut device = device(format!("weft{number}"), path);
-    device["bootindex"] = number.into();
+    // 0 is QEMU's own, for a kernel that is given to it.
+    device["bootindex"] = (number + 1).into();
     // For a shell: a quote inside of quotes.
     format!("-device '{}'", device.to_string().replace('\'', r"'\''"))
 }
@@ -191,6 +192,10 @@ mod tests {
         let options = qemu_options(&["/run/a".into(), "/run/it's".into()], 512);
         assert!(options[1].contains("memory-backend-memfd") && options[1].contains("share=on"));
         assert!(options[3].contains(r#""path":"/run/a""#));
+        assert!(
+            options[3].contains(r#""bootindex":1"#) && options[4].contains(r#""bootindex":2"#),
+            "a kernel that is given to QEMU takes 0"
+        );
         assert!(options[4].contains(r"/run/it'\''s"), "{}", options[4]);
     }
 }
