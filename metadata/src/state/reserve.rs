@@ -21,9 +21,10 @@ const SHARE: u64 = 160;
 /// The engine's own part is at most one in so many of the capacity. Guessed.
 const INTERNAL_SHARE_MAX: u64 = 10;
 
-/// A pool with less than one part in so many left to hosts is tight, or with less than a band for each volume. Early enough for
-/// idle volumes to give up their garbage before a busy one is refused; not earlier, because what is kept free costs as
-/// much as if it were full: at 85 % full, each further percent makes compaction a tenth dearer.
+/// A pool with less than one part in so many left to hosts is tight, or with less than two bands for each volume: with one, whether
+/// it was told before hosts were refused hung on how sizes divide. Early enough for idle volumes to give up their garbage
+/// before a busy one is refused; not earlier, because what is kept free costs as much as if it were full: at 85 % full, each
+/// further percent makes compaction a tenth dearer.
 const TIGHT_SHARE: u64 = 128;
 
 /// How full a pool is: over its drives in service, in MiB of raw capacity.
@@ -58,8 +59,8 @@ impl PoolSpace {
     pub fn is_tight(&self, was: bool) -> bool {
         let usable = self.capacity_mib.saturating_sub(self.reserve_mib());
         let left = self.free_mib.saturating_sub(self.reserve_mib());
-        let band_each = self.internal_reserve_mib / INTERNAL_BANDS_PER_VOLUME;
-        let tight = band_each.max(usable / TIGHT_SHARE);
+        let two_bands_each = self.internal_reserve_mib / (INTERNAL_BANDS_PER_VOLUME / 2);
+        let tight = two_bands_each.max(usable / TIGHT_SHARE);
         usable > 0 && left < if was { tight * 4 / 3 } else { tight }
     }
 

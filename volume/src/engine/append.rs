@@ -194,7 +194,8 @@ impl Core {
             }
             let writer = band.writer.borrow();
             let rows_needed = 2;
-            if writer.rows_left(needed, skipped) < rows_needed {
+            let rows_left = writer.rows_left(needed, skipped);
+            if rows_left < rows_needed {
                 drop(writer);
                 if self.open_ready(stream, 0) {
                     continue;
@@ -206,6 +207,11 @@ impl Core {
                 return Opening::Wait;
             }
             drop(writer);
+            // Where none was asked for when this one was opened, in time for a search for space.
+            let ahead = stream.purpose == BandPurpose::User && rows_left <= band.rows / 2;
+            if ahead && stream.ready.borrow().is_empty() {
+                self.ask_for_bands(stream);
+            }
             return Opening::Band(band, skipped, transfer.max(2));
         }
     }
@@ -266,9 +272,9 @@ impl Core {
         if let Some(former) = stream.current.replace(Some(band)) {
             self.seal(&former);
         }
-        // In a tight pool compaction waits for a band rather than keep one unused.
-        let ahead = stream.purpose == BandPurpose::User || !self.space.tight.get();
-        if ahead && stream.ready.borrow().is_empty() {
+        // In a tight pool a band that is kept unused costs as much as if it were full: compaction waits for its next one, and
+        // hosts ask for theirs when half of this one is used.
+        if !self.space.tight.get() && stream.ready.borrow().is_empty() {
             self.ask_for_bands(stream);
         }
         true

@@ -6,7 +6,7 @@
 //! counts as empty once every stripe header in it was looked at and nothing live was left; it is freed by the
 //! next checkpoint.
 //!
-//! When it runs: as soon as a grant was refused for want of space, which is a band ahead of need; otherwise when the
+//! When it runs: as soon as a grant was refused for want of space, which is half a band or more ahead of need; otherwise when the
 //! share of garbage passes a setting. That is lower while the pool is tight and this volume is quiet: its garbage may be all
 //! the space another one needs, while a busy volume's own garbage grows by itself the longer it is left. It goes on beside
 //! user I/O, in its own stripes, which may use the pool's reserve.

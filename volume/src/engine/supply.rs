@@ -1,7 +1,7 @@
 //! Bands ahead of need.
 //!
 //! A stream asks for the next band when it opens its last one, so a write waits for metadata only when it is
-//! faster than Raft. A volume starts with chunks of 1 MiB and grows, so a thousand small volumes stay small.
+//! faster than Raft. In a tight pool hosts ask when half of that is used, and compaction when it has none. A volume starts with chunks of 1 MiB and grows, so a thousand small volumes stay small.
 
 use std::rc::Rc;
 
