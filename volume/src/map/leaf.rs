@@ -371,9 +371,9 @@ impl Leaf {
         let mut at = LBAS_AT + self.count * self.lba_width as usize + slot * self.rest_width;
         let mut values = [0; FIELDS];
         values[LBA] = self.lba(slot);
-        for field in LBA + 1..FIELDS {
+        for (field, value) in values.iter_mut().enumerate().skip(LBA + 1) {
             let width = u32::from(frame.widths[field]);
-            values[field] = frame.lowest[field].get() + bits::read(block, at, width);
+            *value = frame.lowest[field].get() + bits::read(block, at, width);
             at += width as usize;
         }
         values
