@@ -16,7 +16,7 @@ use bytes::Bytes;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use weft_block::{BlockDevice, BlockError, Device, DeviceInfo, Durability, Io};
-use weft_initiator::{ConnectOptions, Controller, HostIdentity};
+use weft_initiator::{ConnectOptions, Controller, HostIdentity, Namespace};
 use weft_proto::nqn::Nqn;
 use weft_proto::units::{Lba, LbaRange};
 
@@ -100,7 +100,7 @@ impl Slot {
 struct Forward {
     address: SocketAddr,
     controller: Rc<Controller>,
-    device: Device,
+    namespace: Rc<Namespace>,
 }
 
 /// The way of one host association.
@@ -129,7 +129,7 @@ impl Route {
         let forward = self.forward.borrow();
         let forward = forward.as_ref()?;
         let usable = forward.address == address && forward.controller.closed_reason().is_none();
-        usable.then(|| forward.device.clone())
+        usable.then(|| forward.namespace.clone() as Device)
     }
 
     /// Connects to the owner in the host's name, once at a time.
@@ -155,13 +155,13 @@ impl Route {
                 self.refused_at.set(Some(Instant::now()));
             })
             .ok()?;
-        let device: Device = controller.namespace(1).await.ok()?;
+        let namespace = controller.namespace(1).await.ok()?;
         *self.forward.borrow_mut() = Some(Forward {
             address,
             controller,
-            device: device.clone(),
+            namespace: namespace.clone(),
         });
-        Some(device)
+        Some(namespace)
     }
 
     /// Waits until there is a device, or the command has waited long enough.
@@ -186,7 +186,20 @@ impl Route {
         }
     }
 
-    /// Issues a command, again if the device says that nothing was done and another one may serve it.
+    /// Asks the owner how large the volume is, if commands go there.
+    async fn look_at_size(&self) {
+        let namespace = self
+            .forward
+            .borrow()
+            .as_ref()
+            .map(|forward| forward.namespace.clone());
+        if let Some(namespace) = namespace {
+            // Without an answer the association is about to end, and the next one asks anyway.
+            let _ = namespace.refresh().await;
+        }
+    }
+
+    /// Issues a command, whose range was checked, again if the device says that nothing was done and another one may serve it.
     async fn issue<T>(
         self: Rc<Self>,
         first: Option<Io<T>>,
@@ -204,6 +217,12 @@ impl Route {
                     let changed = self.slot.changed.notified();
                     let _ = tokio::time::timeout(Duration::from_millis(2), changed).await;
                 }
+                // The range was checked: the volume has grown, and it is not known yet where it is served.
+                Err(BlockError::OutOfRange { .. }) if Instant::now() < deadline => {
+                    self.look_at_size().await;
+                    tokio::time::sleep(Duration::from_millis(2)).await;
+                }
+                Err(BlockError::OutOfRange { .. }) => return Err(BlockError::NotReady),
                 answer => return answer,
             }
         }
@@ -236,20 +255,35 @@ impl BlockDevice for RoutedDevice {
     }
 
     fn read(&self, range: LbaRange) -> Io<Bytes> {
+        if let Err(error) = self.info().check_read(range) {
+            return Io::ready(Err(error));
+        }
         self.0.start(move |device| device.read(range))
     }
 
     fn write(&self, start: Lba, data: Vec<Bytes>, durability: Durability) -> Io<()> {
+        if let Err(error) = self.info().check_write(start, &data) {
+            return Io::ready(Err(error));
+        }
         self.0
             .start(move |device| device.write(start, data.clone(), durability))
     }
 
     fn write_zeroes(&self, range: LbaRange, deallocate: bool, durability: Durability) -> Io<()> {
+        if let Err(error) = self.info().check_range(range) {
+            return Io::ready(Err(error));
+        }
         self.0
             .start(move |device| device.write_zeroes(range, deallocate, durability))
     }
 
     fn deallocate(&self, ranges: Vec<LbaRange>) -> Io<()> {
+        if let Err(error) = ranges
+            .iter()
+            .try_for_each(|range| self.info().check_range(*range))
+        {
+            return Io::ready(Err(error));
+        }
         self.0.start(move |device| device.deallocate(ranges.clone()))
     }
 
