@@ -304,6 +304,30 @@ impl Agents {
         })
     }
 
+    /// What the threads of the agents do, as far as the kernel tells: for whoever has to find out why one does not answer.
+    fn threads(&self) -> String {
+        let of_agent = |agent: &Agent| {
+            let Some(child) = &agent.child else {
+                return format!("{} does not run", agent.config.name);
+            };
+            let process = PathBuf::from(format!("/proc/{}", child.id()));
+            let mut threads = Vec::new();
+            for task in fs::read_dir(process.join("task")).into_iter().flatten().flatten() {
+                let read = |file: &str| fs::read_to_string(task.path().join(file)).unwrap_or_default();
+                let stat = read("stat");
+                // After the name, which may hold anything: the state.
+                let state = stat.rsplit_once(") ").map_or("?", |(_, rest)| &rest[..1]);
+                threads.push(format!(
+                    "{} {state} {}",
+                    read("comm").trim(),
+                    read("wchan").trim()
+                ));
+            }
+            format!("{}: {}", agent.config.name, threads.join(", "))
+        };
+        self.list.iter().map(of_agent).collect::<Vec<_>>().join("; ")
+    }
+
     /// Waits until a condition holds, for as long as a slow machine may need.
     ///
     /// # Errors
@@ -313,7 +337,8 @@ impl Agents {
         while !condition(self) {
             ensure!(
                 Instant::now() < deadline,
-                "waited two minutes until {what}, in vain"
+                "waited two minutes until {what}, in vain; {}",
+                self.threads()
             );
             std::thread::sleep(Duration::from_millis(50));
         }
