@@ -39,6 +39,9 @@ use incarnation::MemberStart;
 /// How long `init` and `join` wait for a leader.
 const LEADER_WAIT: Duration = Duration::from_secs(20);
 
+/// How long an ending agent waits for its data thread, which lets go of drives and connections meanwhile.
+const DATA_THREAD_WAIT: Duration = Duration::from_secs(2);
+
 /// The pool every cluster begins with.
 const DEFAULT_POOL: &str = "default";
 
@@ -71,11 +74,20 @@ pub(crate) fn run(config: Config, exit_with_stdin: bool) -> anyhow::Result<Endin
         .build()
         .context("start the control runtime")?;
     let polling = Duration::from_micros(config.fabric.polling_us);
-    let (data, _thread) = DataThread::spawn(polling, Plane::default).context("start the data thread")?;
+    let (data, thread) = DataThread::spawn(polling, Plane::default).context("start the data thread")?;
     let ending = control.block_on(Life::live(config, data_dir, data, exit_with_stdin));
     // Whatever still runs has nobody to answer to.
     control.shutdown_background();
+    // What comes next, an exit or a new program image, ends all threads: better one that has let go of its drives.
+    if !thread.joined_within(DATA_THREAD_WAIT) {
+        tracing::warn!("the data thread does not end");
+    }
     ending
+}
+
+fn asked_by(what: &str) -> Ending {
+    tracing::info!(by = what, "asked to end");
+    Ending::Asked
 }
 
 struct Life {
@@ -167,9 +179,9 @@ impl Life {
                     None => bail!("the control service has ended"),
                 },
                 _ = fenced.recv() => return Ok(Ending::Fenced),
-                _ = terminate.recv() => return Ok(Ending::Asked),
-                _ = interrupt.recv() => return Ok(Ending::Asked),
-                () = &mut stdin => return Ok(Ending::Asked),
+                _ = terminate.recv() => return Ok(asked_by("SIGTERM")),
+                _ = interrupt.recv() => return Ok(asked_by("SIGINT")),
+                () = &mut stdin => return Ok(asked_by("the end of standard input")),
             }
         }
     }

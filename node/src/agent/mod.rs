@@ -35,6 +35,12 @@ use life::Ending;
 
 /// Runs the agent until it is told to end. Returns the exit code.
 pub(crate) fn main(config: &Path, exit_with_stdin: bool) -> u8 {
+    // First of all: whoever looks for a missing agent sees whether its program began.
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        process = std::process::id(),
+        "starting"
+    );
     let ending = Config::load(config).and_then(|config| life::run(config, exit_with_stdin));
     match ending {
         Ok(Ending::Asked) => 0,

@@ -3,7 +3,8 @@
 //! Others reach it by sending it work: a closure that runs there and whose answer comes back.
 
 use std::rc::Rc;
-use std::time::Duration;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use futures_util::future::LocalBoxFuture;
 use tokio::sync::{mpsc, oneshot};
@@ -24,6 +25,27 @@ impl<S> Clone for DataThread<S> {
     }
 }
 
+/// The thread itself, for whoever waits for its end.
+pub(crate) struct Running(JoinHandle<()>);
+
+impl Running {
+    /// Waits until the thread has ended, for `limit` at most. Returns whether it has.
+    pub(crate) fn joined_within(self, limit: Duration) -> bool {
+        const POLL: Duration = Duration::from_millis(1);
+        let deadline = Instant::now() + limit;
+        while !self.0.is_finished() {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            std::thread::sleep(POLL);
+        }
+        if self.0.join().is_err() {
+            tracing::error!("the data thread has panicked");
+        }
+        true
+    }
+}
+
 /// The data thread has ended.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
 #[error("the data thread has ended")]
@@ -37,7 +59,7 @@ impl<S: 'static> DataThread<S> {
     pub(crate) fn spawn(
         polling: Duration,
         make: impl FnOnce() -> S + Send + 'static,
-    ) -> std::io::Result<(Self, std::thread::JoinHandle<()>)> {
+    ) -> std::io::Result<(Self, Running)> {
         let (sender, mut receiver) = mpsc::unbounded_channel::<Work<S>>();
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -54,7 +76,7 @@ impl<S: 'static> DataThread<S> {
                     }
                 });
             })?;
-        Ok((Self { work: sender }, thread))
+        Ok((Self { work: sender }, Running(thread)))
     }
 
     /// Runs `work` on the thread and waits for its answer.
@@ -85,7 +107,7 @@ mod tests {
 
     #[tokio::test]
     async fn work_runs_on_the_thread_and_may_keep_things_that_never_leave_it() {
-        let (data, _thread) = DataThread::spawn(Duration::ZERO, || Cell::new(6)).unwrap();
+        let (data, thread) = DataThread::spawn(Duration::ZERO, || Cell::new(6)).unwrap();
         let answer = data
             .call(|state| Box::pin(async move { state.replace(state.get() + 1) }))
             .await
@@ -97,5 +119,13 @@ mod tests {
                 .unwrap(),
             7
         );
+        drop(data);
+        assert!(thread.joined_within(Duration::from_secs(20)));
+    }
+
+    #[tokio::test]
+    async fn a_thread_that_somebody_may_still_send_work_to_is_not_waited_for_in_vain() {
+        let (_data, thread) = DataThread::spawn(Duration::ZERO, || ()).unwrap();
+        assert!(!thread.joined_within(Duration::from_millis(5)));
     }
 }
