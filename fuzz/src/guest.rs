@@ -147,6 +147,7 @@ impl Guest {
             subsystem,
             hostnqn: "nqn.2026-01.io.weft:guest".parse().expect("well-formed"),
             hostid: HostId([1; 16]),
+            doorbells: Doorbells::Trapped,
         };
         let device = Unconnected::new(&registry, &attachment).expect("the subsystem is presented");
         let mut guest = Self {

@@ -212,7 +212,7 @@ pub(crate) enum VolumeCommand {
     /// drive, and print the options of QEMU.
     Attach(AttachArgs),
     /// Stop a host or a guest from using a volume; its connections end.
-    Detach(AttachArgs),
+    Detach(AttachmentArgs),
     /// Move a volume's owner to another node. No data is copied.
     Move {
         /// Volume name.
@@ -241,7 +241,7 @@ pub(crate) enum VolumeCommand {
 
 /// `weft volume attach …` and `weft volume detach …`
 #[derive(Debug, Args)]
-pub(crate) struct AttachArgs {
+pub(crate) struct AttachmentArgs {
     /// Volume name.
     pub(crate) name: String,
     /// The host's NQN (on Linux: /etc/nvme/hostnqn).
@@ -253,6 +253,17 @@ pub(crate) struct AttachArgs {
     /// Control address of the agent on whose server the guest runs. Default: the first of --cluster.
     #[arg(long, requires = "vfio_user")]
     pub(crate) agent: Option<String>,
+}
+
+/// `weft volume attach`
+#[derive(Debug, Args)]
+pub(crate) struct AttachArgs {
+    #[command(flatten)]
+    pub(crate) attachment: AttachmentArgs,
+    /// Map the doorbells into the guest, whose drivers then never trap, and look at them without a pause while the guest runs.
+    /// Takes a core of the server; for guests whose driver has no doorbells in memory (Linux' has).
+    #[arg(long, requires = "vfio_user")]
+    pub(crate) map_doorbells: bool,
 }
 
 /// `weft vm …`

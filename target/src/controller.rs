@@ -54,7 +54,10 @@ pub(crate) enum Transport {
     /// By capsules: properties instead of registers, Connect instead of queues in memory.
     Fabrics,
     /// By queues in the host's memory, as a PCI Express function.
-    Memory,
+    Memory {
+        /// Doorbells may be in the host's memory too.
+        doorbell_buffer: bool,
+    },
 }
 
 /// A request as connections make them: with what it was admitted to, if it names a namespace that is there.

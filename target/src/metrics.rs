@@ -19,6 +19,7 @@ const CONTROLLERS: &str = "weft_target_controllers";
 const KEEP_ALIVE_EXPIRED: &str = "weft_target_keep_alive_expired_total";
 const COMMANDS_LATE: &str = "weft_target_commands_late_total";
 const RESERVATION_CONFLICTS: &str = "weft_target_reservation_conflicts_total";
+const DOORBELLS_TRAPPED: &str = "weft_target_doorbells_trapped_total";
 
 /// Every metric of this crate.
 pub const METRICS: &[Metric] = &[
@@ -98,6 +99,13 @@ pub const METRICS: &[Metric] = &[
         unit: "commands",
         labels: &[],
         help: "Operations refused because of a reservation: late writes of a fenced host among them.",
+    },
+    Metric {
+        name: DOORBELLS_TRAPPED,
+        kind: Kind::Counter,
+        unit: "doorbells",
+        labels: &[],
+        help: "Doorbells of guests that came as messages of their monitors: each stopped a processor of its guest.",
     },
 ];
 
@@ -286,6 +294,11 @@ pub(crate) fn keep_alive_expired() {
 /// An operation was refused because of a reservation.
 pub(crate) fn reservation_conflict() {
     counter!(RESERVATION_CONFLICTS).increment(1);
+}
+
+/// A guest's doorbell came as a message.
+pub(crate) fn doorbell_trapped() {
+    counter!(DOORBELLS_TRAPPED).increment(1);
 }
 
 #[cfg(test)]

@@ -17,6 +17,9 @@ pub(super) struct Recorded {
     pub(super) uuid: [u8; 16],
     /// Of the socket.
     pub(super) path: PathBuf,
+    /// Its doorbells are mapped.
+    #[serde(default)]
+    pub(super) map_doorbells: bool,
 }
 
 /// By the names of volumes.
@@ -54,6 +57,7 @@ mod tests {
         let recorded = Recorded {
             uuid: [7; 16],
             path: "/run/guest".into(),
+            map_doorbells: true,
         };
         let records = Records::from([("disk".to_owned(), recorded)]);
         write(&file, &records).unwrap();

@@ -23,7 +23,7 @@ use weft_metadata::state::ClusterMap;
 use weft_metadata::state::map::Volume;
 use weft_proto::id::{ClusterId, HostId};
 use weft_target::Registry;
-use weft_target::vfio_user::{Attachment, serve};
+use weft_target::vfio_user::{Attachment, Doorbells, serve};
 
 use super::guest_record::{self, Recorded, Records};
 use crate::view;
@@ -35,8 +35,7 @@ const MAP_WAIT: Duration = Duration::from_secs(10);
 const PATH_BYTES_MAX: usize = 107;
 
 struct Guest {
-    uuid: [u8; 16],
-    path: PathBuf,
+    recorded: Recorded,
     stop: oneshot::Sender<()>,
     serving: JoinHandle<anyhow::Result<()>>,
 }
@@ -82,17 +81,22 @@ impl Guests {
             tracing::error!("guests have to be attached again: {error:#}");
             Records::new()
         });
-        for (volume, Recorded { uuid, path }) in records {
+        for (volume, recorded) in records {
             let (stop, stopped) = oneshot::channel::<()>();
             let presented = self.presented.clone();
-            let (name, socket) = (volume.clone(), path.clone());
+            let name = volume.clone();
+            let Recorded {
+                uuid,
+                path: socket,
+                map_doorbells,
+            } = recorded.clone();
             let serving = tokio::task::spawn_local(async move {
                 let registry = Rc::clone(&presented.registry);
                 let mut stopped = stopped;
                 let attachment = tokio::select! {
                     // The end of its sender too.
                     _ = &mut stopped => return Ok(()),
-                    attachment = presented.wait(&name) => attachment,
+                    attachment = presented.wait(&name, map_doorbells) => attachment,
                 };
                 // Without one this member has ended.
                 let Some(attachment) = attachment else {
@@ -114,8 +118,7 @@ impl Guests {
                     .context("a guest's socket")
             });
             let guest = Guest {
-                uuid,
-                path,
+                recorded,
                 stop,
                 serving,
             };
@@ -127,18 +130,27 @@ impl Guests {
     ///
     /// # Errors
     /// The volume is not there or has a guest, there can be no socket at that path, or it cannot be put on record.
-    pub(crate) async fn attach(&self, volume: &str, path: PathBuf) -> anyhow::Result<()> {
+    pub(crate) async fn attach(
+        &self,
+        volume: &str,
+        path: PathBuf,
+        map_doorbells: bool,
+    ) -> anyhow::Result<()> {
         if let Some(guest) = self.guests.borrow().get(volume)
             && !guest.serving.is_finished()
         {
             bail!(
                 "volume {volume} has a guest on this node already, at {}; detach it first",
-                guest.path.display()
+                guest.recorded.path.display()
             );
         }
-        let attachment = self.presented.attachment(volume).await?;
+        let attachment = self.presented.attachment(volume, map_doorbells).await?;
         let listener = listen(&path)?;
-        let uuid = attachment.hostid.0;
+        let recorded = Recorded {
+            uuid: attachment.hostid.0,
+            path: path.clone(),
+            map_doorbells,
+        };
         let (stop, stopped) = oneshot::channel();
         // The end of its sender is the end of this member.
         let stopped = async move { drop(stopped.await) };
@@ -149,8 +161,7 @@ impl Guests {
                 .context("a guest's socket")
         });
         let guest = Guest {
-            uuid,
-            path: path.clone(),
+            recorded,
             stop,
             serving,
         };
@@ -172,7 +183,7 @@ impl Guests {
     pub(crate) async fn detach(&self, volume: &str, path: &Path) -> anyhow::Result<()> {
         let guest = {
             let mut guests = self.guests.borrow_mut();
-            let found = guests.get(volume).filter(|guest| guest.path == path);
+            let found = guests.get(volume).filter(|guest| guest.recorded.path == path);
             ensure!(
                 found.is_some(),
                 "volume {volume} has no guest at {} on this node",
@@ -183,20 +194,16 @@ impl Guests {
         // Whoever is gone already needs no telling.
         let _ = guest.stop.send(());
         let served = guest.serving.await.context("the guest's controller")?;
-        remove_socket(&guest.path);
+        remove_socket(&guest.recorded.path);
         self.write_record()?;
         served
     }
 
     fn write_record(&self) -> anyhow::Result<()> {
         let guests = self.guests.borrow();
-        let records = guests.iter().map(|(volume, guest)| {
-            let recorded = Recorded {
-                uuid: guest.uuid,
-                path: guest.path.clone(),
-            };
-            (volume.clone(), recorded)
-        });
+        let records = guests
+            .iter()
+            .map(|(volume, guest)| (volume.clone(), guest.recorded.clone()));
         guest_record::write(&self.record, &records.collect())
     }
 
@@ -205,15 +212,15 @@ impl Guests {
         let guests = self.guests.borrow();
         let paths = guests
             .iter()
-            .map(|(volume, guest)| (volume, guest.path.display().to_string()));
+            .map(|(volume, guest)| (volume, guest.recorded.path.display().to_string()));
         serde_json::json!(paths.collect::<BTreeMap<_, _>>())
     }
 }
 
 impl Presented {
     /// Waits until this node presents the volume to its guest, for a while.
-    async fn attachment(&self, volume: &str) -> anyhow::Result<Attachment> {
-        let found = tokio::time::timeout(MAP_WAIT, self.wait(volume)).await;
+    async fn attachment(&self, volume: &str, map_doorbells: bool) -> anyhow::Result<Attachment> {
+        let found = tokio::time::timeout(MAP_WAIT, self.wait(volume, map_doorbells)).await;
         found.ok().flatten().with_context(|| {
             format!(
                 "this node does not present volume {volume} to {}; see `weft volume show {volume}`",
@@ -223,7 +230,7 @@ impl Presented {
     }
 
     /// Waits until this node presents the volume to its guest; `None` if the map ends.
-    async fn wait(&self, volume: &str) -> Option<Attachment> {
+    async fn wait(&self, volume: &str, map_doorbells: bool) -> Option<Attachment> {
         let hostnqn = view::guest_nqn(self.cluster, volume);
         let mut map = self.map.clone();
         loop {
@@ -238,6 +245,11 @@ impl Presented {
                     subsystem: known.subnqn,
                     hostnqn,
                     hostid: HostId(known.uuid),
+                    doorbells: if map_doorbells {
+                        Doorbells::Mapped
+                    } else {
+                        Doorbells::Trapped
+                    },
                 });
             }
             // The registry follows the map a moment later.
@@ -252,7 +264,7 @@ impl Presented {
 impl Drop for Guests {
     fn drop(&mut self) {
         for guest in self.guests.borrow().values() {
-            remove_socket(&guest.path);
+            remove_socket(&guest.recorded.path);
         }
     }
 }

@@ -424,9 +424,13 @@ impl Life {
     }
 
     async fn attach_guest(&self, request: AttachGuestRequest) -> anyhow::Result<AttachGuestReply> {
-        let AttachGuestRequest { volume, path } = request;
-        self.on_member(|member| {
-            async move { member.guests().attach(&volume, path.into()).await }.boxed_local()
+        let AttachGuestRequest {
+            volume,
+            path,
+            map_doorbells,
+        } = request;
+        self.on_member(move |member| {
+            async move { member.guests().attach(&volume, path.into(), map_doorbells).await }.boxed_local()
         })
         .await?;
         Ok(AttachGuestReply {})

@@ -21,7 +21,7 @@ use weft_block::{Device, Durability};
 use weft_proto::id::HostId;
 use weft_proto::units::{Lba, MIB};
 use weft_target::vfio_user::mapping::Mapping;
-use weft_target::vfio_user::{Attachment, serve};
+use weft_target::vfio_user::{Attachment, Doorbells, serve};
 
 use super::floor::{BLOCK, noise};
 use super::guest::{ENTRIES, Guest, HEAD, Load, Memory, TAIL, at, map};
@@ -196,6 +196,7 @@ impl Controllers {
                             subsystem: subnqn(),
                             hostnqn: "nqn.2014-08.org.nvmexpress:uuid:bench-guest".parse()?,
                             hostid: HostId([9; 16]),
+                            doorbells: Doorbells::Trapped,
                         };
                         let listener = UnixListener::bind(&path)?;
                         let registry = Rc::clone(&registry);

@@ -11,16 +11,20 @@ use weft_proto::nqn::Nqn;
 use super::volume::{connect_lines, named};
 use super::{Failure, Session};
 use super::{admin, status_failure};
-use crate::args::{AttachArgs, VmCommand};
+use crate::args::{AttachArgs, AttachmentArgs, VmCommand};
 use crate::view;
 
 impl Session {
     pub(super) async fn attach(&self, map: &ClusterMap, args: AttachArgs) -> Result<(), Failure> {
         let AttachArgs {
-            name,
-            host,
-            vfio_user,
-            agent,
+            attachment:
+                AttachmentArgs {
+                    name,
+                    host,
+                    vfio_user,
+                    agent,
+                },
+            map_doorbells,
         } = args;
         let volume = named(map, &name)?;
         let host = host_of(map, volume, host)?;
@@ -45,6 +49,7 @@ impl Session {
         let request = AttachGuestRequest {
             volume: name.clone(),
             path: path.display().to_string(),
+            map_doorbells,
         };
         let attached = match admin(&self.guest_agent(agent)).await {
             Ok(mut admin) => admin
@@ -76,8 +81,8 @@ impl Session {
         Ok(())
     }
 
-    pub(super) async fn detach(&self, map: &ClusterMap, args: AttachArgs) -> Result<(), Failure> {
-        let AttachArgs {
+    pub(super) async fn detach(&self, map: &ClusterMap, args: AttachmentArgs) -> Result<(), Failure> {
+        let AttachmentArgs {
             name,
             host,
             vfio_user,

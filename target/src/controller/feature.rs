@@ -104,7 +104,7 @@ impl Controller {
             }
             // Interrupts follow a batch of completions as it is.
             FeatureId::INTERRUPT_COALESCING | FeatureId::INTERRUPT_VECTOR
-                if self.transport == Transport::Memory =>
+                if matches!(self.transport, Transport::Memory { .. }) =>
             {
                 done(Status::SUCCESS)
             }
@@ -184,7 +184,7 @@ impl Controller {
                 u32::from(reserved.report().ptpl)
             }
             FeatureId::INTERRUPT_COALESCING | FeatureId::INTERRUPT_VECTOR
-                if self.transport == Transport::Memory =>
+                if matches!(self.transport, Transport::Memory { .. }) =>
             {
                 0
             }

@@ -129,8 +129,10 @@ impl Controller {
                 data.msdbd = 1;
                 data.ofcs = 1.into();
             }
-            Transport::Memory => {
-                data.oacs = oacs::DOORBELL_BUFFER.into();
+            Transport::Memory { doorbell_buffer } => {
+                if doorbell_buffer {
+                    data.oacs = oacs::DOORBELL_BUFFER.into();
+                }
                 data.sgls = (sgls::SUPPORTED | sgls::LONGER).into();
             }
         }

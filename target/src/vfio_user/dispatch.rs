@@ -8,11 +8,53 @@ use rustix::io::Errno;
 use super::function::Function;
 use super::message::{self, REGION_BAR0, REGION_CONFIG, RegionWrite, Request};
 use super::pci::CONFIG_BYTES;
-use super::registers::BAR0_BYTES;
+use super::registers::{BAR0_BYTES, DOORBELLS_AT, DOORBELLS_BYTES};
+
+/// What a client gets.
+pub(super) struct Answer {
+    /// Of the reply.
+    pub(super) body: Vec<u8>,
+    /// What goes with it.
+    pub(super) file: Option<OwnedFd>,
+}
+
+impl From<Vec<u8>> for Answer {
+    fn from(body: Vec<u8>) -> Self {
+        Self { body, file: None }
+    }
+}
 
 impl Function {
-    /// Does what a client asks for; answers the reply's body.
+    /// Does what a client asks for.
     pub(super) fn handle(
+        &mut self,
+        request: Request<'_>,
+        files: Vec<OwnedFd>,
+        now: Instant,
+    ) -> Result<Answer, Errno> {
+        match request {
+            Request::RegionInfo {
+                index: REGION_BAR0,
+                argsz,
+            } => self.bar_info(argsz),
+            request => self.handle_plain(request, files, now).map(Answer::from),
+        }
+    }
+
+    fn bar_info(&self, argsz: u32) -> Result<Answer, Errno> {
+        let Some(file) = self.doorbell_file() else {
+            return Ok(message::region_info_reply(REGION_BAR0, BAR0_BYTES).into());
+        };
+        let doorbells = DOORBELLS_AT..DOORBELLS_AT + DOORBELLS_BYTES;
+        let body = message::mapped_region_info_reply(REGION_BAR0, BAR0_BYTES, doorbells, argsz);
+        // A client that has to ask again would get it twice.
+        let is_whole = argsz >= message::MAPPED_REGION_INFO_BYTES;
+        let file = if is_whole { Some(file?) } else { None };
+        Ok(Answer { body, file })
+    }
+
+    /// Whatever is answered without a file.
+    fn handle_plain(
         &mut self,
         request: Request<'_>,
         mut files: Vec<OwnedFd>,
@@ -31,8 +73,7 @@ impl Function {
                 Ok(message::unmap_reply(address, bytes))
             }
             Request::DeviceInfo => Ok(message::device_info_reply()),
-            Request::RegionInfo { index } => match index {
-                REGION_BAR0 => Ok(message::region_info_reply(index, BAR0_BYTES)),
+            Request::RegionInfo { index, .. } => match index {
                 REGION_CONFIG => Ok(message::region_info_reply(index, CONFIG_BYTES as u64)),
                 index if index < message::REGIONS => Ok(message::region_info_reply(index, 0)),
                 _ => Err(Errno::INVAL),

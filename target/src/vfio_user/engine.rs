@@ -20,8 +20,10 @@ use weft_proto::nvme::sqe::{Fuse, Sqe};
 use weft_proto::nvme::status::Status;
 use zerocopy::FromBytes;
 
+use super::doorbell_page::DoorbellPage;
 use super::memory::{Fault, GuestMemory};
 use super::queue::{CompletionQueue, SubmissionQueue};
+use super::registers::Doorbell;
 use super::transfer::{Refusal, Segments, admin_bytes, io_bytes};
 use crate::controller::{Controller, IoRequest};
 use crate::io::{self as nvm, Finished};
@@ -77,6 +79,8 @@ pub(super) struct Engine {
     submission: Vec<Option<SubmissionQueue>>,
     completion: Vec<Option<CompletionQueue>>,
     shadow: Option<Shadow>,
+    /// Doorbells that the client maps. Then there is no shadow.
+    mapped: Option<DoorbellPage>,
     running: FuturesUnordered<LocalBoxFuture<'static, Done>>,
     /// Done, and not answered: the guest's memory may come back.
     stalled: VecDeque<Done>,
@@ -90,13 +94,14 @@ pub(super) struct Engine {
 }
 
 impl Engine {
-    pub(super) fn new(controller: Rc<Controller>, io_queues: u16) -> Self {
+    pub(super) fn new(controller: Rc<Controller>, io_queues: u16, mapped: Option<DoorbellPage>) -> Self {
         let queues = usize::from(io_queues) + 1;
         Self {
             controller,
             submission: (0..queues).map(|_| None).collect(),
             completion: (0..queues).map(|_| None).collect(),
             shadow: None,
+            mapped,
             running: FuturesUnordered::new(),
             stalled: VecDeque::new(),
             life: Rc::default(),
@@ -111,6 +116,8 @@ impl Engine {
         completion.submission_queues = 1;
         self.submission[0] = Some(submission);
         self.completion[0] = Some(completion);
+        self.begin_doorbell(Doorbell::Tail(0));
+        self.begin_doorbell(Doorbell::Head(0));
         self.stopped = false;
     }
 
@@ -134,6 +141,11 @@ impl Engine {
     /// Takes no more commands.
     pub(super) fn stop(&mut self) {
         self.stopped = true;
+    }
+
+    /// Whether no more commands are taken.
+    pub(super) fn is_stopped(&self) -> bool {
+        self.stopped
     }
 
     /// Whether nothing is in execution, of whichever life.

@@ -7,15 +7,18 @@
 //! dropped, and the controller gets ready again only when none is left: otherwise an old write could land on top of a new
 //! one. The same goes for what a former connection of the same host left behind.
 
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
 use futures_util::FutureExt;
 use futures_util::future::LocalBoxFuture;
+use rustix::io::Errno;
 use weft_proto::fabrics::property::{Capabilities, Configuration, ControllerStatus, ShutdownNotification};
 use weft_proto::nvme::event::AsyncEvent;
 
+use super::doorbell_page::DoorbellPage;
 use super::engine::Engine;
 use super::interrupt::Interrupts;
 use super::memory::GuestMemory;
@@ -23,6 +26,7 @@ use super::pci::Config;
 use super::queue::{CompletionQueue, SubmissionQueue};
 use super::registers::{BAR0_BYTES, DOORBELLS_AT, Doorbell, MSIX_PENDING_AT, MSIX_TABLE_AT, at};
 use crate::controller::{Controller, VERSION};
+use crate::metrics;
 
 /// Most entries of a queue. As many as hosts ask for.
 pub(super) const QUEUE_ENTRIES_MAX: u32 = 1024;
@@ -61,14 +65,15 @@ pub(super) struct Function {
 
 impl Function {
     /// For a client that has just connected.
-    pub(super) fn new(controller: Rc<Controller>, io_queues: u16) -> Self {
+    /// With doorbells in a page, if there is one.
+    pub(super) fn new(controller: Rc<Controller>, io_queues: u16, doorbells: Option<DoorbellPage>) -> Self {
         let vectors = io_queues + 1;
         let dropped = controller.outstanding().map(|outstanding| {
             let outstanding = Rc::clone(outstanding);
             async move { outstanding.wait_until_none(std::future::pending()).await }.boxed_local()
         });
         Self {
-            engine: Engine::new(Rc::clone(&controller), io_queues),
+            engine: Engine::new(Rc::clone(&controller), io_queues, doorbells),
             config: Config::new(vectors),
             registers: Registers::default(),
             msix_table: vec![0; usize::from(vectors) * 16],
@@ -107,9 +112,20 @@ impl Function {
         status.ready() && !status.fatal() && self.config.is_bus_master()
     }
 
-    /// Looks at doorbells in memory that a host rings without telling; answers whether one was rung.
-    pub(super) fn poll_shadow(&mut self) -> bool {
-        self.may_access_memory() && self.engine.poll_shadow(&self.memory)
+    /// Looks at doorbells that a host rings without telling; answers whether one was rung.
+    pub(super) fn poll_doorbells(&mut self) -> bool {
+        self.may_access_memory()
+            && (self.engine.poll_mapped(&self.memory) | self.engine.poll_shadow(&self.memory))
+    }
+
+    /// Whether doorbells are rung in a way that nobody is ever told of.
+    pub(super) fn is_never_told(&self) -> bool {
+        self.engine.has_mapped_doorbells() && self.may_access_memory() && !self.engine.is_stopped()
+    }
+
+    /// The page of doorbells that a client may map: its file, if there is one.
+    pub(super) fn doorbell_file(&self) -> Option<Result<OwnedFd, Errno>> {
+        self.engine.doorbell_file()
     }
 
     /// Asks the host to tell when it rings a doorbell in memory, from now on; answers whether one was rung before that.
@@ -321,6 +337,7 @@ impl Function {
     }
 
     fn ring(&mut self, offset: u64, value: u32) {
+        metrics::doorbell_trapped();
         if !self.controller.is_ready() {
             return;
         }

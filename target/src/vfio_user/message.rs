@@ -235,6 +235,8 @@ pub enum Request<'a> {
     RegionInfo {
         /// Which.
         index: u32,
+        /// Bytes that the client has room for.
+        argsz: u32,
     },
     /// What a kind of interrupt is.
     InterruptInfo {
@@ -307,6 +309,19 @@ struct WireRegionInfo {
     offset: U64,
 }
 
+/// The capability that says which parts of a region may be mapped, with one area.
+#[derive(IntoBytes, Immutable, Unaligned)]
+#[repr(C)]
+struct WireSparseMmap {
+    id: U16,
+    version: U16,
+    next: U32,
+    areas: U32,
+    reserved: U32,
+    offset: U64,
+    size: U64,
+}
+
 #[derive(FromBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct WireSetIrqs {
@@ -362,9 +377,13 @@ impl<'a> Request<'a> {
                 }
             }
             command::DEVICE_GET_INFO => Self::DeviceInfo,
-            command::DEVICE_GET_REGION_INFO => Self::RegionInfo {
-                index: prefix::<WireRegionInfo>(body)?.0.index.get(),
-            },
+            command::DEVICE_GET_REGION_INFO => {
+                let (info, _) = prefix::<WireRegionInfo>(body)?;
+                Self::RegionInfo {
+                    index: info.index.get(),
+                    argsz: info.argsz.get(),
+                }
+            }
             command::DEVICE_GET_IRQ_INFO => Self::InterruptInfo {
                 index: prefix::<WireInfo>(body)?.0.first.get(),
             },
@@ -511,20 +530,66 @@ fn info(flags: u32, first: u32, second: u32) -> Vec<u8> {
     .to_vec()
 }
 
+/// Flags of Region Info.
+mod region_flag {
+    pub(super) const READ: u32 = 1 << 0;
+    pub(super) const WRITE: u32 = 1 << 1;
+    pub(super) const MMAP: u32 = 1 << 2;
+    pub(super) const CAPABILITIES: u32 = 1 << 3;
+}
+
 /// The body of the reply to Region Info: a region that is read and written by messages, or is absent with 0 bytes.
 #[must_use]
 pub fn region_info_reply(index: u32, bytes: u64) -> Vec<u8> {
-    const READ_AND_WRITE: u32 = 0b11;
+    let flags = if bytes > 0 {
+        region_flag::READ | region_flag::WRITE
+    } else {
+        0
+    };
+    region_info(index, bytes, flags, REGION_INFO_BYTES, 0)
+        .as_bytes()
+        .to_vec()
+}
+
+/// The same for a region of which `mapped` may be mapped, at the same offsets of the file that goes with it. Whoever has
+/// less room for it than [`MAPPED_REGION_INFO_BYTES`] gets what says so, and asks again.
+#[must_use]
+pub fn mapped_region_info_reply(index: u32, bytes: u64, mapped: std::ops::Range<u64>, argsz: u32) -> Vec<u8> {
+    let has_room = argsz >= MAPPED_REGION_INFO_BYTES;
+    let flags = region_flag::READ | region_flag::WRITE | region_flag::MMAP | region_flag::CAPABILITIES;
+    let cap_offset = if has_room { REGION_INFO_BYTES } else { 0 };
+    let mut reply = region_info(index, bytes, flags, MAPPED_REGION_INFO_BYTES, cap_offset)
+        .as_bytes()
+        .to_vec();
+    if has_room {
+        let capability = WireSparseMmap {
+            id: 1.into(),
+            version: 1.into(),
+            next: 0.into(),
+            areas: 1.into(),
+            reserved: 0.into(),
+            offset: mapped.start.into(),
+            size: (mapped.end - mapped.start).into(),
+        };
+        reply.extend_from_slice(capability.as_bytes());
+    }
+    reply
+}
+
+const REGION_INFO_BYTES: u32 = size_of::<WireRegionInfo>() as u32;
+
+/// Bytes of the reply about a region that may be mapped.
+pub const MAPPED_REGION_INFO_BYTES: u32 = REGION_INFO_BYTES + size_of::<WireSparseMmap>() as u32;
+
+fn region_info(index: u32, bytes: u64, flags: u32, argsz: u32, cap_offset: u32) -> WireRegionInfo {
     WireRegionInfo {
-        argsz: (size_of::<WireRegionInfo>() as u32).into(),
-        flags: if bytes > 0 { READ_AND_WRITE } else { 0 }.into(),
+        argsz: argsz.into(),
+        flags: flags.into(),
         index: index.into(),
-        cap_offset: 0.into(),
+        cap_offset: cap_offset.into(),
         size: bytes.into(),
         offset: 0.into(),
     }
-    .as_bytes()
-    .to_vec()
 }
 
 /// The body of the reply to an unmap: the range again.
@@ -579,6 +644,21 @@ mod tests {
             data: &[1, 2, 3, 4],
         };
         assert_eq!(Request::parse(&header, &body), Ok(Request::RegionWrite(write)));
+    }
+
+    #[test]
+    fn a_region_that_may_be_mapped_says_which_part_of_it() {
+        let reply = mapped_region_info_reply(0, 0x4000, 0x1000..0x2000, 64);
+        let mut expected = vec![64, 0, 0, 0, 0x0f, 0, 0, 0, 0, 0, 0, 0, 32, 0, 0, 0];
+        expected.extend([0, 0x40, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        // VFIO_REGION_INFO_CAP_SPARSE_MMAP, version 1, one area.
+        expected.extend([1, 0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+        expected.extend([0, 0x10, 0, 0, 0, 0, 0, 0, 0, 0x10, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(reply, expected);
+        let short = mapped_region_info_reply(0, 0x4000, 0x1000..0x2000, 32);
+        expected.truncate(32);
+        expected[12] = 0;
+        assert_eq!(short, expected, "asks for more room");
     }
 
     #[test]

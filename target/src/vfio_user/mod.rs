@@ -23,6 +23,7 @@ use weft_proto::id::HostId;
 use weft_proto::nqn::Nqn;
 
 mod dispatch;
+mod doorbell_page;
 mod engine;
 mod function;
 mod interrupt;
@@ -32,6 +33,7 @@ pub mod message;
 mod pci;
 mod queue;
 mod registers;
+mod replies;
 mod server;
 mod transfer;
 #[doc(hidden)]
@@ -48,4 +50,18 @@ pub struct Attachment {
     pub hostnqn: Nqn,
     /// The identifier by which reservations know the guest.
     pub hostid: HostId,
+    /// How it rings.
+    pub doorbells: Doorbells,
+}
+
+/// How a guest's doorbells reach the controller.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Doorbells {
+    /// By messages of its monitor, and in the guest's own memory if its driver knows Doorbell Buffer Config, as Linux' does.
+    /// An idle controller costs nothing.
+    #[default]
+    Trapped,
+    /// In a page that the monitor maps into the guest: no driver ever traps. The thread looks at that page without a pause as
+    /// long as the controller is enabled, which takes a core. Such a controller has no Doorbell Buffer Config.
+    Mapped,
 }

@@ -8,6 +8,9 @@ pub(super) const BAR0_BYTES: u64 = 0x4000;
 /// Where doorbells begin.
 pub(super) const DOORBELLS_AT: u64 = 0x1000;
 
+/// Their bytes: a page, which a client may map.
+pub(super) const DOORBELLS_BYTES: u64 = MSIX_TABLE_AT - DOORBELLS_AT;
+
 /// The MSI-X table, which the virtual machine monitor keeps, and its pending bits.
 pub(super) const MSIX_TABLE_AT: u64 = 0x2000;
 pub(super) const MSIX_PENDING_AT: u64 = 0x3000;

@@ -19,10 +19,13 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::time::Sleep;
 use weft_block::polling::{SPAN_DEFAULT, is_polling, note_activity};
 
-use super::Attachment;
+use super::dispatch::Answer;
+use super::doorbell_page::DoorbellPage;
 use super::function::Function;
 use super::memory::RANGES_MAX;
 use super::message::{self, HEADER_BYTES, Header, MESSAGE_FDS_MAX, Request};
+use super::replies::Replies;
+use super::{Attachment, Doorbells};
 use crate::controller::{Controller, Transport};
 use crate::error_chain;
 use crate::namespace::Association;
@@ -80,9 +83,9 @@ pub async fn serve(
                 drop(stream);
             }
             Ok((stream, _)) => match connect(&registry, &attachment) {
-                Ok(connected) => {
+                Ok((connected, function)) => {
                     controller = Some(Rc::clone(&connected));
-                    client = Some(run(stream, connected, Rc::clone(&registry)).boxed_local());
+                    client = Some(run(stream, connected, function, Rc::clone(&registry)).boxed_local());
                 }
                 Err(reason) => {
                     tracing::warn!(subsystem = %attachment.subsystem, reason, "client turned away");
@@ -105,17 +108,21 @@ pub async fn serve(
     Ok(())
 }
 
-/// Makes a controller for a client.
+/// Makes a controller for a client, and the function that has it.
 pub(super) fn connect(
     registry: &Rc<Registry>,
     attachment: &Attachment,
-) -> Result<Rc<Controller>, &'static str> {
+) -> Result<(Rc<Controller>, Function), &'static str> {
     let subsystem = registry
         .subsystem(&attachment.subsystem)
         .ok_or("the subsystem is not presented")?;
     if !subsystem.allows(&attachment.hostnqn) {
         return Err("the host is not allowed");
     }
+    let page = match attachment.doorbells {
+        Doorbells::Trapped => None,
+        Doorbells::Mapped => Some(DoorbellPage::new().map_err(|_| "no memory for doorbells")?),
+    };
     let cntlid = registry.free_cntlid().ok_or("no controller identifier is free")?;
     let association = Association {
         hostnqn: attachment.hostnqn.clone(),
@@ -127,13 +134,16 @@ pub(super) fn connect(
     tracing::info!(cntlid, subsystem = %association.subsystem, host = %association.hostnqn, "guest connected");
     let controller = Controller::new(
         Rc::clone(registry),
-        Transport::Memory,
+        Transport::Memory {
+            doorbell_buffer: attachment.doorbells == Doorbells::Trapped,
+        },
         association,
         Some(subsystem),
         Instant::now(),
     );
     registry.insert_controller(Rc::clone(&controller));
-    Ok(controller)
+    let function = Function::new(Rc::clone(&controller), registry.config().io_queues_max, page);
+    Ok((controller, function))
 }
 
 /// A message on its way in.
@@ -149,7 +159,7 @@ struct Connection {
     controller: Rc<Controller>,
     function: Function,
     incoming: Incoming,
-    replies: Vec<u8>,
+    replies: Replies,
     /// A version was agreed on.
     negotiated: bool,
     timer: Pin<Box<Sleep>>,
@@ -180,15 +190,15 @@ enum End {
 }
 
 /// Serves a client until it leaves and its last command has left the device.
-async fn run(stream: UnixStream, controller: Rc<Controller>, registry: Rc<Registry>) {
+async fn run(stream: UnixStream, controller: Rc<Controller>, function: Function, registry: Rc<Registry>) {
     let mut shutdown = registry.shutdown_receiver();
     let now = Instant::now();
     let mut connection = Connection {
         stream,
-        function: Function::new(Rc::clone(&controller), registry.config().io_queues_max),
+        function,
         controller,
         incoming: Incoming::default(),
-        replies: Vec::new(),
+        replies: Replies::default(),
         negotiated: false,
         timer: Box::pin(tokio::time::sleep(Duration::ZERO)),
         // An error says that the registry is gone, which is the same.
@@ -225,7 +235,7 @@ impl Connection {
             }
             self.looked = now;
             let mut progress = self.poll_read(cx, now)?;
-            progress |= self.function.poll_shadow();
+            progress |= self.function.poll_doorbells();
             progress |= self.function.poll(cx, now);
             progress |= self.poll_write(cx)?;
             if progress {
@@ -235,7 +245,8 @@ impl Connection {
             if self.poll_timer(cx, now) {
                 continue;
             }
-            if self.function.has_shadow() && now < self.awake_until && is_polling() {
+            let is_awake = || self.function.has_shadow() && now < self.awake_until && is_polling();
+            if self.function.is_never_told() || is_awake() {
                 return Poll::Ready(Ok(()));
             }
             if !self.function.prepare_to_sleep() {
@@ -265,7 +276,7 @@ impl Connection {
     fn poll_read(&mut self, cx: &mut Context<'_>, now: Instant) -> Result<bool, End> {
         let mut progress = false;
         for _ in 0..MESSAGES_PER_TURN {
-            if self.replies.len() > REPLY_BYTES_MAX {
+            if self.replies.waiting() > REPLY_BYTES_MAX {
                 break;
             }
             if self.poll_message(cx)?.is_pending() {
@@ -329,7 +340,7 @@ impl Connection {
                     return Err(End::Version(major));
                 }
                 self.negotiated = true;
-                Ok(message::version_reply(minor, RANGES_MAX))
+                Ok(message::version_reply(minor, RANGES_MAX).into())
             }
             _ if !self.negotiated => return Err(End::NotNegotiated),
             Ok(request) => self.function.handle(request, files, now),
@@ -339,8 +350,12 @@ impl Connection {
             tracing::debug!(?header, %errno, "message refused");
         }
         if !header.no_reply {
-            let reply = header.reply(outcome.as_deref().map_err(|&errno| errno));
-            self.replies.extend_from_slice(&reply);
+            let (outcome, file) = match outcome {
+                Ok(Answer { body, file }) => (Ok(body), file),
+                Err(errno) => (Err(errno), None),
+            };
+            self.replies
+                .push(&header.reply(outcome.as_deref().map_err(|&errno| errno)), file);
         }
         // Its memory serves the next one.
         self.incoming.bytes = body;
@@ -350,17 +365,19 @@ impl Connection {
 
     fn poll_write(&mut self, cx: &mut Context<'_>) -> io::Result<bool> {
         let mut progress = false;
-        while !self.replies.is_empty() {
+        while self.replies.waiting() > 0 {
             match self.stream.poll_write_ready(cx) {
                 Poll::Ready(ready) => ready?,
                 Poll::Pending => break,
             }
-            match self.stream.try_write(&self.replies) {
-                Ok(written) => drop(self.replies.drain(..written)),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+            let sent = self
+                .stream
+                .try_io(Interest::WRITABLE, || self.replies.send(&self.stream));
+            match sent {
+                Ok(()) => progress = true,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => return Err(error),
             }
-            progress = true;
         }
         Ok(progress)
     }

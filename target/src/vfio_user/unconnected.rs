@@ -24,10 +24,8 @@ impl Unconnected {
     /// # Errors
     /// The registry does not present the subsystem to this host.
     pub fn new(registry: &Rc<Registry>, attachment: &Attachment) -> Result<Self, &'static str> {
-        let controller = connect(registry, attachment)?;
-        Ok(Self {
-            function: Function::new(controller, registry.config().io_queues_max),
-        })
+        let (_, function) = connect(registry, attachment)?;
+        Ok(Self { function })
     }
 
     /// Does what a message asks for.
@@ -40,13 +38,15 @@ impl Unconnected {
         files: Vec<OwnedFd>,
         now: Instant,
     ) -> Result<Vec<u8>, Errno> {
-        self.function.handle(request, files, now)
+        self.function
+            .handle(request, files, now)
+            .map(|answer| answer.body)
     }
 
     /// One turn; answers whether there was something to do.
     pub fn turn(&mut self, now: Instant) -> bool {
         let mut context = Context::from_waker(Waker::noop());
-        let rung = self.function.poll_shadow();
+        let rung = self.function.poll_doorbells();
         self.function.poll(&mut context, now) | rung
     }
 

@@ -4,7 +4,7 @@
 //! Guest memory is a memory file; this side reads and writes it by system calls.
 
 use std::collections::VecDeque;
-use std::io::{IoSlice, Read};
+use std::io::{IoSlice, IoSliceMut, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -13,7 +13,10 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
+};
 
 pub const MIB: u64 = 1 << 20;
 /// Bytes of the guest's memory, which begins at address 0.
@@ -37,6 +40,8 @@ const LIMIT: Duration = Duration::from_secs(60);
 pub struct Guest {
     pub socket: UnixStream,
     pub memory: OwnedFd,
+    /// The file with the doorbells, once it was asked for.
+    doorbells: Option<OwnedFd>,
     vectors: Vec<OwnedFd>,
     id: u16,
 }
@@ -78,6 +83,7 @@ impl Guest {
         Self {
             socket,
             memory: memory_file(MEMORY_BYTES),
+            doorbells: None,
             vectors: Vec::new(),
             id: 0,
         }
@@ -168,6 +174,50 @@ impl Guest {
 
     pub fn is_hung_up(&mut self) -> bool {
         matches!(self.socket.read(&mut [0; 1]), Ok(0) | Err(_))
+    }
+
+    /// Asks for the region of the registers, with room for `argsz` bytes of answer: what it is, and the files that come along.
+    pub fn region_info(&mut self, argsz: u32) -> (Vec<u8>, Vec<OwnedFd>) {
+        self.id += 1;
+        let mut message = self.id.to_le_bytes().to_vec();
+        message.extend([5, 0, 48, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        message.extend([argsz, 0, BAR0, 0].map(u32::to_le_bytes).concat());
+        message.extend([0; 16]);
+        assert!(self.send(&message, &[]));
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(16))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut header = [0; 16];
+        let received = recvmsg(
+            &self.socket,
+            &mut [IoSliceMut::new(&mut header)],
+            &mut control,
+            RecvFlags::CMSG_CLOEXEC,
+        );
+        assert_eq!(received.unwrap().bytes, 16);
+        let files = control.drain().flat_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(files) => files.collect::<Vec<_>>(),
+            _ => Vec::new(),
+        });
+        let files = files.collect();
+        let bytes = u32::from_le_bytes(header[4..8].try_into().unwrap()) as usize;
+        let mut body = vec![0; bytes - 16];
+        self.socket.read_exact(&mut body).unwrap();
+        (body, files)
+    }
+
+    /// From now on doorbells are rung in the file that came with the region of the registers.
+    pub fn map_doorbells(&mut self) {
+        let (_, mut files) = self.region_info(64);
+        self.doorbells = files.pop();
+        assert!(self.doorbells.is_some());
+    }
+
+    /// Writes a doorbell: by a message, or in the page.
+    pub fn set_doorbell(&mut self, offset: u64, value: u32) {
+        match &self.doorbells {
+            Some(page) => assert_eq!(rustix::io::pwrite(page, &value.to_le_bytes(), offset), Ok(4)),
+            None => self.set_register(offset, value),
+        }
     }
 
     // Memory.
@@ -316,7 +366,7 @@ impl Guest {
     }
 
     pub fn ring(&mut self, queue: &Queue) {
-        self.set_register(0x1000 + u64::from(queue.qid) * 8, queue.tail);
+        self.set_doorbell(0x1000 + u64::from(queue.qid) * 8, queue.tail);
     }
 
     pub fn submit(&mut self, queue: &mut Queue, command: [u8; 64]) -> u16 {
@@ -346,7 +396,7 @@ impl Guest {
     }
 
     pub fn ring_head(&mut self, queue: &Queue) {
-        self.set_register(0x1004 + u64::from(queue.qid) * 8, queue.head);
+        self.set_doorbell(0x1004 + u64::from(queue.qid) * 8, queue.head);
     }
 
     /// Waits for the completion of a command.

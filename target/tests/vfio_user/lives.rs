@@ -25,7 +25,7 @@ fn faulty() -> Server {
 
 fn with_faults<T: Send + 'static>(server: &Server, job: impl FnOnce(&Faults) -> T + Send + 'static) -> T {
     let (answer, answered) = std::sync::mpsc::channel();
-    server.with(move |_| {
+    server.on_registry(move |_| {
         answer.send(FAULTS.with_borrow(job)).unwrap();
     });
     answered.recv().unwrap()
@@ -86,7 +86,7 @@ fn what_a_guest_asked_for_before_it_was_gone_is_not_begun_by_a_server_that_was_h
     let (go_on, goes_on) = std::sync::mpsc::channel::<()>();
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            server.with(move |_| {
+            server.on_registry(move |_| {
                 held.send(()).unwrap();
                 goes_on.recv().unwrap();
                 // Long enough to be noticed, whoever was to be polled next.
@@ -167,7 +167,7 @@ fn a_register_that_says_less_than_memory_repeats_nothing() {
 #[test]
 fn a_guest_hears_of_a_namespace_that_goes_and_keeps_the_others() {
     let server = Server::start();
-    server.with(|registry| {
+    server.on_registry(|registry| {
         let device = MemoryDrive::device(1 << 20);
         registry.add_namespace(&nqn(), namespace(2, device)).unwrap();
     });
@@ -182,7 +182,7 @@ fn a_guest_hears_of_a_namespace_that_goes_and_keeps_the_others() {
     set(&mut wants, 44, &(1u32 << 8).to_le_bytes());
     assert_eq!(guest.execute(&mut admin, wants).status, 0);
     let event = guest.submit(&mut admin, entry(0x0c, 0));
-    server.with(|registry| registry.remove_namespace(&nqn(), 2).unwrap());
+    server.on_registry(|registry| registry.remove_namespace(&nqn(), 2).unwrap());
     assert_eq!(guest.wait(&mut admin, event).result, 0x0004_0002);
     assert_eq!(
         guest.execute(&mut queue, other).status,
@@ -213,7 +213,7 @@ fn a_guest_that_never_stops_asking_leaves_others_on_the_thread_their_turn() {
             }
         });
         for _ in 0..20 {
-            server.with(|_| {});
+            server.on_registry(|_| {});
         }
         stop.store(true, std::sync::atomic::Ordering::Relaxed);
     });

@@ -9,6 +9,7 @@
 mod guest;
 mod hostile;
 mod lives;
+mod mapped;
 mod work;
 
 use std::path::{Path, PathBuf};
@@ -23,7 +24,7 @@ use weft_block::memory::MemoryDrive;
 use weft_proto::id::HostId;
 use weft_proto::nqn::Nqn;
 use weft_proto::nvme::log::AnaState;
-use weft_target::vfio_user::{Attachment, serve};
+use weft_target::vfio_user::{Attachment, Doorbells, serve};
 use weft_target::{AllowedHosts, NamespaceConfig, Registry, RegistryConfig, Source, SubsystemConfig};
 
 const SUBNQN: &str = "nqn.2026-01.io.weft:test";
@@ -58,6 +59,15 @@ impl Server {
     }
 
     fn with_device(device: impl FnOnce() -> Device + Send + 'static) -> Self {
+        Self::with(device, Doorbells::Trapped)
+    }
+
+    /// With doorbells that the monitor maps.
+    fn mapped() -> Self {
+        Self::with(|| MemoryDrive::device(64 << 20), Doorbells::Mapped)
+    }
+
+    fn with(device: impl FnOnce() -> Device + Send + 'static, doorbells: Doorbells) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");
         let (jobs, mut received) = tokio::sync::mpsc::unbounded_channel::<Job>();
@@ -82,6 +92,7 @@ impl Server {
                     subsystem: nqn(),
                     hostnqn: "nqn.2014-08.org.nvmexpress:uuid:guest".parse().unwrap(),
                     hostid: HostId([7; 16]),
+                    doorbells,
                 };
                 let listener = UnixListener::bind(&path).unwrap();
                 let serving = tokio::task::spawn_local(serve(
@@ -112,7 +123,7 @@ impl Server {
     }
 
     /// Does something with the registry, on its thread.
-    fn with(&self, job: impl FnOnce(&Rc<Registry>) + Send + 'static) {
+    fn on_registry(&self, job: impl FnOnce(&Rc<Registry>) + Send + 'static) {
         let (done, is_done) = std::sync::mpsc::channel();
         let job: Job = Box::new(move |registry| {
             job(registry);

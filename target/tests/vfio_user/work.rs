@@ -4,7 +4,7 @@ use crate::guest::{BAR0, CC, CC_ENABLE, CONFIG, DATA_AT, Guest, MIB, entry, set}
 use crate::{Server, namespace, nqn};
 use weft_block::memory::MemoryDrive;
 
-fn pattern(seed: u8, bytes: usize) -> Vec<u8> {
+pub fn pattern(seed: u8, bytes: usize) -> Vec<u8> {
     (0..bytes)
         .map(|at| (at as u8).wrapping_mul(31) ^ seed ^ (at >> 8) as u8)
         .collect()
@@ -228,7 +228,7 @@ fn a_guest_hears_of_a_namespace_that_comes() {
     set(&mut wants, 44, &(1u32 << 8).to_le_bytes());
     assert_eq!(guest.execute(&mut admin, wants).status, 0);
     let event = guest.submit(&mut admin, entry(0x0c, 0));
-    server.with(|registry| {
+    server.on_registry(|registry| {
         let device = MemoryDrive::device(1 << 20);
         registry.add_namespace(&nqn(), namespace(2, device)).unwrap();
     });

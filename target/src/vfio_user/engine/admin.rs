@@ -89,6 +89,9 @@ impl Engine {
                 }
                 _ => Err(Status::INVALID_QUEUE_IDENTIFIER.dnr()),
             },
+            Some(QueueCommand::DoorbellBuffers { .. }) if self.mapped.is_some() => {
+                Err(Status::INVALID_OPCODE.dnr())
+            }
             Some(QueueCommand::DoorbellBuffers { shadow, events }) => {
                 self.configure_shadow(shadow, events, memory)
             }
@@ -183,6 +186,7 @@ impl Engine {
             return Err(Status::INVALID_INTERRUPT_VECTOR.dnr());
         }
         self.completion[qid] = Some(CompletionQueue::new(queue.address, queue.entries, vector));
+        self.begin_doorbell(Doorbell::Head(queue.qid));
         if let Some(shadow) = self.shadow {
             self.adopt(Doorbell::Head(queue.qid), shadow, memory);
         }
@@ -206,6 +210,7 @@ impl Engine {
         };
         target.submission_queues += 1;
         self.submission[qid] = Some(SubmissionQueue::new(queue.address, queue.entries, cqid));
+        self.begin_doorbell(Doorbell::Tail(queue.qid));
         if let Some(shadow) = self.shadow {
             self.adopt(Doorbell::Tail(queue.qid), shadow, memory);
         }

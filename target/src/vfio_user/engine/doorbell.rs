@@ -1,8 +1,12 @@
-//! Doorbells and event indices: in registers, in guest memory, and before this side sleeps.
+//! Doorbells and event indices: in registers, in a page that the client maps, in guest memory, and before this side sleeps.
 
+use std::os::fd::OwnedFd;
+
+use rustix::io::Errno;
 use weft_proto::nvme::event::AsyncEvent;
 
 use super::Engine;
+use crate::vfio_user::doorbell_page::DoorbellPage;
 use crate::vfio_user::memory::GuestMemory;
 use crate::vfio_user::queue::{self, CompletionQueue};
 use crate::vfio_user::registers::Doorbell;
@@ -52,6 +56,51 @@ impl Engine {
         } else {
             Err(AsyncEvent::INVALID_DOORBELL_VALUE)
         }
+    }
+
+    pub(in crate::vfio_user) fn has_mapped_doorbells(&self) -> bool {
+        self.mapped.is_some()
+    }
+
+    /// The file of mapped doorbells, if there are.
+    pub(in crate::vfio_user) fn doorbell_file(&self) -> Option<Result<OwnedFd, Errno>> {
+        self.mapped.as_ref().map(DoorbellPage::file)
+    }
+
+    /// Makes the doorbell of a new queue one that was never rung.
+    pub(super) fn begin_doorbell(&mut self, doorbell: Doorbell) {
+        if let Some(page) = &mut self.mapped {
+            page.clear(doorbell);
+        }
+    }
+
+    /// Looks at the doorbells in the page that the client maps, of queues that exist; answers whether one was rung.
+    pub(in crate::vfio_user) fn poll_mapped(&mut self, memory: &GuestMemory) -> bool {
+        let Some(mut page) = self.mapped.take() else {
+            return false;
+        };
+        let mut any = false;
+        for qid in 0..self.submission.len() as u16 {
+            let at = usize::from(qid);
+            let doorbells = [
+                (self.submission[at].is_some(), Doorbell::Tail(qid)),
+                (self.completion[at].is_some(), Doorbell::Head(qid)),
+            ];
+            for doorbell in doorbells
+                .into_iter()
+                .filter_map(|(is, doorbell)| is.then_some(doorbell))
+            {
+                if let Some(value) = page.rung(doorbell) {
+                    any = true;
+                    if let Err(event) = self.ring(doorbell, value, memory) {
+                        tracing::debug!(?doorbell, value, "a doorbell that cannot be");
+                        self.controller.raise(event);
+                    }
+                }
+            }
+        }
+        self.mapped = Some(page);
+        any
     }
 
     pub(in crate::vfio_user) fn has_shadow(&self) -> bool {
