@@ -144,7 +144,7 @@ impl StateMachine {
     }
 
     /// Writes what has changed since the last time, with the position, as one atomic batch.
-    fn store_changes(&self) -> io::Result<()> {
+    async fn store_changes(&self) -> io::Result<()> {
         let batch = self.shared.write(|inner| {
             let Touched { map, drives, volumes } = inner.state.take_touched();
             let mut batch = sled::Batch::default();
@@ -161,8 +161,18 @@ impl StateMachine {
             batch.insert(KEY_APPLIED, envelope::seal(Kind::PART, &inner.applied));
             batch
         });
-        self.tree.apply_batch(batch).map_err(io::Error::other)
+        let tree = self.tree.clone();
+        beside_tasks(move || tree.apply_batch(batch).map_err(io::Error::other)).await
     }
+}
+
+/// Does what waits for a disk where no task waits behind it: elections and leases do not wait for a slow file system.
+async fn beside_tasks<T: Send + 'static>(
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(io::Error::other)?
 }
 
 /// Opens sled; a database that does not open is set aside, for it can be made again.
@@ -280,7 +290,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             });
             answers.extend(responder.map(|responder| (responder, reply)));
         }
-        self.store_changes()?;
+        self.store_changes().await?;
         // The map is out before the answer: whoever proposed a change finds it in the map it watches here.
         self.shared.publish();
         for (responder, reply) in answers {
@@ -315,9 +325,13 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
                 "the snapshot is not the one that was announced",
             ));
         }
-        self.snapshots.save(&snapshot)?;
+        let (snapshots, tree) = (self.snapshots.clone(), self.tree.clone());
+        beside_tasks(move || {
+            snapshots.save(&snapshot)?;
+            tree.clear().map_err(io::Error::other)
+        })
+        .await?;
         metrics::snapshot("installed");
-        self.tree.clear().map_err(io::Error::other)?;
         let batch = self.shared.write(|inner| {
             *inner = Inner { state, applied };
             let state = &inner.state;
@@ -334,7 +348,8 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             batch.insert(KEY_APPLIED, envelope::seal(Kind::PART, &inner.applied));
             batch
         });
-        self.tree.apply_batch(batch).map_err(io::Error::other)?;
+        let tree = self.tree.clone();
+        beside_tasks(move || tree.apply_batch(batch).map_err(io::Error::other)).await?;
         self.shared.publish();
         Ok(())
     }
@@ -372,7 +387,7 @@ impl RaftSnapshotBuilder<TypeConfig> for SnapshotBuilder {
 
     async fn build_snapshot(&mut self) -> io::Result<Snapshot> {
         let (body, snapshots) = (Arc::clone(&self.body), self.snapshots.clone());
-        tokio::task::spawn_blocking(move || {
+        beside_tasks(move || {
             let snapshot = Bytes::from(envelope::seal(Kind::SNAPSHOT, &*body));
             snapshots.save(&snapshot)?;
             metrics::snapshot("built");
@@ -382,7 +397,6 @@ impl RaftSnapshotBuilder<TypeConfig> for SnapshotBuilder {
             })
         })
         .await
-        .map_err(io::Error::other)?
     }
 }
 

@@ -68,7 +68,8 @@ pub(crate) struct Plane {
 pub(crate) fn run(config: Config, exit_with_stdin: bool) -> anyhow::Result<Ending> {
     let data_dir = DataDir::open(&config.data_dir)?;
     let control = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
+        // Whatever waits for a disk has threads of its own, and two workers would spend more on waking each other than on work.
+        .worker_threads(1)
         .thread_name("weft-control")
         .enable_all()
         .build()
