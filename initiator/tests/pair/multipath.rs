@@ -190,15 +190,21 @@ fn a_host_gives_up_after_its_retry_timeout_and_not_before() {
     });
 }
 
+/// A host whose better path has just fallen silent, with what has to be kept for the paths to stay as they are.
+async fn behind_a_silent_path(device: &Device) -> (Multipath, [Node; 2], Relay) {
+    let mut nodes = two_nodes(device, [AnaState::OPTIMIZED, AnaState::NON_OPTIMIZED]).await;
+    let relay = Relay::start(nodes[0].address).await;
+    nodes[0].address = relay.address;
+    let multi = multipath(&nodes, Duration::from_millis(400)).await;
+    relay.set_silent(true);
+    (multi, nodes, relay)
+}
+
 #[test]
 fn a_silent_path_is_left_within_its_keep_alive() {
     run(async {
         let device = MemoryDrive::device(64 << 20);
-        let mut nodes = two_nodes(&device, [AnaState::OPTIMIZED, AnaState::NON_OPTIMIZED]).await;
-        let relay = Relay::start(nodes[0].address).await;
-        nodes[0].address = relay.address;
-        let multi = multipath(&nodes, Duration::from_millis(400)).await;
-        relay.set_silent(true);
+        let (multi, _nodes, _relay) = behind_a_silent_path(&device).await;
         let write = multi.write(Lba(1), vec![pattern(1, 4096)], Durability::Durable);
         write.await.unwrap();
         assert_eq!(multi.host_retries(), 1);
@@ -210,11 +216,7 @@ fn a_silent_path_is_left_within_its_keep_alive() {
 fn a_write_without_an_answer_is_sent_again_only_when_its_first_attempt_has_quiesced() {
     run(async {
         let device = MemoryDrive::device(64 << 20);
-        let mut nodes = two_nodes(&device, [AnaState::OPTIMIZED, AnaState::NON_OPTIMIZED]).await;
-        let relay = Relay::start(nodes[0].address).await;
-        nodes[0].address = relay.address;
-        let multi = multipath(&nodes, Duration::from_millis(400)).await;
-        relay.set_silent(true);
+        let (multi, _nodes, _relay) = behind_a_silent_path(&device).await;
         let write = multi.write(Lba(1), vec![pattern(1, 4096)], Durability::Durable);
         let read = multi.read(range(2, 1));
         let lost = async {
