@@ -57,14 +57,12 @@ struct Chunk {
 
 /// The memory of a chunk, [`CHUNK_BYTES`] of it, and how often each page is lent.
 ///
-/// Invariant: only the chunk's owner writes, and no page that is lent.
+/// Invariant: only the chunk's owner writes, and no page that is lent. So what threads share is only read, and counted
+/// atomically.
 struct Memory {
     pages: HugeMemory,
     lent: Box<[AtomicU32]>,
 }
-
-// SAFETY: what is shared between threads is only read, by the invariant, and counted atomically.
-unsafe impl Sync for Memory {}
 
 impl Memory {
     fn new() -> Self {
