@@ -152,14 +152,7 @@ impl Namespace {
     }
 
     /// Starts one command. The answer is checked for success and counted when it is polled.
-    fn start(
-        &self,
-        op: Op,
-        effect: Effect,
-        range: LbaRange,
-        sqe: Sqe,
-        payload: Payload,
-    ) -> LocalBoxFuture<'static, Result<Completion, Failure>> {
+    fn start(&self, op: Op, effect: Effect, range: LbaRange, sqe: Sqe, payload: Payload) -> Started {
         let info = self.info.get();
         let subject = Subject {
             effect,
@@ -210,7 +203,7 @@ impl Namespace {
     ) -> Io<()> {
         let namespace = self.handle();
         let mut parts = self.parts(range);
-        let mut next = move || {
+        some_at_a_time(move || {
             let (at, count) = parts.next()?;
             let (sqe, payload) = command(&namespace, at, count);
             let part = LbaRange {
@@ -218,17 +211,6 @@ impl Namespace {
                 count: u64::from(count.get()),
             };
             Some(namespace.device.start(op, effect, part, sqe, payload))
-        };
-        let mut in_flight: VecDeque<_> = std::iter::from_fn(&mut next).take(PARTS_IN_FLIGHT).collect();
-        Io::running(async move {
-            let mut result = Outcomes::default();
-            while let Some(part) = in_flight.pop_front() {
-                result.add(part.await.map(drop));
-                if result.error.is_none() {
-                    in_flight.extend(next());
-                }
-            }
-            result.finish()
         })
     }
 
@@ -432,7 +414,7 @@ impl BlockDevice for Namespace {
         let per_command = usize::from(limits.dsm_ranges_max.clamp(1, 256));
         let commands: Vec<Vec<DsmRange>> = entries.chunks(per_command).map(<[DsmRange]>::to_vec).collect();
         let mut commands = commands.into_iter();
-        let mut next = move || {
+        some_at_a_time(move || {
             let ranges = commands.next()?;
             let about = LbaRange {
                 start: Lba(ranges[0].slba.get()),
@@ -445,17 +427,6 @@ impl BlockDevice for Namespace {
                     .device
                     .start(Op::Deallocate, Effect::Writes, about, sqe, payload),
             )
-        };
-        let mut in_flight: VecDeque<_> = std::iter::from_fn(&mut next).take(PARTS_IN_FLIGHT).collect();
-        Io::running(async move {
-            let mut result = Outcomes::default();
-            while let Some(part) = in_flight.pop_front() {
-                result.add(part.await.map(drop));
-                if result.error.is_none() {
-                    in_flight.extend(next());
-                }
-            }
-            result.finish()
         })
     }
 
@@ -475,6 +446,25 @@ impl BlockDevice for Namespace {
         })
     }
 }
+
+/// Runs the commands that `next` starts, [`PARTS_IN_FLIGHT`] at a time, the first of them now; after an error it starts no more, and
+/// waits for those that are in flight.
+fn some_at_a_time(mut next: impl FnMut() -> Option<Started> + 'static) -> Io<()> {
+    let mut in_flight: VecDeque<_> = std::iter::from_fn(&mut next).take(PARTS_IN_FLIGHT).collect();
+    Io::running(async move {
+        let mut result = Outcomes::default();
+        while let Some(part) = in_flight.pop_front() {
+            result.add(part.await.map(drop));
+            if result.error.is_none() {
+                in_flight.extend(next());
+            }
+        }
+        result.finish()
+    })
+}
+
+/// A command that was started, and what came of it.
+type Started = LocalBoxFuture<'static, Result<Completion, Failure>>;
 
 /// Why one command failed.
 #[derive(Debug)]
