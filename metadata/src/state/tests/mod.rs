@@ -84,6 +84,15 @@ impl Checked {
         cluster
     }
 
+    /// Three nodes with a drive of 256 MiB each, and a volume of 1+1 that node 1 serves, with the band that holds its
+    /// root.
+    pub(crate) fn serving() -> (Self, VolumeId, Band) {
+        let mut cluster = Self::cluster(3, 256, geometry(1, 1));
+        let volume = cluster.volume("v");
+        let band = cluster.serve(volume, 1);
+        (cluster, volume, band)
+    }
+
     pub(crate) fn start(&mut self, node: NodeId) -> IncarnationId {
         let draw = self.state.next.incarnation;
         match self.accept(Command::StartIncarnation {

@@ -9,9 +9,7 @@ use super::{Checked, geometry};
 
 #[test]
 fn a_live_owner_is_not_taken_over() {
-    let mut cluster = Checked::cluster(3, 256, geometry(1, 1));
-    let volume = cluster.volume("v");
-    cluster.serve(volume, 1);
+    let (mut cluster, volume, _) = Checked::serving();
     assert_eq!(
         cluster.begin(volume, 2),
         Err(Refusal::OwnerIsLive {
@@ -117,9 +115,7 @@ fn a_second_takeover_recovers_the_same_epoch_and_forgets_the_first_ones_bands() 
 
 #[test]
 fn every_command_of_a_replaced_owner_is_stale() {
-    let mut cluster = Checked::cluster(3, 256, geometry(1, 1));
-    let volume = cluster.volume("v");
-    let band = cluster.serve(volume, 1);
+    let (mut cluster, volume, band) = Checked::serving();
     let update = cluster.root(volume, band.id, &[]);
     cluster.accept(Command::MarkDead {
         incarnation: IncarnationId(1),
@@ -167,9 +163,7 @@ fn every_command_of_a_replaced_owner_is_stale() {
 
 #[test]
 fn a_dead_owner_cannot_publish_even_before_it_is_replaced() {
-    let mut cluster = Checked::cluster(3, 256, geometry(1, 1));
-    let volume = cluster.volume("v");
-    let band = cluster.serve(volume, 1);
+    let (mut cluster, volume, band) = Checked::serving();
     let update = cluster.root(volume, band.id, &[]);
     cluster.accept(Command::MarkDead {
         incarnation: IncarnationId(1),
@@ -182,9 +176,7 @@ fn a_dead_owner_cannot_publish_even_before_it_is_replaced() {
 
 #[test]
 fn a_hand_over_recovers_nothing_and_settles_what_was_written() {
-    let mut cluster = Checked::cluster(3, 256, geometry(1, 1));
-    let volume = cluster.volume("v");
-    let settled = cluster.serve(volume, 1);
+    let (mut cluster, volume, settled) = Checked::serving();
     let unsettled = cluster.band(volume);
     cluster.accept(Command::RequestMove {
         volume,
@@ -229,9 +221,7 @@ fn a_hand_over_recovers_nothing_and_settles_what_was_written() {
 /// The same process, but another engine: it cannot say whether what its predecessor left under way has ended.
 #[test]
 fn an_owner_that_gets_a_volume_back_does_not_settle_what_it_left_under_way() {
-    let mut cluster = Checked::cluster(3, 256, geometry(1, 1));
-    let volume = cluster.volume("v");
-    let unsettled = cluster.serve(volume, 1);
+    let (mut cluster, volume, unsettled) = Checked::serving();
     let handover = |epoch, unsettled, to| Command::Handover {
         volume,
         epoch,
@@ -263,9 +253,7 @@ fn an_owner_that_gets_a_volume_back_does_not_settle_what_it_left_under_way() {
 
 #[test]
 fn a_target_that_dies_after_a_hand_over_leaves_nothing_to_recover() {
-    let mut cluster = Checked::cluster(3, 256, geometry(1, 1));
-    let volume = cluster.volume("v");
-    cluster.serve(volume, 1);
+    let (mut cluster, volume, _) = Checked::serving();
     cluster.accept(Command::Handover {
         volume,
         epoch: Epoch(1),
@@ -301,9 +289,7 @@ fn a_repeated_takeover_is_answered_with_the_same_epoch() {
 
 #[test]
 fn a_root_is_published_by_compare_and_swap() {
-    let mut cluster = Checked::cluster(3, 256, geometry(1, 1));
-    let volume = cluster.volume("v");
-    let band = cluster.serve(volume, 1);
+    let (mut cluster, volume, band) = Checked::serving();
     let update = cluster.root(volume, band.id, &[]);
     let publish = Command::PublishRoot {
         update: update.clone(),

@@ -8,9 +8,7 @@ use super::{Checked, geometry};
 
 #[test]
 fn a_repeated_request_is_answered_with_the_same_bands() {
-    let mut cluster = Checked::cluster(3, 256, geometry(1, 1));
-    let volume = cluster.volume("v");
-    cluster.serve(volume, 1);
+    let (mut cluster, volume, _) = Checked::serving();
     let command = Command::GrantBands {
         volume,
         epoch: Epoch(1),
@@ -134,9 +132,7 @@ fn fullest(cluster: &mut Checked, volume: weft_proto::id::VolumeId, purpose: Pur
 
 #[test]
 fn what_the_live_owner_frees_is_free_at_once_but_for_the_chunks_it_lists() {
-    let mut cluster = Checked::cluster(3, 256, geometry(1, 1));
-    let volume = cluster.volume("v");
-    let first = cluster.serve(volume, 1);
+    let (mut cluster, volume, first) = Checked::serving();
     let second = cluster.band(volume);
     let mut update = cluster.root(volume, second.id, &[first.id]);
     update.unsettled = vec![first.columns[1]];
@@ -154,9 +150,7 @@ fn what_the_live_owner_frees_is_free_at_once_but_for_the_chunks_it_lists() {
 
 #[test]
 fn a_root_outside_of_the_volumes_bands_is_refused() {
-    let mut cluster = Checked::cluster(3, 256, geometry(1, 1));
-    let volume = cluster.volume("v");
-    let band = cluster.serve(volume, 1);
+    let (mut cluster, volume, band) = Checked::serving();
     for update in [
         cluster.root(volume, weft_proto::id::BandId(99), &[]),
         cluster.root(volume, band.id, &[band.id]),
@@ -171,9 +165,7 @@ fn a_root_outside_of_the_volumes_bands_is_refused() {
 
 #[test]
 fn returned_bands_are_free_and_may_be_returned_again() {
-    let mut cluster = Checked::cluster(3, 256, geometry(1, 1));
-    let volume = cluster.volume("v");
-    cluster.serve(volume, 1);
+    let (mut cluster, volume, _) = Checked::serving();
     let before = cluster.state.chunks.clone();
     let band = cluster.band(volume);
     let back = Command::ReturnBands {
@@ -188,9 +180,7 @@ fn returned_bands_are_free_and_may_be_returned_again() {
 
 #[test]
 fn a_deleted_volume_gives_its_space_back_once_its_owner_has_stopped() {
-    let mut cluster = Checked::cluster(3, 256, geometry(1, 1));
-    let volume = cluster.volume("v");
-    cluster.serve(volume, 1);
+    let (mut cluster, volume, _) = Checked::serving();
     cluster.accept(Command::DeleteVolume { volume });
     assert_eq!(
         cluster.refuse(Command::ResizeVolume {
@@ -220,9 +210,7 @@ fn a_deleted_volume_gives_its_space_back_once_its_owner_has_stopped() {
 
 #[test]
 fn a_dead_owners_deleted_volume_leaves_its_chunks_in_quarantine() {
-    let mut cluster = Checked::cluster(3, 256, geometry(1, 1));
-    let volume = cluster.volume("v");
-    cluster.serve(volume, 1);
+    let (mut cluster, volume, _) = Checked::serving();
     cluster.accept(Command::Batch(vec![
         Command::DeleteVolume { volume },
         Command::MarkDead {
@@ -253,9 +241,7 @@ fn quarantined_mib(cluster: &Checked) -> u64 {
 
 #[test]
 fn a_deleted_volumes_bands_with_a_write_under_way_wait_for_their_owners_fence() {
-    let mut cluster = Checked::cluster(3, 256, geometry(1, 1));
-    let volume = cluster.volume("v");
-    let written = cluster.serve(volume, 1);
+    let (mut cluster, volume, written) = Checked::serving();
     cluster.band(volume);
     cluster.accept(Command::DeleteVolume { volume });
     cluster.accept(Command::FinishDelete {
@@ -275,9 +261,7 @@ fn a_deleted_volumes_bands_with_a_write_under_way_wait_for_their_owners_fence() 
 /// A leader may hold an owner to be dead before that is committed, and ask without it.
 #[test]
 fn a_deletion_that_its_live_owner_did_not_finish_settles_nothing() {
-    let mut cluster = Checked::cluster(3, 256, geometry(1, 1));
-    let volume = cluster.volume("v");
-    cluster.serve(volume, 1);
+    let (mut cluster, volume, _) = Checked::serving();
     cluster.accept(Command::DeleteVolume { volume });
     cluster.accept(Command::FinishDelete {
         volume,

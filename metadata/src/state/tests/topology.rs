@@ -118,9 +118,7 @@ fn a_drive_takes_no_more_registrants_than_it_says() {
 
 #[test]
 fn a_node_with_chunks_stays_and_one_without_goes() {
-    let mut cluster = Checked::cluster(3, 256, geometry(1, 1));
-    let volume = cluster.volume("v");
-    cluster.serve(volume, 1);
+    let (mut cluster, ..) = Checked::serving();
     assert!(matches!(
         cluster.refuse(Command::RemoveNode { node: NodeId(1) }),
         Refusal::NodeInUse {
