@@ -15,7 +15,7 @@ use weft_proto::id::HostId;
 use weft_proto::nqn::Nqn;
 use weft_proto::units::Lba;
 
-use super::{GUEST_HOSTNQN, attach_guest, cluster, vm_options, wait_until_served};
+use super::{GUEST_HOSTNQN, attach_guest, attach_host, cluster, vm_options};
 
 const BLOCK_BYTES: usize = 512;
 
@@ -50,16 +50,10 @@ pub(super) fn test(program: &Path) -> anyhow::Result<()> {
 
 /// Writes a disk's image to a volume as a host does.
 fn install(agents: &Agents, volume: &str, image: &Bytes) -> anyhow::Result<()> {
-    let host: Nqn = GUEST_HOSTNQN.parse()?;
-    let attached = agents.weft_json(&["volume", "attach", volume, "--host", host.as_str()])?;
-    let subnqn: Nqn = attached["subnqn"]
-        .as_str()
-        .context("attach prints the subsystem")?
-        .parse()?;
-    wait_until_served(agents, volume)?;
+    let subnqn: Nqn = attach_host(agents, volume)?.parse()?;
     let addresses: Vec<_> = agents.list.iter().map(|agent| agent.config.nvme_listen).collect();
     let identity = HostIdentity {
-        hostnqn: host.clone(),
+        hostnqn: GUEST_HOSTNQN.parse()?,
         hostid: HostId([0x5b; 16]),
     };
     let connect = ConnectOptions::new(addresses[0], subnqn, identity);
@@ -83,6 +77,6 @@ fn install(agents: &Agents, volume: &str, image: &Bytes) -> anyhow::Result<()> {
         }
         anyhow::Ok(())
     })?;
-    agents.weft_ok(&["volume", "detach", volume, "--host", host.as_str()])?;
+    agents.weft_ok(&["volume", "detach", volume, "--host", GUEST_HOSTNQN])?;
     Ok(())
 }

@@ -103,17 +103,12 @@ fn cluster(program: &Path, folder: &Path, nodes: u32) -> anyhow::Result<Agents> 
 fn linux_is_a_host(program: &Path) -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
     let agents = cluster(program, folder.path(), 6)?;
-    agents.weft_ok(&["volume", "create", "disk", "--size", "256MiB", "--ec", "4+2"])?;
-    let attached = agents.weft_json(&["volume", "attach", "disk", "--host", GUEST_HOSTNQN])?;
-    let subnqn = attached["subnqn"]
-        .as_str()
-        .context("attach prints the subsystem")?;
-    wait_until_served(&agents, "disk")?;
+    let subnqn = create_disk(&agents, "256MiB")?;
     let config = &agents.list[0].config;
     guest::run(
         "host.sh",
         &[
-            ("SUBNQN", subnqn),
+            ("SUBNQN", &subnqn),
             ("PORT", &config.nvme_listen.port().to_string()),
             ("DISCOVERY_PORT", &config.discovery_listen.port().to_string()),
         ],
@@ -163,14 +158,7 @@ fn nvmet_is_a_drive(program: &Path) -> anyhow::Result<()> {
         nsid,
     ])?;
     agents.wait_for_drives(6)?;
-    agents.weft_ok(&["volume", "create", "disk", "--size", "256MiB", "--ec", "4+2"])?;
-    let host: Nqn = GUEST_HOSTNQN.parse()?;
-    let attached = agents.weft_json(&["volume", "attach", "disk", "--host", host.as_str()])?;
-    let subnqn: Nqn = attached["subnqn"]
-        .as_str()
-        .context("attach prints the subsystem")?
-        .parse()?;
-    wait_until_served(&agents, "disk")?;
+    let subnqn: Nqn = create_disk(&agents, "256MiB")?.parse()?;
 
     let addresses = agents
         .list
@@ -182,7 +170,7 @@ fn nvmet_is_a_drive(program: &Path) -> anyhow::Result<()> {
         .build()?;
     let local = tokio::task::LocalSet::new();
     let host = HostIdentity {
-        hostnqn: host,
+        hostnqn: GUEST_HOSTNQN.parse()?,
         hostid: HostId([0x5a; 16]),
     };
     let connect = ConnectOptions::new(addresses[0], subnqn, host);
@@ -218,12 +206,7 @@ const ROUNDS: usize = 3;
 fn linux_fails_over(program: &Path) -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
     let agents = cluster(program, folder.path(), 7)?;
-    agents.weft_ok(&["volume", "create", "disk", "--size", "64MiB", "--ec", "4+2"])?;
-    let attached = agents.weft_json(&["volume", "attach", "disk", "--host", GUEST_HOSTNQN])?;
-    let subnqn = attached["subnqn"]
-        .as_str()
-        .context("attach prints the subsystem")?;
-    wait_until_served(&agents, "disk")?;
+    let subnqn = create_disk(&agents, "64MiB")?;
     let ports = agents
         .list
         .iter()
@@ -231,7 +214,11 @@ fn linux_fails_over(program: &Path) -> anyhow::Result<()> {
         .collect::<anyhow::Result<Vec<_>>>()?
         .join(" ");
     let rounds = ROUNDS.to_string();
-    let variables = [("SUBNQN", subnqn), ("PORTS", &ports), ("ROUNDS", &rounds)];
+    let variables = [
+        ("SUBNQN", subnqn.as_str()),
+        ("PORTS", &ports),
+        ("ROUNDS", &rounds),
+    ];
     let mut stopped = None;
     guest::run_with_drives("multipath.sh", &variables, &Drives::default(), |line| {
         if line.starts_with("guest: writing") {
@@ -269,7 +256,6 @@ fn volumes_are_drives(program: &Path) -> anyhow::Result<()> {
         let name = format!("disk{number}");
         agents.weft_ok(&["volume", "create", &name, "--size", "128MiB", "--ec", "4+2"])?;
         sockets.push(attach_guest(&agents, folder.path(), &name, 0)?);
-        wait_until_served(&agents, &name)?;
     }
     let serial = serial(&agents, "disk0")?;
     let options = vm_options(&agents, &sockets)?;
@@ -302,7 +288,23 @@ fn volumes_are_drives(program: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Attaches a volume to a guest at an agent; answers the socket.
+/// Creates the volume `disk`, which is attached to the guest as a host and served; answers its subsystem.
+fn create_disk(agents: &Agents, size: &str) -> anyhow::Result<String> {
+    agents.weft_ok(&["volume", "create", "disk", "--size", size, "--ec", "4+2"])?;
+    attach_host(agents, "disk")
+}
+
+/// Attaches a volume to the guest as a host, and waits until it is served; answers its subsystem.
+fn attach_host(agents: &Agents, volume: &str) -> anyhow::Result<String> {
+    let attached = agents.weft_json(&["volume", "attach", volume, "--host", GUEST_HOSTNQN])?;
+    let subnqn = attached["subnqn"]
+        .as_str()
+        .context("attach prints the subsystem")?;
+    wait_until_served(agents, volume)?;
+    Ok(subnqn.to_owned())
+}
+
+/// Attaches a volume to a guest at an agent, and waits until it is served; answers the socket.
 fn attach_guest(agents: &Agents, folder: &Path, volume: &str, agent: usize) -> anyhow::Result<PathBuf> {
     let socket = folder.join(format!("{volume}-{agent}.sock"));
     let path = socket.display().to_string();
@@ -320,6 +322,7 @@ fn attach_guest(agents: &Agents, folder: &Path, volume: &str, agent: usize) -> a
         attached["qemu"].to_string().contains("vfio-user-pci"),
         "attach prints the options of QEMU: {attached}"
     );
+    wait_until_served(agents, volume)?;
     Ok(socket)
 }
 
