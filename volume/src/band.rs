@@ -224,20 +224,21 @@ impl Writer {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use weft_proto::band::ChunkSize;
     use weft_proto::id::{DriveId, Epoch, LayerId, VolumeId};
 
-    fn band() -> Rc<BandState> {
+    /// A band of 4+2 that nothing has been appended to.
+    pub(crate) fn open_band(chunk_size: ChunkSize, window_rows: u32) -> Rc<BandState> {
         let band = Band {
             id: BandId(1),
             volume: VolumeId(1),
             layer: LayerId(1),
             epoch: Epoch(1),
             geometry: Geometry { k: 4, m: 2 },
-            chunk_size: ChunkSize::Mib1,
-            window_rows: 64,
+            chunk_size,
+            window_rows,
             version: 1,
             columns: (0..6)
                 .map(|drive| ChunkAddress {
@@ -247,6 +248,10 @@ mod tests {
                 .collect(),
         };
         BandState::new(band, Phase::Open, 0)
+    }
+
+    fn band() -> Rc<BandState> {
+        open_band(ChunkSize::Mib1, 64)
     }
 
     #[test]

@@ -402,27 +402,11 @@ fn take(stream: &Stream, blocks: usize) -> Vec<Work> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use weft_proto::band::{Band, ChunkAddress, ChunkSize, Geometry};
-    use weft_proto::id::{BandId, DriveId, Epoch, LayerId, VolumeId};
+    use crate::band::tests::open_band;
+    use weft_proto::band::ChunkSize;
 
     fn shape(blocks: usize) -> (u8, u32) {
-        let band = Band {
-            id: BandId(1),
-            volume: VolumeId(1),
-            layer: LayerId(1),
-            epoch: Epoch(1),
-            geometry: Geometry { k: 4, m: 2 },
-            chunk_size: ChunkSize::Mib8,
-            window_rows: 256,
-            version: 1,
-            columns: (0..6)
-                .map(|drive| ChunkAddress {
-                    drive: DriveId(drive),
-                    offset_mib: 1,
-                })
-                .collect(),
-        };
-        let band = BandState::new(band, Phase::Open, 0);
+        let band = open_band(ChunkSize::Mib8, 256);
         let plan = plan(&band, ColumnSet::NONE, 256, blocks, 0).unwrap();
         assert_eq!(plan.blocks, blocks);
         (plan.w, plan.d)
@@ -440,18 +424,7 @@ mod tests {
     #[test]
     fn zero_records_alone_are_copies_of_a_header() {
         assert_eq!(shape(3), (3, 1));
-        let band = Band {
-            id: BandId(1),
-            volume: VolumeId(1),
-            layer: LayerId(1),
-            epoch: Epoch(1),
-            geometry: Geometry { k: 4, m: 2 },
-            chunk_size: ChunkSize::Mib1,
-            window_rows: 256,
-            version: 1,
-            columns: Vec::new(),
-        };
-        let band = BandState::new(band, Phase::Open, 0);
+        let band = open_band(ChunkSize::Mib1, 256);
         let plan = plan(&band, ColumnSet::NONE, 256, 0, 3);
         assert_eq!(
             plan,
