@@ -22,6 +22,8 @@ fi
 step "identify"
 nvme id-ctrl "/dev/$first" | head -n 12
 nvme id-ns "/dev/${first}n1" | head -n 6
+# The drive whose doorbells are mapped has no Doorbell Buffer Config (OACS bit 8), so that its driver rings registers.
+[ "$(for name in /dev/nvme*n1; do nvme id-ctrl "${name%n1}" | grep '^oacs'; done | grep -c ': 0$')" = 1 ]
 step "reset of a controller and of a function"
 echo 1 > "/sys/class/nvme/$first/reset_controller"
 echo 1 > "/sys/class/nvme/$first/device/reset"

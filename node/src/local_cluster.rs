@@ -2,7 +2,8 @@
 //! demo, the cluster tests and the guest tests stand on.
 
 use std::fs;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -363,6 +364,25 @@ impl Agents {
         let pid = rustix::process::Pid::from_child(child);
         rustix::process::kill_process(pid, signal)
             .with_context(|| format!("signal agent {}", agent.config.name))
+    }
+
+    /// The sum of a metric's series at one agent whose labels have `label` in them; `None` if the agent does not answer.
+    pub fn metric(&self, index: usize, name: &str, label: &str) -> Option<f64> {
+        let mut stream = TcpStream::connect(self.list[index].config.metrics_listen).ok()?;
+        // An agent that is stopped accepts and says nothing.
+        stream.set_read_timeout(Some(Duration::from_secs(1))).ok()?;
+        stream
+            .write_all(b"GET /metrics HTTP/1.0\r\nConnection: close\r\n\r\n")
+            .ok()?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text).ok()?;
+        let values = text.lines().filter_map(|line| {
+            let labels = line.strip_prefix(name)?;
+            let (labels, value) = labels.rsplit_once(' ')?;
+            let is_series = labels.is_empty() || labels.starts_with('{');
+            (is_series && labels.contains(label)).then(|| value.parse::<f64>().ok())?
+        });
+        Some(values.sum())
     }
 
     /// The process of an agent that runs.

@@ -106,27 +106,8 @@ pub(crate) fn volume(agents: &Agents, name: &str, size: &str) -> Nqn {
 
 /// Sum of a metric over all agents that answer.
 pub(crate) fn metric(agents: &Agents, name: &str) -> f64 {
-    use std::io::{Read as _, Write as _};
-    let scrape = |address: std::net::SocketAddr| {
-        let mut stream = std::net::TcpStream::connect(address).ok()?;
-        // An agent that is stopped accepts and says nothing.
-        stream
-            .set_read_timeout(Some(std::time::Duration::from_secs(1)))
-            .ok()?;
-        stream
-            .write_all(b"GET /metrics HTTP/1.0\r\nConnection: close\r\n\r\n")
-            .ok()?;
-        let mut text = String::new();
-        stream.read_to_string(&mut text).ok()?;
-        Some(text)
-    };
-    agents
-        .list
-        .iter()
-        .filter_map(|agent| scrape(agent.config.metrics_listen))
-        .flat_map(|text| text.lines().map(str::to_owned).collect::<Vec<_>>())
-        .filter(|line| line.starts_with(name) && matches!(line.as_bytes().get(name.len()), Some(b' ' | b'{')))
-        .filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok())
+    (0..agents.list.len())
+        .filter_map(|index| agents.metric(index, name, ""))
         .sum()
 }
 

@@ -552,12 +552,17 @@ pub fn region_info_reply(index: u32, bytes: u64) -> Vec<u8> {
 }
 
 /// The same for a region of which `mapped` may be mapped, at the same offsets of the file that goes with it. Whoever has
-/// less room for it than [`MAPPED_REGION_INFO_BYTES`] gets what says so, and asks again.
+/// less room for it than [`MAPPED_REGION_INFO_BYTES`] gets what says so, and asks again. That has no capability yet: QEMU
+/// refuses one that has no place.
 #[must_use]
 pub fn mapped_region_info_reply(index: u32, bytes: u64, mapped: std::ops::Range<u64>, argsz: u32) -> Vec<u8> {
     let has_room = argsz >= MAPPED_REGION_INFO_BYTES;
-    let flags = region_flag::READ | region_flag::WRITE | region_flag::MMAP | region_flag::CAPABILITIES;
-    let cap_offset = if has_room { REGION_INFO_BYTES } else { 0 };
+    let (capabilities, cap_offset) = if has_room {
+        (region_flag::CAPABILITIES, REGION_INFO_BYTES)
+    } else {
+        (0, 0)
+    };
+    let flags = region_flag::READ | region_flag::WRITE | region_flag::MMAP | capabilities;
     let mut reply = region_info(index, bytes, flags, MAPPED_REGION_INFO_BYTES, cap_offset)
         .as_bytes()
         .to_vec();
@@ -657,6 +662,7 @@ mod tests {
         assert_eq!(reply, expected);
         let short = mapped_region_info_reply(0, 0x4000, 0x1000..0x2000, 32);
         expected.truncate(32);
+        expected[4] = 0x07;
         expected[12] = 0;
         assert_eq!(short, expected, "asks for more room");
     }

@@ -23,6 +23,7 @@ fn the_page_of_doorbells_may_be_mapped_where_it_is_asked_for() {
     // Told how much room it takes, then the whole, and the file with it.
     let (short, files) = guest.region_info(32);
     assert_eq!((short.len(), short[0], files.len()), (32, 64, 0));
+    assert_eq!(short[4], 0x07, "QEMU refuses a capability without a place");
     let (info, files) = guest.region_info(64);
     assert_eq!((info.len(), files.len()), (64, 1));
     assert_eq!(info[4], 0x0f, "read, write, map, and it has capabilities");

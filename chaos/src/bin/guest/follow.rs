@@ -1,8 +1,6 @@
 //! A volume follows its guest: it comes to a running guest by hot-plug, grows under a mounted file system, and goes along to
 //! another node, where it is attached and has not changed; nothing is copied for that.
 
-use std::io::{Read as _, Write as _};
-use std::net::TcpStream;
 use std::path::Path;
 
 use anyhow::{Context as _, ensure};
@@ -90,17 +88,9 @@ pub(super) fn test(program: &Path) -> anyhow::Result<()> {
 /// Bytes that the agents' engines have written to drives, of a kind.
 fn drive_bytes(agents: &Agents, kind: &str) -> anyhow::Result<f64> {
     let label = format!("kind=\"{kind}\"");
-    let mut sum = 0.0;
-    for agent in &agents.list {
-        let mut stream = TcpStream::connect(agent.config.metrics_listen).context("an agent's metrics")?;
-        stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n")?;
-        let mut text = String::new();
-        stream.read_to_string(&mut text)?;
-        sum += text
-            .lines()
-            .filter(|line| line.starts_with("weft_volume_drive_bytes_total{") && line.contains(&label))
-            .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
-            .sum::<f64>();
-    }
-    Ok(sum)
+    let of_agent = |index| {
+        let bytes = agents.metric(index, "weft_volume_drive_bytes_total", &label);
+        bytes.context("an agent's metrics")
+    };
+    (0..agents.list.len()).map(of_agent).sum()
 }
