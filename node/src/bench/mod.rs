@@ -47,6 +47,7 @@ mod world;
 use std::time::{Duration, Instant};
 
 use crate::args::{BenchArgs, BenchStage};
+use crate::cli::output::print_all;
 use report::{Report, Row};
 
 pub(crate) use cluster::peer;
@@ -150,7 +151,7 @@ pub(crate) fn run(args: &BenchArgs, json: bool) -> u8 {
     };
     if json {
         match serde_json::to_string(&report) {
-            Ok(text) => println!("{text}"),
+            Ok(text) => print_all(&format!("{text}\n")),
             Err(error) => eprintln!("weft: {error}"),
         }
     } else {

@@ -5,6 +5,7 @@ use serde::Serialize;
 use super::machine::Machine;
 use super::pairs::{Paired, Window};
 use super::statistics::{Estimate, estimate};
+use crate::cli::output::print_all;
 
 /// What a row has to reach.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -163,8 +164,8 @@ impl Report {
 
     /// The head of the table.
     pub(super) fn print_head() {
-        println!(
-            "{:<8} {:<40} {:>10} {:>10} {:<6} {:>6} {:>13} {:>8} {:<4} {:>8} {:>8} {:>8} {:>6} {:>6}",
+        print_all(&format!(
+            "{:<8} {:<40} {:>10} {:>10} {:<6} {:>6} {:>13} {:>8} {:<4} {:>8} {:>8} {:>8} {:>6} {:>6}\n",
             "stage",
             "workload",
             "value",
@@ -179,23 +180,23 @@ impl Report {
             "p99.9",
             "host",
             "target"
-        );
+        ));
     }
 
     /// What stands below the table.
     pub(super) fn print_foot(&self) {
         for note in &self.notes {
-            println!("{note}");
+            print_all(&format!("{note}\n"));
         }
         for error in &self.errors {
-            println!("not measured: {error}");
+            print_all(&format!("not measured: {error}\n"));
         }
         let idle = |share: Option<f64>| {
             share.map_or("unknown".to_owned(), |share| format!("{:.0} %", share * 100.0))
         };
         let failed = self.rows.iter().filter(|row| !row.pass).count();
-        println!(
-            "{} rows, {failed} below what is required; {}, {} cores, Linux {}, commit {}; idle CPU before {} and after {}; {:.0} s",
+        print_all(&format!(
+            "{} rows, {failed} below what is required; {}, {} cores, Linux {}, commit {}; idle CPU before {} and after {}; {:.0} s\n",
             self.rows.len(),
             self.machine.machine,
             self.machine.cores,
@@ -204,9 +205,9 @@ impl Report {
             idle(self.idle_before),
             idle(self.idle_after),
             self.seconds
-        );
+        ));
         if !self.optimised {
-            println!("This is an unoptimised build: its figures mean nothing.");
+            print_all("This is an unoptimised build: its figures mean nothing.\n");
         }
     }
 }
@@ -229,8 +230,8 @@ impl Row {
             }
             _ => format!("{:.2}–{:.2}", self.spread[0], self.spread[1]),
         };
-        println!(
-            "{:<8} {:<40} {:>10} {:>10} {:<6} {:>6} {:>13} {:>8} {:<4} {:>8} {:>8} {:>8} {:>6} {:>6}",
+        print_all(&format!(
+            "{:<8} {:<40} {:>10} {:>10} {:<6} {:>6} {:>13} {:>8} {:<4} {:>8} {:>8} {:>8} {:>6} {:>6}\n",
             self.stage,
             self.workload,
             figure(self.value),
@@ -245,7 +246,7 @@ impl Row {
             number(self.p999_us),
             hundredths(self.cpu_us_per_io.host),
             hundredths(self.cpu_us_per_io.target),
-        );
+        ));
     }
 }
 

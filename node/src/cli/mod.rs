@@ -5,7 +5,7 @@
 
 mod attach;
 mod cluster;
-mod output;
+pub(crate) mod output;
 mod volume;
 
 use std::time::Duration;

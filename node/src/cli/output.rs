@@ -39,7 +39,7 @@ impl Output {
 }
 
 /// Writes to standard output; a reader that went away (a closed pipe) is not an error of ours.
-fn print_all(text: &str) {
+pub(crate) fn print_all(text: &str) {
     let mut stdout = std::io::stdout().lock();
     let _ = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
 }

@@ -26,6 +26,7 @@ use weft_proto::grpc::admin::{InitRequest, JoinRequest};
 use weft_proto::units::Lba;
 
 use crate::args::DemoArgs;
+use crate::cli::output::print_all;
 use crate::config::EngineConfig;
 use crate::local_cluster::{Agents, Options};
 use host::Host;
@@ -56,12 +57,12 @@ pub(crate) async fn run(args: DemoArgs, json: bool) -> u8 {
         report.error = Some(format!("{error:#}"));
     }
     if json {
-        println!(
-            "{}",
+        print_all(&format!(
+            "{}\n",
             serde_json::to_string(&report).unwrap_or_else(|error| format!("{{\"error\":\"{error}\"}}"))
-        );
+        ));
     } else {
-        println!("\n{}", report.summary());
+        print_all(&format!("\n{}\n", report.summary()));
     }
     match outcome {
         Ok(()) => {
