@@ -30,6 +30,7 @@ mod garbage;
 mod leaf;
 mod merge;
 mod moving;
+mod packed;
 mod pages;
 mod root;
 mod root_format;

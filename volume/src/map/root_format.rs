@@ -13,14 +13,16 @@ use crate::entry::MapEntry;
 use super::address::{INDEX_LEVEL_MAX, POSITIONS, RUNS};
 use super::format::{Child, FormatError, MapIdentity, PAGE_BODY_BYTES, crc32c};
 use super::leaf::LEAF_RECORDS_MAX;
+use super::packed::{self, Table};
 use super::root::{BandState, Root, RootBand, Spilled};
 use super::run::RunDescriptor;
 use super::{MapRoot, RunRoot};
 
 /// First bytes of every root.
 pub(crate) const ROOT_MAGIC: [u8; 8] = *b"WEFTROOT";
-/// Versions of the root's layout. 1: the first. 2: the same, over map blocks of their second version.
-pub(crate) const ROOT_VERSION: u16 = 2;
+/// Versions of the root's layout. 1: the first. 2: the same, over map blocks of their second version. 3: bands and counts as packed
+/// tables.
+pub(crate) const ROOT_VERSION: u16 = 3;
 
 /// The first 144 bytes of a root.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -67,37 +69,7 @@ const _: () = assert!(std::mem::offset_of!(RootHeader, volume) == 32);
 const _: () = assert!(std::mem::offset_of!(RootHeader, run_next) == 96);
 const _: () = assert!(std::mem::offset_of!(RootHeader, header_crc) == 140);
 
-/// A band in a root; its columns follow.
-#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(C)]
-struct BandRecord {
-    band: U64,
-    volume: U64,
-    layer: U64,
-    epoch: U64,
-    version: U64,
-    stripe_last: U64,
-    window_rows: U32,
-    append_row: U32,
-    chunk_mib: U16,
-    k: u8,
-    m: u8,
-    /// 0 granted, 1 open, 2 sealed.
-    state: u8,
-    rsvd61: [u8; 3],
-}
-
-const _: () = assert!(size_of::<BandRecord>() == 64);
-
-/// A column of a band.
-#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(C)]
-struct ColumnRecord {
-    drive: U32,
-    offset_mib: U32,
-}
-
-/// A run; where its blocks lie, by band, follows as [`CountRecord`]s.
+/// A run; where its blocks lie, by band, follows as a table of counts.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct RunRecord {
@@ -115,14 +87,6 @@ struct RunRecord {
 }
 
 const _: () = assert!(size_of::<RunRecord>() == 80);
-
-/// A band and a count.
-#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(C)]
-struct CountRecord {
-    band: U64,
-    count: U64,
-}
 
 /// An earlier epoch and the last of its stripes that is valid.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -220,53 +184,99 @@ pub(crate) fn encode_body(root: &Root) -> Vec<u8> {
 }
 
 fn encode_bands(body: &mut Vec<u8>, bands: &[RootBand]) {
-    put(body, &length(bands.len()));
+    let rows: Vec<_> = bands.iter().map(band_row).collect();
+    debug_assert!(rows.is_sorted_by_key(|row| row[0]), "bands ascend");
+    packed::encode(body, &rows);
+    let mut chunks = Vec::new();
     for root_band in bands {
         let band = &root_band.band;
-        let record = BandRecord {
-            band: band.id.0.into(),
-            volume: band.volume.0.into(),
-            layer: band.layer.0.into(),
-            epoch: band.epoch.0.into(),
-            version: band.version.into(),
-            stripe_last: root_band.stripe_last.0.into(),
-            window_rows: band.window_rows.into(),
-            append_row: root_band.append_row.into(),
-            chunk_mib: (band.chunk_size.mib() as u16).into(),
-            k: band.geometry.k,
-            m: band.geometry.m,
-            state: match root_band.state {
-                BandState::Granted => 0,
-                BandState::Open => 1,
-                BandState::Sealed => 2,
-            },
-            rsvd61: [0; 3],
-        };
-        put(body, &record);
         assert_eq!(
             band.columns.len(),
             usize::from(band.geometry.n()),
             "a band has n columns"
         );
-        for column in &band.columns {
-            let record = ColumnRecord {
-                drive: column.drive.0.into(),
-                offset_mib: column.offset_mib.into(),
-            };
-            put(body, &record);
-        }
+        let columns = band.columns.iter();
+        chunks.extend(columns.map(|column| [u64::from(column.drive.0), u64::from(column.offset_mib)]));
     }
+    packed::encode(body, &chunks);
+}
+
+/// Numbers of a band's row.
+const BAND_FIELDS: usize = 12;
+
+fn band_row(root_band: &RootBand) -> [u64; BAND_FIELDS] {
+    let band = &root_band.band;
+    [
+        band.id.0,
+        band.volume.0,
+        band.layer.0,
+        band.epoch.0,
+        band.version,
+        root_band.stripe_last.0,
+        band.window_rows.into(),
+        root_band.append_row.into(),
+        band.chunk_size.mib().into(),
+        band.geometry.k.into(),
+        band.geometry.m.into(),
+        match root_band.state {
+            BandState::Granted => 0,
+            BandState::Open => 1,
+            BandState::Sealed => 2,
+        },
+    ]
+}
+
+fn band_of(row: [u64; BAND_FIELDS]) -> Result<RootBand, FormatError> {
+    let [
+        id,
+        volume,
+        layer,
+        epoch,
+        version,
+        stripe_last,
+        window_rows,
+        append_row,
+        chunk_mib,
+        k,
+        m,
+        state,
+    ] = row;
+    let geometry = Geometry::new(narrow(k, "k, m")?, narrow(m, "k, m")?);
+    Ok(RootBand {
+        band: Band {
+            id: BandId(id),
+            volume: VolumeId(volume),
+            layer: LayerId(layer),
+            epoch: Epoch(epoch),
+            geometry: geometry.ok_or(FormatError::Field("k, m"))?,
+            chunk_size: match chunk_mib {
+                1 => ChunkSize::Mib1,
+                8 => ChunkSize::Mib8,
+                64 => ChunkSize::Mib64,
+                _ => return Err(FormatError::Field("chunk_mib")),
+            },
+            window_rows: narrow(window_rows, "window_rows")?,
+            version,
+            columns: Vec::new(),
+        },
+        state: match state {
+            0 => BandState::Granted,
+            1 => BandState::Open,
+            2 => BandState::Sealed,
+            _ => return Err(FormatError::Field("state")),
+        },
+        append_row: narrow(append_row, "append_row")?,
+        stripe_last: StripeNumber(stripe_last),
+    })
+}
+
+fn narrow<T: TryFrom<u64>>(value: u64, field: &'static str) -> Result<T, FormatError> {
+    T::try_from(value).map_err(|_| FormatError::Field(field))
 }
 
 fn encode_counts(body: &mut Vec<u8>, counts: &[(BandId, u64)]) {
-    put(body, &length(counts.len()));
-    for (band, count) in counts {
-        let record = CountRecord {
-            band: band.0.into(),
-            count: (*count).into(),
-        };
-        put(body, &record);
-    }
+    let rows: Vec<_> = counts.iter().map(|(band, count)| [band.0, *count]).collect();
+    packed::encode(body, &rows);
 }
 
 fn run_record(run: &RunDescriptor) -> RunRecord {
@@ -464,45 +474,28 @@ impl<'a> Input<'a> {
         Ok((Lba(child.lba()), place))
     }
 
+    /// In ascending order, with the chunks of each.
     fn bands(&mut self) -> Result<Vec<RootBand>, FormatError> {
-        let mut bands = Vec::new();
-        for _ in 0..self.count(size_of::<BandRecord>())? {
-            let record = self.take::<BandRecord>()?;
-            let geometry = Geometry::new(record.k, record.m).ok_or(FormatError::Field("k, m"))?;
-            let mut columns = Vec::new();
-            for _ in 0..geometry.n() {
-                let column = self.take::<ColumnRecord>()?;
-                columns.push(ChunkAddress {
-                    drive: DriveId(column.drive.get()),
-                    offset_mib: column.offset_mib.get(),
+        let mut bands: Vec<RootBand> = Vec::new();
+        for row in Table::take(&mut self.0)? {
+            let band = band_of(row)?;
+            if bands.last().is_some_and(|last| last.band.id >= band.band.id) {
+                return Err(FormatError::Field("band"));
+            }
+            bands.push(band);
+        }
+        let mut chunks = Table::<2>::take(&mut self.0)?;
+        let columns: usize = bands.iter().map(|band| usize::from(band.band.geometry.n())).sum();
+        if chunks.len() != columns {
+            return Err(FormatError::Field("columns"));
+        }
+        for RootBand { band, .. } in &mut bands {
+            for [drive, offset_mib] in chunks.by_ref().take(band.geometry.n().into()) {
+                band.columns.push(ChunkAddress {
+                    drive: DriveId(narrow(drive, "drive")?),
+                    offset_mib: narrow(offset_mib, "offset_mib")?,
                 });
             }
-            bands.push(RootBand {
-                band: Band {
-                    id: BandId(record.band.get()),
-                    volume: VolumeId(record.volume.get()),
-                    layer: LayerId(record.layer.get()),
-                    epoch: Epoch(record.epoch.get()),
-                    geometry,
-                    chunk_size: match record.chunk_mib.get() {
-                        1 => ChunkSize::Mib1,
-                        8 => ChunkSize::Mib8,
-                        64 => ChunkSize::Mib64,
-                        _ => return Err(FormatError::Field("chunk_mib")),
-                    },
-                    window_rows: record.window_rows.get(),
-                    version: record.version.get(),
-                    columns,
-                },
-                state: match record.state {
-                    0 => BandState::Granted,
-                    1 => BandState::Open,
-                    2 => BandState::Sealed,
-                    _ => return Err(FormatError::Field("state")),
-                },
-                append_row: record.append_row.get(),
-                stripe_last: StripeNumber(record.stripe_last.get()),
-            });
         }
         Ok(bands)
     }
@@ -539,9 +532,8 @@ impl<'a> Input<'a> {
     /// In ascending order of bands, each from 1 to `count_max`: so that no sum of them overflows.
     fn counts(&mut self, count_max: u64) -> Result<Vec<(BandId, u64)>, FormatError> {
         let mut counts: Vec<(BandId, u64)> = Vec::new();
-        for _ in 0..self.count(size_of::<CountRecord>())? {
-            let record = self.take::<CountRecord>()?;
-            let (band, count) = (BandId(record.band.get()), record.count.get());
+        for [band, count] in Table::take(&mut self.0)? {
+            let band = BandId(band);
             if counts.last().is_some_and(|(last, _)| *last >= band) {
                 return Err(FormatError::Field("band of a count"));
             }

@@ -479,7 +479,44 @@ fn a_root_whose_counts_could_overflow_is_refused() {
     assert_eq!(load(&[(1, 20 * 16384 + 1)], &[]), refused("count"));
     assert_eq!(load(&[], &[(1, u64::MAX)]), refused("count"));
     assert_eq!(load(&[], &[(1, 0)]), refused("count"));
-    assert_eq!(load(&[], &[(1, 1), (1, 1)]), refused("band of a count"));
+    assert_eq!(load(&[], &[(1, 1), (1, 2)]), refused("band of a count"));
+    assert_eq!(load(&[], &[(2, 1), (1, 1)]), refused("band of a count"));
+}
+
+#[test]
+fn a_root_with_bands_that_no_writer_makes_is_refused() {
+    let load = |change: fn(&mut Root)| {
+        let mut root = example_root();
+        change(&mut root);
+        let body = root_format::encode_body(&root);
+        let head = RootHead::read(&root_format::encode_head(&root, &body, None), None)?;
+        run(head.load(&*MemoryStore::new(10).handle())).map(|_| ())
+    };
+    let refused = |field| Err(MapError::Root(FormatError::Field(field)));
+    let twice = |root: &mut Root| {
+        let mut again = root.bands[0].clone();
+        again.append_row += 1;
+        root.bands.push(again);
+    };
+    assert_eq!(load(twice), refused("band"));
+    // A band that says another geometry than its two chunks are of.
+    let load_as = |k: u8, m: u8| {
+        let mut root = example_root();
+        let body = root_format::encode_body(&root);
+        let two_chunks = [2, 0, 0, 0, 11, 0, 0, 0, 0, 0, 0, 0];
+        let chunks_at = body.windows(12).position(|bytes| bytes == two_chunks).unwrap();
+        let band = &mut root.bands[0].band;
+        band.geometry = Geometry { k, m };
+        band.columns.resize(usize::from(k + m), band.columns[0]);
+        let mut changed = root_format::encode_body(&root);
+        changed.truncate(chunks_at);
+        changed.extend_from_slice(&body[chunks_at..]);
+        let head = RootHead::read(&root_format::encode_head(&root, &changed, None), None)?;
+        run(head.load(&*MemoryStore::new(10).handle())).map(|_| ())
+    };
+    assert_eq!(load_as(1, 1), Ok(()));
+    assert_eq!(load_as(1, 2), refused("columns"));
+    assert_eq!(load_as(0, 2), refused("k, m"));
 }
 
 #[test]
