@@ -1,14 +1,14 @@
 //! Tables of a root: rows of numbers, each stored as the difference from the lowest of its column, in as many bits as the
 //! column's largest difference takes. Most of what a root says of a band is what it says of every other one, and takes no bits.
 //!
-//! Reading never believes a number of rows that the bytes do not hold: rows are never all alike, so each takes a bit at least.
+//! Reading never believes a number of rows that the bytes do not hold: where there are several, each takes a bit at least.
 //!
 //! `docs/format/checkpoint.md`, "Tables".
 
 use super::bits::{mask, width};
 use super::format::FormatError;
 
-/// Appends a table of `rows`, of which no two are alike.
+/// Appends a table of `rows`.
 pub(crate) fn encode<const F: usize>(bytes: &mut Vec<u8>, rows: &[[u64; F]]) {
     let count = u32::try_from(rows.len()).expect("a root has less than 2^32 of anything");
     bytes.extend_from_slice(&count.to_le_bytes());
@@ -22,6 +22,9 @@ pub(crate) fn encode<const F: usize>(bytes: &mut Vec<u8>, rows: &[[u64; F]]) {
         let bits = width(values().max().unwrap_or(0) - lowest);
         // So that nothing that can be read overflows.
         *column = (lowest.min(u64::MAX - mask(bits)), bits);
+    }
+    if rows.len() > 1 && columns.iter().all(|(_, bits)| *bits == 0) {
+        columns[0] = (columns[0].0.min(u64::MAX - 1), 1);
     }
     for (lowest, _) in columns {
         bytes.extend_from_slice(&lowest.to_le_bytes());
@@ -151,6 +154,10 @@ mod tests {
         bytes.clear();
         encode::<3>(&mut bytes, &[]);
         assert_eq!(bytes, [0; 4]);
+        let alike = [[u64::MAX, 3]; 9];
+        bytes.clear();
+        encode(&mut bytes, &alike);
+        assert_eq!(decode(&bytes), Ok(alike.to_vec()));
     }
 
     #[test]
