@@ -55,6 +55,8 @@ pub enum Bug {
     WritesUnchecked,
     /// "Nobody has this key" is answered while that host's writes are still being waited for.
     ConflictRunsAhead,
+    /// What a host sent before a silence of any length is executed.
+    ForgiveSilence,
 }
 
 impl Bug {
@@ -84,6 +86,7 @@ impl Bug {
         Self::PreemptChangesNothing,
         Self::WritesUnchecked,
         Self::ConflictRunsAhead,
+        Self::ForgiveSilence,
     ];
 }
 

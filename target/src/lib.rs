@@ -9,7 +9,7 @@
 //! - [`Registry`]: what is presented, to whom, in which ANA state; changed at run time by its owner;
 //! - [`serve`]: connections on a listener; [`vfio_user`]: the same controllers as PCI Express functions of guests;
 //! - [`reservation`]: NVMe reservations over a device, with or without a socket;
-//! - [`qpair`]: the queue pair's state machine;
+//! - [`qpair`]: the queue pair's state machine; [`silence`]: what the words of a host are worth that was not heard for long;
 //! - [`status`]: the one mapping of errors to NVMe statuses; [`metrics`]: the one list of metrics.
 //!
 //! Architecture invariant: this crate never learns what a stripe is. A namespace is a range of blocks.
@@ -35,7 +35,7 @@ mod registry;
 mod request;
 pub mod reservation;
 mod serve;
-mod silence;
+pub mod silence;
 pub mod status;
 pub mod vfio_user;
 

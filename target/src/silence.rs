@@ -17,9 +17,11 @@
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
+use weft_proto::deliberate::{Bug, planted};
+
 /// What was heard of a host, on all queues of its association.
 #[derive(Debug)]
-pub(crate) struct Silence {
+pub struct Silence {
     kato: Cell<Option<Duration>>,
     heard: Cell<Instant>,
     /// How often it was silent for so long that its commands may be late.
@@ -28,7 +30,7 @@ pub(crate) struct Silence {
 
 /// What may be done with what was just read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Heard {
+pub enum Heard {
     /// Everything.
     InTime,
     /// It may have been given up: nothing of it may take effect.
@@ -39,10 +41,12 @@ pub(crate) enum Heard {
 
 /// Which of the lapses one queue has left behind it: it has been read empty since.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct ReadEmpty(u64);
+pub struct ReadEmpty(u64);
 
 impl Silence {
-    pub(crate) fn new(kato: Option<Duration>, now: Instant) -> Self {
+    /// Of a host that was heard `now`, with this Keep Alive Timeout.
+    #[must_use]
+    pub fn new(kato: Option<Duration>, now: Instant) -> Self {
         Self {
             kato: Cell::new(kato),
             heard: Cell::new(now),
@@ -51,22 +55,27 @@ impl Silence {
     }
 
     /// Keep Alive Timeout; `None` if there is none.
-    pub(crate) fn kato(&self) -> Option<Duration> {
+    #[must_use]
+    pub fn kato(&self) -> Option<Duration> {
         self.kato.get()
     }
 
-    pub(crate) fn set_kato(&self, kato: Option<Duration>) {
+    /// Sets the Keep Alive Timeout.
+    pub fn set_kato(&self, kato: Option<Duration>) {
         self.kato.set(kato);
     }
 
     /// When the host has been silent for too long.
-    pub(crate) fn deadline(&self) -> Option<Instant> {
+    #[must_use]
+    pub fn deadline(&self) -> Option<Instant> {
         self.kato().map(|kato| self.heard.get() + kato)
     }
 
     /// The host is heard, on a queue with `read_empty` (Traffic Based Keep Alive).
-    pub(crate) fn hear(&self, now: Instant, read_empty: ReadEmpty) -> Heard {
-        if let Some(kato) = self.kato() {
+    pub fn hear(&self, now: Instant, read_empty: ReadEmpty) -> Heard {
+        if let Some(kato) = self.kato()
+            && !planted(Bug::ForgiveSilence)
+        {
             let silence = now.saturating_duration_since(self.heard.get());
             if silence >= kato {
                 return Heard::Expired;
@@ -84,7 +93,8 @@ impl Silence {
     }
 
     /// What a queue is worth of which nothing is left to be read, or that is new.
-    pub(crate) fn read_empty(&self) -> ReadEmpty {
+    #[must_use]
+    pub fn read_empty(&self) -> ReadEmpty {
         ReadEmpty(self.lapses.get())
     }
 }

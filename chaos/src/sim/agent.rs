@@ -18,6 +18,7 @@ use weft_volume::seams::ReservationKey;
 
 use super::client::Client;
 use super::cluster::Cluster;
+use super::connection::Ends;
 use super::drive::{LocalDrive, RemoteDrive, is_present};
 use super::fabric::{Fabric, RESERVATION, Reach};
 use super::process::Process;
@@ -43,6 +44,8 @@ pub(super) struct Agent {
     /// Epochs that have a task.
     pub(super) tasks: RefCell<BTreeMap<VolumeId, Owner>>,
     pub(super) engines: RefCell<BTreeMap<VolumeId, (Owner, Engine)>>,
+    /// Of lasting connections.
+    pub(super) ends: Ends,
     /// Takeovers that scan and replay now.
     pub(super) recovering: Cell<u32>,
 }
@@ -84,6 +87,7 @@ impl Agent {
             served: RefCell::default(),
             tasks: RefCell::default(),
             engines: RefCell::default(),
+            ends: Ends::default(),
             recovering: Cell::new(0),
         });
         let fabric = Fabric::new(Rc::downgrade(&agent), agent.process.clone(), host, key);

@@ -156,7 +156,7 @@ impl Cluster {
         Command::CreateVolume(NewVolume {
             name: format!("volume-{number}"),
             pool: PoolId(1),
-            size_bytes: u64::from(self.plan.blocks) * 4096,
+            size_bytes: self.plan.total_blocks() * 4096,
             block_bytes: 4096,
             geometry: None,
             uuid: [number as u8; 16],
@@ -314,6 +314,7 @@ impl Cluster {
         let Some(agent) = self.take_agent(node, process) else {
             return;
         };
+        agent.ends.close(self, node);
         self.restart_drive(node, false);
         if let Some(incarnation) = agent.incarnation.get() {
             let cluster = Rc::clone(self);

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::FutureExt as _;
+use futures_util::future::LocalBoxFuture;
 use weft_block::{BlockDevice as _, BlockError, Durability};
 use weft_proto::id::{NodeId, VolumeId};
 use weft_proto::units::LbaRange;
@@ -65,43 +66,53 @@ impl Agent {
         }
     }
 
-    fn owner_elsewhere(&self, volume: VolumeId) -> Option<NodeId> {
+    pub(super) fn owner_elsewhere(&self, volume: VolumeId) -> Option<NodeId> {
         let owner = self.map.borrow().volumes.get(&volume)?.phase.owner()?;
         (owner.node != self.node).then_some(owner.node)
     }
 
     /// Serves a command with an engine of this agent, or not at all.
     async fn serve_owned(self: Rc<Self>, command: HostCommand) -> Result<Bytes, BlockError> {
-        let serving = self.engines.borrow().get(&command.volume).cloned();
-        let Some((owner, engine)) = serving else {
-            return Err(BlockError::NotReady);
-        };
-        let range = command.range;
-        let done = match command.what {
+        match self.begin_owned(&command) {
+            Some(serving) => serving.await,
+            None => Err(BlockError::NotReady),
+        }
+    }
+
+    /// Gives a command to an engine of this agent, if there is one. It has its place in the order of commands then.
+    pub(super) fn begin_owned(
+        &self,
+        command: &HostCommand,
+    ) -> Option<LocalBoxFuture<'static, Result<Bytes, BlockError>>> {
+        let (owner, engine) = self.engines.borrow().get(&command.volume).cloned()?;
+        let (volume, range) = (command.volume, command.range);
+        let (cluster, process) = (Rc::clone(&self.cluster), self.process.id);
+        let mut written = None;
+        let done = match &command.what {
             What::Read => {
-                let bytes = engine.read(range).await?;
-                self.cluster
-                    .watch
-                    .answered(command.volume, owner, self.process.id);
-                return Ok(bytes);
+                let read = engine.read(range);
+                let reading = async move {
+                    let bytes = read.await?;
+                    cluster.watch.answered(volume, owner, process);
+                    Ok(bytes)
+                };
+                return Some(reading.boxed_local());
             }
             What::Write(bytes) => {
-                let done = engine
-                    .write(range.start, vec![bytes.clone()], Durability::Durable)
-                    .await;
-                if done.is_ok() {
-                    self.cluster.watch.acknowledged(command.volume, range, &bytes);
-                }
-                done
+                written = Some(bytes.clone());
+                engine.write(range.start, vec![bytes.clone()], Durability::Durable)
             }
-            What::Zeroes => engine.write_zeroes(range, false, Durability::Durable).await,
-            What::Deallocate => engine.deallocate(vec![range]).await,
+            What::Zeroes => engine.write_zeroes(range, false, Durability::Durable),
+            What::Deallocate => engine.deallocate(vec![range]),
         };
-        if done.is_ok() {
-            self.cluster
-                .watch
-                .answered(command.volume, owner, self.process.id);
-        }
-        done.map(|()| Bytes::new())
+        let changing = async move {
+            done.await?;
+            if let Some(bytes) = written {
+                cluster.watch.acknowledged(volume, range, &bytes);
+            }
+            cluster.watch.answered(volume, owner, process);
+            Ok(Bytes::new())
+        };
+        Some(changing.boxed_local())
     }
 }

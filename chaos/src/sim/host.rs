@@ -1,8 +1,7 @@
 //! Hosts: what they ask of the volumes through which nodes, and the history they keep for the checker.
 //!
 //! A host sends each command once, through one node, and never repeats it: what it does not hear of is unknown, and
-//! the checker lets it happen at any later time or never. (What multipath promises about repeated commands is not tested here
-//! but with real agents.)
+//! the checker lets it happen at any later time or never. Hosts with several paths, that do repeat, are in [`super::multipath`].
 
 use std::rc::Rc;
 use std::time::Duration;
@@ -28,8 +27,8 @@ pub(super) const FIRST_HOST: u32 = 1000;
 
 /// One host. Its tasks share it.
 pub(super) struct Host {
-    cluster: Rc<Cluster>,
-    process: Process,
+    pub(super) cluster: Rc<Cluster>,
+    pub(super) process: Process,
     client: u16,
 }
 
@@ -90,9 +89,12 @@ impl Host {
             _ => rng.between(8, 32),
         };
         let count = count.min(u64::from(plan.blocks));
-        // Half of all commands meet on a few blocks.
+        let what = rng.below(100);
+        // Half of all commands meet on a few blocks. The lanes of other hosts are only read.
         let end = if rng.chance(1, 2) && count <= 8 {
             8
+        } else if reads_only || what >= 63 {
+            plan.total_blocks()
         } else {
             u64::from(plan.blocks)
         };
@@ -102,7 +104,7 @@ impl Host {
             count,
         };
         let node = self.cluster.any_node(rng);
-        match rng.below(100) {
+        match what {
             _ if reads_only => drop(self.read(volume, node, range, Step::Read).await),
             0..=44 => self.write(volume, node, range).await,
             45..=49 => self.zeroes(volume, node, range, Action::WriteZeroes).await,
@@ -134,6 +136,17 @@ impl Host {
     }
 
     async fn write(&self, volume: u16, node: NodeId, range: LbaRange) {
+        let send = async |command| self.send(node, command).await;
+        self.write_by(volume, range, send).await;
+    }
+
+    /// Writes blocks that tell who wrote them, by sending the command in whatever way.
+    pub(super) async fn write_by(
+        &self,
+        volume: u16,
+        range: LbaRange,
+        send: impl AsyncFnOnce(HostCommand) -> Result<Bytes, BlockError>,
+    ) {
         let wide = if range.count >= 8 {
             Step::WideWrite
         } else {
@@ -150,26 +163,38 @@ impl Host {
             version,
         };
         let what = What::Write(bytes.freeze());
-        self.change(volume, node, range, what, Action::Write, value).await;
+        self.change(volume, range, what, Action::Write, value, send).await;
     }
 
     async fn zeroes(&self, volume: u16, node: NodeId, range: LbaRange, action: Action) {
+        let send = async |command| self.send(node, command).await;
+        self.zeroes_by(volume, range, action, send).await;
+    }
+
+    /// Write Zeroes or a deallocation.
+    pub(super) async fn zeroes_by(
+        &self,
+        volume: u16,
+        range: LbaRange,
+        action: Action,
+        send: impl AsyncFnOnce(HostCommand) -> Result<Bytes, BlockError>,
+    ) {
         let _under = self.cluster.steps.enter(Step::Trim);
         let what = match action {
             Action::Deallocate => What::Deallocate,
             _ => What::Zeroes,
         };
-        self.change(volume, node, range, what, action, Value::Zero).await;
+        self.change(volume, range, what, action, Value::Zero, send).await;
     }
 
     async fn change(
         &self,
         volume: u16,
-        node: NodeId,
         range: LbaRange,
         what: What,
         action: Action,
         value: Value,
+        send: impl AsyncFnOnce(HostCommand) -> Result<Bytes, BlockError>,
     ) {
         let invoked_ns = self.now();
         // On record while it is open: whoever reads it meanwhile is judged with it.
@@ -187,7 +212,7 @@ impl Host {
             range,
             what,
         };
-        let outcome = match self.send(node, command).await {
+        let outcome = match send(command).await {
             Ok(_) => Outcome::Ok,
             Err(BlockError::CapacityExceeded) => Outcome::Refused,
             // An engine that stops with a stripe in flight cannot say whether the next owner finds it.
@@ -204,6 +229,18 @@ impl Host {
 
     /// Whether the read was answered.
     pub(super) async fn read(&self, volume: u16, node: NodeId, range: LbaRange, step: Step) -> bool {
+        let send = async |command| self.send(node, command).await;
+        self.read_by(volume, range, step, send).await
+    }
+
+    /// Reads blocks, and keeps what they told. Whether the read was answered.
+    pub(super) async fn read_by(
+        &self,
+        volume: u16,
+        range: LbaRange,
+        step: Step,
+        send: impl AsyncFnOnce(HostCommand) -> Result<Bytes, BlockError>,
+    ) -> bool {
         let _under = self.cluster.steps.enter(step);
         let invoked_ns = self.now();
         let command = HostCommand {
@@ -211,7 +248,7 @@ impl Host {
             range,
             what: What::Read,
         };
-        let bytes = match self.send(node, command).await {
+        let bytes = match send(command).await {
             Ok(bytes) => bytes,
             Err(BlockError::Unknown | BlockError::NotReady) => return false,
             Err(error) => {
@@ -245,7 +282,7 @@ impl Host {
     /// Reads every block of a volume through `node`, again and again until each read is answered or `limit` has passed.
     pub(super) async fn read_all(self: Rc<Self>, volume: u16, node: NodeId, limit: Duration) -> bool {
         let deadline = self.process.now().after(limit);
-        let blocks = u64::from(self.cluster.plan.blocks);
+        let blocks = self.cluster.plan.total_blocks();
         let mut start = 0;
         while start < blocks {
             let range = LbaRange {

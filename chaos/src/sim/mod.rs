@@ -5,18 +5,19 @@
 //! - the engine (`weft-volume`): every write, read, checkpoint, compaction and recovery;
 //! - the cluster's state machine, its invariants, and the leader's decisions (`weft-metadata`: `state`, `leader`, `propose`);
 //! - placement (`weft-placement`);
-//! - the reservations of a drive, with the drain of Preempt and Abort (`weft-target::reservation`);
+//! - the reservations of a drive, with the drain of Preempt and Abort, and what a target makes of the silence of a host
+//!   (`weft-target`: `reservation`, `silence`);
 //! - the checker that judges the hosts' histories ([`crate::checker`]).
 //!
 //! # What stands in
 //!
 //! - Raft: [`raft`] keeps its promises without its messages;
-//! - the agent around these: [`agent`], [`fabric`], [`ownership`], [`client`] and [`front`] do in the same order and with the same
+//! - the agent around these: [`agent`], [`fabric`], [`ownership`], [`client`], [`front`] and [`association`] do in the same order and with the same
 //!   times what `node/src/agent` does over tokio, gRPC and NVMe/TCP;
-//! - drives, wires, clocks and hosts: [`drive`], [`network`], [`process`], [`host`], on [`weft_volume::testing`].
+//! - drives, wires, clocks and hosts: [`drive`], [`network`], [`connection`], [`process`], [`host`], [`multipath`], on [`weft_volume::testing`].
 //!
-//! What it does not do: rebuild of chunks, snapshots and tiers, which the product does not have yet; hosts that repeat
-//! commands on another path; third-party drives; NVMe and Raft as bytes.
+//! What it does not do: rebuild of chunks, snapshots and tiers, which the product does not have yet; third-party drives; NVMe and Raft
+//! as bytes; clocks that jump (nothing that safety rests on reads another clock than the monotonic one, which does not).
 //!
 //! # What is checked
 //!
@@ -24,12 +25,15 @@
 //! faults are over, that every block can be read through several nodes, and that the history is linearizable.
 
 mod agent;
+mod association;
 mod client;
 mod cluster;
+mod connection;
 mod drive;
 mod fabric;
 mod front;
 mod host;
+mod multipath;
 mod nemesis;
 mod network;
 mod ownership;
@@ -51,6 +55,7 @@ use weft_volume::testing::rng::Rng;
 
 use cluster::Cluster;
 use host::Host;
+use multipath::Multipath;
 use nemesis::{Nemesis, heal_all};
 
 pub use steps::{Coverage, Fault, Step};
@@ -94,6 +99,14 @@ pub fn run(seed: u64, trace: bool) -> Outcome {
     for (number, host) in (0..).zip(&hosts) {
         for task in 0..cluster.plan.depth {
             host.work(rng.fork(number * 16 + task), task == 0);
+        }
+    }
+    for number in 0..cluster.plan.multipath {
+        let host = Host::start(&cluster, cluster.plan.hosts + cluster.plan.deletions + number);
+        let multipath = Multipath::start(&host, cluster.plan.kato);
+        for task in 0..cluster.plan.lanes {
+            let lane = u64::from(number) * cluster.plan.lanes + task;
+            multipath.work(rng.fork(4096 + lane), lane);
         }
     }
     Nemesis::new(&cluster).schedule();

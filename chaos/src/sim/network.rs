@@ -84,7 +84,12 @@ impl Network {
         one_in > 0 && self.chance(1, one_in)
     }
 
-    fn delay(&self, local: bool) -> Duration {
+    /// Until TCP tries again what a cut has swallowed.
+    pub(super) fn repetition(&self) -> Duration {
+        Duration::from_millis(self.rng.borrow_mut().between(20, 300))
+    }
+
+    pub(super) fn delay(&self, local: bool) -> Duration {
         let late = self.is_bad();
         let mut rng = self.rng.borrow_mut();
         let micros = if late {
@@ -169,7 +174,7 @@ impl Cluster {
             }
             if cluster.network.is_cut(from.0, to) {
                 if tries > 0 && cluster.network.chance(7, 8) {
-                    let again = Duration::from_millis(cluster.network.rng.borrow_mut().between(20, 300));
+                    let again = cluster.network.repetition();
                     cluster.arrive_after(again, from, to, message, tries - 1);
                 }
                 return;

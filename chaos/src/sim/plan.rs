@@ -39,7 +39,16 @@ pub(super) struct Plan {
     pub(super) joins: bool,
     /// Volumes that are made, written and deleted while others go on.
     pub(super) deletions: u16,
+    /// Hosts with a path through every node.
+    pub(super) multipath: u16,
+    /// Commands of such a host at once, each in a lane of its own.
+    pub(super) lanes: u64,
+    /// Keep Alive Timeout of such a host.
+    pub(super) kato: Duration,
 }
+
+/// Blocks that one task of a host with several paths has for itself in each volume.
+pub(super) const LANE_BLOCKS: u64 = 4;
 
 const GEOMETRIES: [(u8, u8); 6] = [(2, 1), (1, 1), (2, 2), (1, 2), (3, 2), (4, 2)];
 
@@ -86,6 +95,19 @@ impl Plan {
             } else {
                 0
             },
+            multipath: rng.between(0, 2) as u16,
+            lanes: rng.between(1, 4),
+            kato: Duration::from_millis([1_000, 2_000, 5_000][rng.index(3)]),
         }
+    }
+
+    /// Of a volume, with the lanes behind the blocks that everybody writes.
+    pub(super) fn total_blocks(&self) -> u64 {
+        self.lane(u64::from(self.multipath) * self.lanes)
+    }
+
+    /// The first block of a lane.
+    pub(super) fn lane(&self, number: u64) -> u64 {
+        u64::from(self.blocks) + number * LANE_BLOCKS
     }
 }
