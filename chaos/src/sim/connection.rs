@@ -20,6 +20,7 @@ use weft_volume::testing::answer::{Answer, Giver, answer};
 use super::association::Kind;
 use super::cluster::Cluster;
 use super::front::HostCommand;
+use super::network::Message;
 use super::process::Process;
 use super::published::Published;
 
@@ -115,7 +116,7 @@ impl Cluster {
         from: (NodeId, IncarnationId),
         to: NodeId,
         lost: Rc<Published<bool>>,
-        arrives: Box<dyn FnOnce(&Rc<Self>)>,
+        arrives: Message,
     ) {
         let delay = self.network.delay(from.0 == to);
         self.carry_after(delay, from, to, lost, arrives);
@@ -127,7 +128,7 @@ impl Cluster {
         from: (NodeId, IncarnationId),
         to: NodeId,
         lost: Rc<Published<bool>>,
-        arrives: Box<dyn FnOnce(&Rc<Self>)>,
+        arrives: Message,
     ) {
         let cluster = Rc::clone(self);
         let world = self.world();

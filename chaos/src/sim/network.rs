@@ -41,7 +41,8 @@ pub(super) struct Network {
 /// Times that a message waits for a cut to end.
 const TRIES_MAX: u32 = 20;
 
-type Message = Box<dyn FnOnce(&Rc<Cluster>)>;
+/// What arriving does.
+pub(super) type Message = Box<dyn FnOnce(&Rc<Cluster>)>;
 
 impl Network {
     pub(super) fn new(rng: Rng) -> Self {
