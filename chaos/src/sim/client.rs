@@ -1,5 +1,5 @@
 //! The way to the metadata service: finds the leader, asks again with the same content until there is an answer, and is
-//! sometimes heard twice. And the engine's [`Directory`] over it.
+//! sometimes heard twice, the second time seconds later. And the engine's [`Directory`] over it.
 //!
 //! A counterpart of `metadata/src/client.rs` and `node/src/agent/directory.rs` without gRPC.
 
@@ -27,6 +27,8 @@ const ATTEMPT: Duration = Duration::from_millis(1000);
 const SESSION_ATTEMPT: Duration = Duration::from_millis(300);
 /// Between attempts.
 const PAUSE: Duration = Duration::from_millis(50);
+/// One request in so many is heard twice although nothing is wrong with the wires.
+const REPEATED_ONE_IN: u64 = 100;
 /// As in `node/src/agent/directory.rs`.
 const PATIENCE: Duration = Duration::from_secs(2);
 const IMPATIENCE: Duration = Duration::from_secs(10);
@@ -62,17 +64,9 @@ impl Client {
 
     async fn try_once(&self, request: Request, limit: Duration) -> Option<Response> {
         let to = self.guess.get();
-        if self.cluster.network.is_bad() {
-            // The same request, heard twice.
-            let (cluster, process, again) = (Rc::clone(&self.cluster), self.process.clone(), request.clone());
-            self.process.spawn(async move {
-                let twice = Rc::clone(&cluster);
-                let _ = cluster
-                    .call(&process, to, ATTEMPT, move |agent| {
-                        twice.answer(agent, again).boxed_local()
-                    })
-                    .await;
-            });
+        let network = &self.cluster.network;
+        if network.is_bad() || network.chance(1, REPEATED_ONE_IN) {
+            self.cluster.repeat(&self.process, to, request.clone());
         }
         let cluster = Rc::clone(&self.cluster);
         let answer = self
@@ -125,6 +119,30 @@ impl Client {
             Some(Response::Heard(live)) => Some(live),
             _ => None,
         }
+    }
+}
+
+impl Cluster {
+    /// The same request, heard twice: now, or after whatever its sender has done since it was answered. A sender that asked again
+    /// because the answer was late leaves such a one behind, in a socket or in the queue of a member that was slow.
+    fn repeat(self: &Rc<Self>, from: &Process, to: NodeId, request: Request) {
+        let late = if self.network.chance(1, 2) {
+            self.network.lateness()
+        } else {
+            Duration::ZERO
+        };
+        let from = (from.node, from.id);
+        let cluster = Rc::clone(self);
+        let world = self.world();
+        world.at(world.now().after(late), None, move |_| {
+            cluster.transmit(from, to, move |cluster| {
+                let Some(agent) = cluster.agent(to) else { return };
+                let again = Rc::clone(cluster);
+                agent.process.clone().spawn(async move {
+                    drop(again.answer(agent, request).await);
+                });
+            });
+        });
     }
 }
 

@@ -23,7 +23,9 @@ use super::steps::{Fault, Step};
 const RECOVERY: Duration = Duration::from_secs(4);
 
 /// How many polls a fault waits for the step that it is aimed at.
-const AIM_POLLS: u64 = 6_000;
+const AIM_POLLS: u64 = 12_000;
+/// The same for a deletion: there are few in a run, and each takes milliseconds.
+const AIM_POLLS_DELETE: u64 = 150_000;
 
 /// See the module.
 pub(super) struct Nemesis {
@@ -63,7 +65,13 @@ impl Nemesis {
                     let polls = nemesis.between(1, 40);
                     world.after_polls(polls, move |_| nemesis.strike(fault));
                 } else {
-                    nemesis.aim(fault, nemesis.step_for(fault), AIM_POLLS);
+                    let step = nemesis.step_for(fault);
+                    let polls = if step == Step::Delete {
+                        AIM_POLLS_DELETE
+                    } else {
+                        AIM_POLLS
+                    };
+                    nemesis.aim(fault, step, polls);
                 }
             });
         }
@@ -185,14 +193,19 @@ impl Nemesis {
         });
     }
 
-    /// The step that a fault is aimed at. More deaths than redundancy covers are worst where what is left is believed.
+    /// The step that a fault is aimed at. More deaths than redundancy covers are worst where what is left is believed. Deletions
+    /// are rare and short, so where there are any, every third fault waits for one; where there are none, nobody does.
     fn step_for(&self, fault: Fault) -> Step {
         let mut rng = self.rng.borrow_mut();
-        let index = rng.index(Step::ALL.len());
+        let any = Step::ALL[rng.index(Step::ALL.len())];
         if fault == Fault::Many && rng.chance(1, 2) {
-            Step::Recover
-        } else {
-            Step::ALL[index]
+            return Step::Recover;
+        }
+        let deletes = self.cluster.plan.deletions > 0;
+        match any {
+            _ if deletes && rng.chance(1, 3) => Step::Delete,
+            Step::Delete if !deletes => Step::Recover,
+            any => any,
         }
     }
 

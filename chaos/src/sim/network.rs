@@ -90,6 +90,11 @@ impl Network {
         Duration::from_millis(self.rng.borrow_mut().between(20, 300))
     }
 
+    /// Of what is heard again long after it was sent.
+    pub(super) fn lateness(&self) -> Duration {
+        Duration::from_millis(self.rng.borrow_mut().between(1, 2_000))
+    }
+
     pub(super) fn delay(&self, local: bool) -> Duration {
         let late = self.is_bad();
         let mut rng = self.rng.borrow_mut();
