@@ -7,6 +7,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use clap::Parser;
@@ -34,6 +35,12 @@ struct Arguments {
     /// Ends after so many failed seeds.
     #[arg(long, default_value_t = 5)]
     failures_max: usize,
+    /// How many seeds to run at once, each in a thread of its own.
+    #[arg(long, default_value_t = 1)]
+    threads: usize,
+    /// Fails if a fault has not met a step in the whole run.
+    #[arg(long)]
+    no_empty_cell: bool,
 }
 
 fn main() -> ExitCode {
@@ -46,24 +53,45 @@ fn main() -> ExitCode {
     if let Some(bug) = &arguments.bug {
         return hunt(bug, seeds);
     }
-    let mut total = Total::default();
-    for seed in seeds {
-        let ran = catch_unwind(AssertUnwindSafe(|| sim::run(seed, arguments.trace)));
-        match ran {
-            Ok(outcome) => total.add(outcome, arguments.seed.is_some()),
-            Err(_) => total.fail(seed, "a panic, see above"),
-        }
-        if total.failed.len() >= arguments.failures_max {
-            println!("enough failures, no more seeds are run");
-            break;
-        }
-    }
+    let mut total = run(&arguments, seeds);
     total.print();
-    if total.failed.is_empty() {
+    let empty = arguments.no_empty_cell && !total.coverage.empty().is_empty();
+    if total.failed.is_empty() && !empty {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
     }
+}
+
+/// Runs the seeds. Each is a world of its own, whatever thread it runs in.
+fn run(arguments: &Arguments, seeds: std::ops::Range<u64>) -> Total {
+    let seeds = Mutex::new(seeds);
+    let total = Mutex::new(Total::default());
+    let next = || {
+        let enough = total.lock().unwrap_or_else(PoisonError::into_inner).failed.len();
+        let mut seeds = seeds.lock().unwrap_or_else(PoisonError::into_inner);
+        (enough < arguments.failures_max).then(|| seeds.next()).flatten()
+    };
+    let work = || {
+        while let Some(seed) = next() {
+            let ran = catch_unwind(AssertUnwindSafe(|| sim::run(seed, arguments.trace)));
+            let mut total = total.lock().unwrap_or_else(PoisonError::into_inner);
+            match ran {
+                Ok(outcome) => total.add(outcome, arguments.seed.is_some()),
+                Err(_) => total.fail(seed, "a panic, see above"),
+            }
+            if total.failed.len() == arguments.failures_max {
+                println!("enough failures, no more seeds are started");
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..arguments.threads {
+            scope.spawn(work);
+        }
+        work();
+    });
+    total.into_inner().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Plants bugs, and tells how many seeds it takes to find each.
@@ -167,6 +195,7 @@ impl Total {
             median(&mut self.faults),
             median(&mut self.operations)
         );
+        self.failed.sort_unstable();
         if !self.failed.is_empty() {
             println!("failed seeds: {:?}", self.failed);
         }

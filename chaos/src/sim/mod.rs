@@ -17,7 +17,7 @@
 //! - drives, wires, clocks and hosts: [`drive`], [`network`], [`connection`], [`process`], [`host`], [`multipath`], on [`weft_volume::testing`].
 //!
 //! What it does not do: rebuild of chunks, snapshots and tiers, which the product does not have yet; third-party drives; NVMe and Raft
-//! as bytes; clocks that jump (nothing that safety rests on reads another clock than the monotonic one, which does not).
+//! as bytes; a time of day that jumps, which nobody reads ("Clocks" at the top of the crate).
 //!
 //! # What is checked
 //!
