@@ -308,8 +308,36 @@ impl Nemesis {
         let node = self.victim(duration)?;
         let process = self.cluster.agent(node)?.process.id;
         self.cluster.world().pause(process);
+        if self.rng.borrow_mut().chance(1, 3) {
+            self.stop_kernel(node, self.some_time(0, 100), duration);
+        }
         self.later(node, duration, move |cluster| cluster.world().resume(process));
         Some(node)
+    }
+
+    /// The whole server stands still, not one process of it: nothing that is sent to it from `after` on arrives, and a reset is not
+    /// repeated. So what lies in its sockets is read when it goes on, whoever has given it up meanwhile.
+    fn stop_kernel(&self, node: NodeId, after: Duration, duration: Duration) {
+        let plan = &self.cluster.plan;
+        let hosts = (0..plan.hosts + plan.deletions + plan.multipath).map(|host| FIRST_HOST + u32::from(host));
+        let mut others: Vec<NodeId> = hosts.map(NodeId).collect();
+        others.extend(self.cluster.nodes().into_iter().filter(|other| *other != node));
+        let cuts: Vec<_> = others
+            .into_iter()
+            .flat_map(|other| [(node, other), (other, node)])
+            .collect();
+        let (cluster, world) = (Rc::clone(&self.cluster), self.cluster.world());
+        let begins = world.now().after(after.min(duration));
+        world.at(begins, None, move |world| {
+            for (from, to) in &cuts {
+                cluster.network.cut(*from, *to);
+            }
+            world.at(begins.after(duration.saturating_sub(after)), None, move |_| {
+                for (from, to) in cuts {
+                    cluster.network.mend(from, to);
+                }
+            });
+        });
     }
 
     fn unhealthy(self: &Rc<Self>, health: Health) -> Option<NodeId> {
