@@ -68,6 +68,9 @@ impl Silence {
     /// When the host has been silent for too long.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
+        if planted(Bug::ForgiveSilence) {
+            return None;
+        }
         self.kato().map(|kato| self.heard.get() + kato)
     }
 
