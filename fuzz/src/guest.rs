@@ -17,9 +17,9 @@ use weft_block::memory::MemoryDrive;
 use weft_proto::id::HostId;
 use weft_proto::nqn::Nqn;
 use weft_proto::nvme::log::AnaState;
-use weft_target::vfio_user::Attachment;
 use weft_target::vfio_user::message::{HEADER_BYTES, Header, Request};
 use weft_target::vfio_user::unconnected::Unconnected;
+use weft_target::vfio_user::{Attachment, Doorbells};
 use weft_target::{AllowedHosts, NamespaceConfig, Registry, RegistryConfig, Source, SubsystemConfig};
 
 use crate::input::Input;
