@@ -425,14 +425,18 @@ fn every_flipped_bit_and_truncation_of_a_root_is_noticed() {
     }
 }
 
+/// What a reader makes of a root with this body.
+fn load_root(root: &Root, body: &[u8], spilled: Option<&Spilled>) -> Result<(), MapError> {
+    let head = RootHead::read(&root_format::encode_head(root, body, spilled), None)?;
+    run(head.load(&*MemoryStore::new(10).handle())).map(|_| ())
+}
+
 #[test]
 fn a_root_with_runs_that_no_writer_makes_is_refused() {
     let load = |change: fn(&mut Root), spilled: Option<&Spilled>| {
         let mut root = example_root();
         change(&mut root);
-        let body = root_format::encode_body(&root);
-        let head = RootHead::read(&root_format::encode_head(&root, &body, spilled), None)?;
-        run(head.load(&*MemoryStore::new(10).handle())).map(|_| ())
+        load_root(&root, &root_format::encode_body(&root), spilled)
     };
     let refused = |field| Err(MapError::Root(FormatError::Field(field)));
     assert_eq!(load(|_| {}, None), Ok(()));
@@ -450,9 +454,7 @@ fn a_root_with_runs_that_no_writer_makes_is_refused() {
         let mut root = example_root();
         root.map.runs[0].run.leaves = leaves;
         root.map.runs[0].run.records = records;
-        let body = root_format::encode_body(&root);
-        let head = RootHead::read(&root_format::encode_head(&root, &body, None), None).unwrap();
-        let loaded = run(head.load(&*MemoryStore::new(10).handle())).map(|_| ());
+        let loaded = load_root(&root, &root_format::encode_body(&root), None);
         assert_eq!(loaded, refused(field), "{leaves} leaves, {records} records");
     }
     let spilled = Spilled {
@@ -470,9 +472,7 @@ fn a_root_whose_counts_could_overflow_is_refused() {
         let mut root = example_root();
         root.map.runs[0].page_counts = counts(page_counts);
         root.map.record_counts = counts(record_counts);
-        let body = root_format::encode_body(&root);
-        let head = RootHead::read(&root_format::encode_head(&root, &body, None), None)?;
-        run(head.load(&*MemoryStore::new(10).handle())).map(|_| ())
+        load_root(&root, &root_format::encode_body(&root), None)
     };
     let refused = |field| Err(MapError::Root(FormatError::Field(field)));
     assert_eq!(load(&[(1, 20 * 16384), (2, 1)], &[(1, 1 << 49), (2, 1)]), Ok(()));
@@ -488,9 +488,7 @@ fn a_root_with_bands_that_no_writer_makes_is_refused() {
     let load = |change: fn(&mut Root)| {
         let mut root = example_root();
         change(&mut root);
-        let body = root_format::encode_body(&root);
-        let head = RootHead::read(&root_format::encode_head(&root, &body, None), None)?;
-        run(head.load(&*MemoryStore::new(10).handle())).map(|_| ())
+        load_root(&root, &root_format::encode_body(&root), None)
     };
     let refused = |field| Err(MapError::Root(FormatError::Field(field)));
     let twice = |root: &mut Root| {
@@ -511,8 +509,7 @@ fn a_root_with_bands_that_no_writer_makes_is_refused() {
         let mut changed = root_format::encode_body(&root);
         changed.truncate(chunks_at);
         changed.extend_from_slice(&body[chunks_at..]);
-        let head = RootHead::read(&root_format::encode_head(&root, &changed, None), None)?;
-        run(head.load(&*MemoryStore::new(10).handle())).map(|_| ())
+        load_root(&root, &changed, None)
     };
     assert_eq!(load_as(1, 1), Ok(()));
     assert_eq!(load_as(1, 2), refused("columns"));
