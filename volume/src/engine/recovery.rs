@@ -96,7 +96,7 @@ impl Core {
             .ok_or(VolumeError::UnknownBand { band: pointer.band })?;
         let header = self.root_header(&band, pointer).await?;
         let found = Found {
-            header,
+            header: Rc::new(header),
             valid: crate::entry::ColumnSet::NONE,
         };
         let mut payload = Vec::new();
@@ -282,7 +282,7 @@ impl Core {
                     blocks.push((*record, self.read_unmapped(record.lba, &entry).await?));
                 }
             }
-            whole.push((blocks, found.header.zeroes));
+            whole.push((blocks, found.header.zeroes.clone()));
         }
         self.counters.reappended.add(whole.len() as u64);
         let mut ops = Vec::new();

@@ -4,7 +4,9 @@
 //! where none does (payload of a lost header, a hole, the end), it goes on row by row. An open band ends when a whole
 //! window has no shard on any column: writes in flight never span more.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::rc::Rc;
 
 use bytes::Bytes;
@@ -19,11 +21,11 @@ use crate::band::BandState;
 use crate::entry::{ColumnSet, MapEntry};
 use crate::error::VolumeError;
 use crate::format::checksum::{followed_by_block, payload_crc};
-use crate::format::header::{HeaderError, ShardPart, StripeHeader};
+use crate::format::header::{ShardPart, StripeHeader};
 
 /// A stripe of which at least one header was found.
 pub(crate) struct Found {
-    pub(crate) header: StripeHeader,
+    pub(crate) header: Rc<StripeHeader>,
     /// Columns whose shard is whole; without `verify`, whose header is.
     pub(crate) valid: ColumnSet,
 }
@@ -73,6 +75,42 @@ struct Cursor {
     missing: bool,
 }
 
+/// Headers of a piece by their row, and the blocks that they were parsed from: one of each stripe is authenticated whole.
+type Known = RefCell<BTreeMap<u32, (Bytes, Rc<StripeHeader>)>>;
+
+/// Rows of a column as they were read.
+enum Rows {
+    /// At once.
+    Whole(Bytes),
+    /// Each by itself, where the medium lost some of them.
+    Single(Vec<Option<Bytes>>),
+}
+
+impl Rows {
+    fn len(&self) -> usize {
+        match self {
+            Self::Whole(bytes) => bytes.len() / BLOCK_BYTES,
+            Self::Single(rows) => rows.len(),
+        }
+    }
+
+    /// The row at `index`, below [`Rows::len`]; `None` if the medium lost it.
+    fn get(&self, index: usize) -> Option<&[u8]> {
+        match self {
+            Self::Whole(bytes) => bytes.get(index * BLOCK_BYTES..(index + 1) * BLOCK_BYTES),
+            Self::Single(rows) => rows.get(index)?.as_deref(),
+        }
+    }
+
+    /// The bytes of `row`, which is one of these, without copying them.
+    fn keep(&self, index: usize) -> Option<Bytes> {
+        match self {
+            Self::Whole(bytes) => Some(bytes.slice(index * BLOCK_BYTES..(index + 1) * BLOCK_BYTES)),
+            Self::Single(rows) => rows.get(index)?.clone(),
+        }
+    }
+}
+
 impl Core {
     /// Every stripe of `band` with a readable header, by number. More than m unreachable columns are an error.
     pub(crate) async fn scan_band(
@@ -97,10 +135,11 @@ impl Core {
         {
             self.alive()?;
             let end = at.saturating_add(walk.piece).min(band.rows);
+            let known = Known::default();
             let pieces = join_all(
                 cursors
                     .iter_mut()
-                    .map(|cursor| self.walk_piece(band, cursor, end, walk.verify)),
+                    .map(|cursor| self.walk_piece(band, cursor, end, walk.verify, &known)),
             )
             .await;
             for (header, part, whole) in pieces.into_iter().flatten() {
@@ -139,7 +178,8 @@ impl Core {
         cursor: &mut Cursor,
         end: u32,
         verify: bool,
-    ) -> Vec<(StripeHeader, ShardPart, bool)> {
+        known: &Known,
+    ) -> Vec<(Rc<StripeHeader>, ShardPart, bool)> {
         let mut found = Vec::new();
         if cursor.missing || cursor.row >= end {
             return found;
@@ -150,63 +190,81 @@ impl Core {
             return found;
         };
         while cursor.row < end {
-            let block = &rows[(cursor.row - start) as usize];
-            let parsed = match block {
-                Some(block) => StripeHeader::parse(
-                    block,
-                    &self.identity.key,
-                    self.identity.cluster,
-                    &band.band.borrow(),
-                    cursor.row,
-                    cursor.column,
-                ),
-                None => Err(HeaderError::NoMagic),
-            };
-            let Ok((header, part)) = parsed else {
+            let Some((header, part)) = self.header_at(band, cursor, &rows, start, known) else {
                 cursor.row += 1;
                 continue;
             };
-            let d = u32::from(header.d);
-            let whole = !verify || {
-                let first = cursor.row + 1;
-                let mut payload = Vec::with_capacity(d as usize);
-                for row in first..first + d {
-                    let block = match rows.get((row - start) as usize) {
-                        Some(block) => block.clone(),
-                        // The shard goes on past the piece.
-                        None => match self.read_rows(band, cursor.column, row, 1).await {
-                            Some(Ok(bytes)) => Some(bytes),
-                            _ => None,
-                        },
-                    };
-                    payload.extend(block);
-                }
-                payload.len() == d as usize
-                    && payload
-                        .iter()
-                        .fold(0, |crc, block| followed_by_block(crc, payload_crc(block)))
-                        == part.payload_crc
-            };
-            cursor.row += 1 + d;
+            let shard = cursor.row + 1..cursor.row + 1 + u32::from(header.d);
+            cursor.row = shard.end;
+            let whole = !verify
+                || self.shard_crc(band, cursor.column, shard, &rows, start).await == Some(part.payload_crc);
             found.push((header, part, whole));
         }
         found
     }
 
-    /// The rows of a piece, each by itself where the medium lost some of them. `None` when the column is
-    /// unreachable.
-    async fn piece(
+    /// The header where the cursor stands, in `rows` from row `start` on.
+    fn header_at(
+        &self,
+        band: &BandState,
+        cursor: &Cursor,
+        rows: &Rows,
+        start: u32,
+        known: &Known,
+    ) -> Option<(Rc<StripeHeader>, ShardPart)> {
+        let index = (cursor.row - start) as usize;
+        let block = rows.get(index)?;
+        let key = &self.identity.key;
+        if let Some((sibling, header)) = known.borrow().get(&cursor.row)
+            && let Some(part) = header.parse_sibling(sibling, block, key, cursor.column)
+        {
+            return Some((Rc::clone(header), part));
+        }
+        let place = band.band.borrow();
+        let parsed = StripeHeader::parse(
+            block,
+            key,
+            self.identity.cluster,
+            &place,
+            cursor.row,
+            cursor.column,
+        );
+        let (header, part) = parsed.ok()?;
+        let header = Rc::new(header);
+        known
+            .borrow_mut()
+            .insert(cursor.row, (rows.keep(index)?, Rc::clone(&header)));
+        Some((header, part))
+    }
+
+    /// The checksum of the payload in the rows `shard`, of which `rows` has those from row `start` on; others are read. `None`
+    /// when one of them is lost.
+    async fn shard_crc(
         self: &Rc<Self>,
         band: &Rc<BandState>,
-        cursor: &Cursor,
-        count: u32,
-    ) -> Option<Vec<Option<Bytes>>> {
+        column: u8,
+        shard: Range<u32>,
+        rows: &Rows,
+        start: u32,
+    ) -> Option<u32> {
+        let mut crc = 0;
+        for row in shard {
+            let index = (row - start) as usize;
+            let block = if index < rows.len() {
+                payload_crc(rows.get(index)?)
+            } else {
+                payload_crc(&self.read_rows(band, column, row, 1).await?.ok()?)
+            };
+            crc = followed_by_block(crc, block);
+        }
+        Some(crc)
+    }
+
+    /// The rows of a piece, each by itself where the medium lost some of them. `None` when the column is
+    /// unreachable.
+    async fn piece(self: &Rc<Self>, band: &Rc<BandState>, cursor: &Cursor, count: u32) -> Option<Rows> {
         match self.read_rows(band, cursor.column, cursor.row, count).await? {
-            Ok(bytes) => Some(
-                (0..count as usize)
-                    .map(|row| Some(bytes.slice(row * BLOCK_BYTES..(row + 1) * BLOCK_BYTES)))
-                    .collect(),
-            ),
+            Ok(bytes) => Some(Rows::Whole(bytes)),
             Err(BlockError::Unrecovered { .. }) => {
                 let mut rows = Vec::with_capacity(count as usize);
                 for row in cursor.row..cursor.row + count {
@@ -216,7 +274,7 @@ impl Core {
                         Err(_) => return None,
                     }
                 }
-                Some(rows)
+                Some(Rows::Single(rows))
             }
             Err(_) => None,
         }

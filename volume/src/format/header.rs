@@ -377,12 +377,39 @@ impl StripeHeader {
             blocks: parse_blocks(blocks)?,
             zeroes: parse_zeroes(zeroes)?,
         };
-        let part = ShardPart {
-            index: raw.index,
-            column,
-            payload_crc: raw.payload_crc.get(),
-        };
-        Ok((header, part))
+        Ok((header, raw.shard_part()))
+    }
+
+    /// The shard part of another header of this stripe, found in `column` at the same row. `known` is the block that this header
+    /// was parsed from: where both have the same common part and table, those need not be authenticated again, which is most of
+    /// what [`Self::parse`] costs. `None` of any other block: that may be a header all the same, of something else.
+    #[must_use]
+    pub fn parse_sibling(
+        &self,
+        known: &[u8],
+        block: &[u8],
+        key: &HeaderKey,
+        column: u8,
+    ) -> Option<ShardPart> {
+        let (raw, _) = RawHeader::ref_from_prefix(block).ok()?;
+        let table = size_of::<RawHeader>()..raw.length.get() as usize;
+        let same =
+            known.get(..SHARD_AT)? == &block[..SHARD_AT] && known.get(table.clone())? == block.get(table)?;
+        (same
+            && raw.shard_tag == shard_tag(key, block)
+            && raw.column == column
+            && self.shape.shard_index(self.geometry, column) == Some(raw.index))
+        .then(|| raw.shard_part())
+    }
+}
+
+impl RawHeader {
+    fn shard_part(&self) -> ShardPart {
+        ShardPart {
+            index: self.index,
+            column: self.column,
+            payload_crc: self.payload_crc.get(),
+        }
     }
 }
 

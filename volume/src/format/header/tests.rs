@@ -179,6 +179,60 @@ fn a_header_is_believed_only_where_it_was_written() {
 }
 
 #[test]
+fn a_sibling_of_a_known_header_is_believed_exactly_when_it_would_be_parsed() {
+    let column = 2;
+    let part = ShardPart {
+        index: 2,
+        column,
+        payload_crc: 7,
+    };
+    let template = header().template(&KEY);
+    let sibling = template.shard(part);
+    let known = example();
+    let believed =
+        |known: &[u8], block: &[u8], key, column| header().parse_sibling(known, block, key, column);
+    assert_eq!(believed(&known, &sibling, &KEY, column), Some(part));
+    assert_eq!(
+        StripeHeader::parse(&sibling, &KEY, CLUSTER, &band(), 7, column),
+        Ok((header(), part))
+    );
+    for at in (0..176).chain(192..252) {
+        for bit in 0..8 {
+            let mut block = sibling.to_vec();
+            block[at] ^= 1 << bit;
+            assert_eq!(
+                believed(&known, &block, &KEY, column),
+                None,
+                "byte {at} bit {bit}"
+            );
+        }
+    }
+    for length in 0..252 {
+        assert_eq!(
+            believed(&known, &sibling[..length], &KEY, column),
+            None,
+            "{length}"
+        );
+    }
+    assert_eq!(believed(&known, &sibling, &HeaderKey([1; 32]), column), None);
+    assert_eq!(
+        believed(&known, &sibling, &KEY, 0),
+        None,
+        "found in another column"
+    );
+    let misplaced = template.shard(ShardPart { column: 0, ..part });
+    assert_eq!(
+        believed(&known, &misplaced, &KEY, 0),
+        None,
+        "not the shard of that column"
+    );
+    let mut other = header();
+    other.closed_through.0 += 1;
+    let other = other.template(&KEY).shard(part);
+    assert_eq!(believed(&known, &other, &KEY, column), None, "of another stripe");
+}
+
+#[test]
 fn an_authentic_header_whose_numbers_disagree_is_refused() {
     let refuse = |change: &dyn Fn(&mut StripeHeader), part: ShardPart| {
         let mut header = header();
