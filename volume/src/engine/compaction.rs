@@ -40,6 +40,8 @@ const GAIN_MIN: f64 = 0.1;
 const GAIN_MIN_IDLE: f64 = 0.25;
 /// Candidates looked up before hosts' work has its turn: some tens of microseconds.
 const LOOKUPS_PER_TURN: usize = 64;
+/// The same of those that are asked about together, each for a fraction of a lookup.
+const SORTED_OUT_PER_TURN: usize = 512;
 /// Of so many bands one may be emptied and not freed yet. Each checkpoint frees them all, so the more, the fewer checkpoints, of
 /// which each has a line for every band. What was moved out of them takes the pool's reserve (`weft_metadata::state::reserve`
 /// reckons with these numbers), so they are bounded, whatever the volume's size: a volume of many bands has large ones, beside
@@ -255,7 +257,14 @@ impl Core {
         drop(stripes);
         // Neighbours are found in the same blocks of the map.
         candidates.sort_unstable_by_key(|(lba, _)| *lba);
-        for batch in candidates.chunks(self.settings.compaction_blocks.max(1)) {
+        let mut perhaps_live = Vec::new();
+        for batch in candidates.chunks(SORTED_OUT_PER_TURN) {
+            give_way().await;
+            let superseded = self.map().superseded(batch);
+            let left = batch.iter().zip(superseded).filter(|(_, superseded)| !superseded);
+            perhaps_live.extend(left.map(|(candidate, _)| *candidate));
+        }
+        for batch in perhaps_live.chunks(self.settings.compaction_blocks.max(1)) {
             if self.life.get() != Life::Serving {
                 return Err(VolumeError::Closed);
             }
@@ -334,17 +343,9 @@ impl Core {
                 PageState::Pending => Found::Pending,
             });
         }
-        // Most are dead, and what is dead stays so: those need not be registered.
-        let is_entry = |found: &Mapping| match found {
-            Mapping::Data(found) => found.same_place(entry) && found.sequence == entry.sequence,
-            Mapping::Zero(_) | Mapping::Unwritten => false,
-        };
-        if map.lookup_cached(lba).is_some_and(|found| !is_entry(&found)) {
-            return Ok(Found::Dead);
-        }
         let copy = self.register(lba, group);
         match map.lookup(lba).await {
-            Ok(Mapping::Data(found)) if is_entry(&Mapping::Data(found)) => {
+            Ok(Mapping::Data(found)) if found.same_place(entry) && found.sequence == entry.sequence => {
                 copy.sequence.set(Some(found.sequence));
                 Ok(Found::Live(Live {
                     copy,

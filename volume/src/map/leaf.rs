@@ -366,9 +366,30 @@ impl Leaf {
         item(&self.values(slot))
     }
 
+    /// Where the record in `slot`, below [`Leaf::len`], ends, and its version: little of what [`Leaf::item`] unpacks.
+    pub(crate) fn version(&self, slot: usize) -> (u64, Sequence) {
+        const { assert!(EPOCH == LBA + 1 && COUNTER == LBA + 2 && COUNT == LBA + 3) };
+        let (block, frame) = (block(&self.bytes), frame(&self.bytes));
+        let mut at = self.rest_at(slot);
+        let mut next = |field: usize| {
+            let width = u32::from(frame.widths[field]);
+            let value = frame.lowest[field].get() + bits::read(block, at, width);
+            at += width as usize;
+            value
+        };
+        let epoch = Epoch(next(EPOCH));
+        let counter = next(COUNTER);
+        (self.lba(slot) + next(COUNT), Sequence { epoch, counter })
+    }
+
+    /// Where the fields of a record but its LBA begin, in bits.
+    fn rest_at(&self, slot: usize) -> usize {
+        LBAS_AT + self.count * self.lba_width as usize + slot * self.rest_width
+    }
+
     fn values(&self, slot: usize) -> Values {
         let (block, frame) = (block(&self.bytes), frame(&self.bytes));
-        let mut at = LBAS_AT + self.count * self.lba_width as usize + slot * self.rest_width;
+        let mut at = self.rest_at(slot);
         let mut values = [0; FIELDS];
         values[LBA] = self.lba(slot);
         for (field, value) in values.iter_mut().enumerate().skip(LBA + 1) {

@@ -37,6 +37,7 @@ mod root_format;
 mod run;
 mod slot;
 mod store;
+mod superseded;
 #[cfg(test)]
 mod tests;
 mod writer;

@@ -247,6 +247,13 @@ fn offer(page: &Page, slots: &mut Slots<'_>, first: u64, next: u64, from: u64, e
     }
 }
 
+/// The version that a leaf has of `lba`; it has nothing below `first`, and the next one begins at `next`.
+pub(crate) fn version_at(leaf: &Leaf, lba: u64, first: u64, next: u64) -> Option<Sequence> {
+    let slot = first_past(leaf, lba, first, next).checked_sub(1)?;
+    let (end, sequence) = leaf.version(slot);
+    (lba < end).then_some(sequence)
+}
+
 /// Offers what `run` knows, as far as the cache reaches. `false` when a block would have to be read.
 pub(crate) fn apply_cached(
     run: &RunDescriptor,

@@ -118,6 +118,53 @@ fn a_range_is_looked_up_with_one_read_per_leaf() {
 }
 
 #[test]
+fn what_is_superseded_is_said_of_many_blocks_at_once_as_far_as_memory_knows() {
+    let store = MemoryStore::new(50);
+    let map = filled(&store, COUNT as usize);
+    let newer = |index: u64| entry(3 * index, COUNT + index + 1);
+    // Every fifth block has a newer version in a run, every seventh in memory, and a range reads as zeroes.
+    for index in (0..COUNT).step_by(5) {
+        assert!(map.insert(Lba(3 * index), newer(index)));
+    }
+    assert!(map.freeze());
+    run(map.write_frozen()).unwrap();
+    for index in (0..COUNT).step_by(7) {
+        assert!(map.insert(Lba(3 * index), newer(index)));
+    }
+    let zeroes = 1000..2000;
+    let range = LbaRange {
+        start: Lba(3 * zeroes.start),
+        count: 3 * (zeroes.end - zeroes.start),
+    };
+    map.zero_range(range, sequence(3 * COUNT));
+    let entries: Vec<_> = (0..COUNT)
+        .map(|index| (Lba(3 * index), entry(3 * index, index + 1)))
+        .collect();
+    let expected = |run_is_known: bool| {
+        (0..COUNT).map(move |index| {
+            (run_is_known && index % 5 == 0) || index % 7 == 0 || (1000..2000).contains(&index)
+        })
+    };
+    assert!(
+        map.superseded(&entries).into_iter().eq(expected(false)),
+        "no leaf was ever read"
+    );
+    let reads = store.reads.get();
+    for (lba, _) in &entries {
+        run(map.lookup(*lba)).unwrap();
+    }
+    assert!(store.reads.get() > reads);
+    let reads = store.reads.get();
+    assert!(map.superseded(&entries).into_iter().eq(expected(true)));
+    assert_eq!(store.reads.get(), reads);
+    // Between the blocks nobody knows anything, and beyond them neither.
+    let unknown: Vec<_> = [1, 2, 4, 3 * COUNT, 1 << 60]
+        .map(|lba| (Lba(lba), entry(lba, 1)))
+        .into();
+    assert_eq!(map.superseded(&unknown), [false; 5]);
+}
+
+#[test]
 fn a_cached_block_keeps_no_receive_buffer() {
     let store = MemoryStore::new(50);
     let map = filled(&store, 20);

@@ -59,6 +59,19 @@ struct Published {
     log_start: usize,
 }
 
+fn entry(band: BandId, row: u32, lba: u64, sequence: Sequence) -> MapEntry {
+    MapEntry {
+        band,
+        row,
+        column: 2,
+        start: 1,
+        w: 4,
+        skipped: ColumnSet(0x10_0001),
+        sequence,
+        crc: lba as u32,
+    }
+}
+
 struct World {
     store: Rc<MemoryStore>,
     map: Rc<PageMap>,
@@ -167,16 +180,7 @@ impl World {
             self.user_band += 1;
             self.user_row = 0;
         }
-        let entry = MapEntry {
-            band: BandId(self.user_band),
-            row: self.user_row,
-            column: 2,
-            start: 1,
-            w: 4,
-            skipped: ColumnSet(0x10_0001),
-            sequence,
-            crc: lba as u32,
-        };
+        let entry = entry(BandId(self.user_band), self.user_row, lba, sequence);
         self.user_row += 1;
         self.disk.insert((entry.band, entry.row), (lba, sequence));
         entry
@@ -472,11 +476,30 @@ impl World {
                 assert_eq!(cached, run(self.map.lookup(Lba(lba))).unwrap());
             }
         }
+        self.check_superseded();
         for (band, count) in live {
             assert!(self.map.refers_to(band), "{band} has {count} live blocks");
             assert!(
                 self.map.references(band) >= count,
                 "{band} has {count} live blocks"
+            );
+        }
+    }
+
+    /// What memory says to be superseded is, of every block that was ever written.
+    fn check_superseded(&self) {
+        let mut entries: Vec<(Lba, MapEntry)> = self
+            .disk
+            .iter()
+            .map(|((band, row), (lba, sequence))| (Lba(*lba), entry(*band, *row, *lba, *sequence)))
+            .collect();
+        entries.sort_by_key(|(lba, _)| *lba);
+        let superseded = self.map.superseded(&entries);
+        for ((lba, entry), superseded) in entries.iter().zip(superseded) {
+            let newest = self.model.get(&lba.0).map(|(sequence, _)| *sequence);
+            assert!(
+                !superseded || newest > Some(entry.sequence),
+                "LBA {lba}: {entry:?}"
             );
         }
     }
