@@ -165,7 +165,7 @@ impl Delta {
 
     /// Everything in ascending order of LBA, disjoint.
     pub(crate) fn items(&self) -> impl Iterator<Item = Item> {
-        let mut points: Vec<(u64, Point)> = self.points.iter().map(|(lba, point)| (*lba, *point)).collect();
+        let mut points: Vec<(u64, &Point)> = self.points.iter().map(|(lba, point)| (*lba, point)).collect();
         points.sort_unstable_by_key(|(lba, _)| *lba);
         let mut points = points.into_iter().peekable();
         let mut ranges = self.zeroes.iter().peekable();
@@ -208,7 +208,7 @@ impl Delta {
         })
     }
 
-    fn item(lba: u64, point: Point) -> Item {
+    fn item(lba: u64, point: &Point) -> Item {
         Item {
             lba,
             count: 1,
