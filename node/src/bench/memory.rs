@@ -38,6 +38,9 @@ use crate::config::EngineConfig;
 /// Of the smaller cache. The larger one is an agent's.
 const SMALL_CACHE_MIB: usize = 16;
 
+/// Blocks of a map that a TiB is reckoned from, at least: its last quarter adds more than a process moves by itself.
+const RECKONED_FROM: u64 = 1 << 23;
+
 /// Blocks of the volume with `--quick`. Three quarters of it have more records than the larger cache has room for.
 const BLOCKS: u64 = 1 << 21;
 
@@ -100,19 +103,27 @@ pub(super) fn run(plan: &Plan, output: &mut Output) -> anyhow::Result<()> {
         processes: 1,
         drive_kind: "memory",
     };
-    let mapped = (whole.blocks * BLOCK_BYTES as u64) as f64;
-    let per_byte = whole.resident_bytes.saturating_sub(most.resident_bytes) as f64 / (mapped / 4.0);
-    let of_a_tib = whole.resident_bytes as f64 + per_byte * (TIB - mapped).max(0.0);
-    output.row(Row::counted(
-        heading(
-            format!("1 TiB mapped at random 4 KiB, cache {} MiB", config.cache_mib),
-            "MiB",
-            "nothing",
-            Required::ValueAtMost(SHARE_MAX * TIB / MIB as f64),
-        ),
-        of_a_tib / MIB as f64,
-        0.0,
-    ));
+    if blocks >= RECKONED_FROM {
+        let mapped = (whole.blocks * BLOCK_BYTES as u64) as f64;
+        let per_byte = whole.resident_bytes.saturating_sub(most.resident_bytes) as f64 / (mapped / 4.0);
+        let of_a_tib = whole.resident_bytes as f64 + per_byte * (TIB - mapped).max(0.0);
+        output.row(Row::counted(
+            heading(
+                format!("1 TiB mapped at random 4 KiB, cache {} MiB", config.cache_mib),
+                "MiB",
+                "nothing",
+                Required::ValueAtMost(SHARE_MAX * TIB / MIB as f64),
+            ),
+            of_a_tib / MIB as f64,
+            0.0,
+        ));
+    } else {
+        output.note(format!(
+            "memory: a TiB is not reckoned from {:.0} GiB, whose last quarter adds less than a process moves by itself; without \
+             --quick it is",
+            gib(blocks)
+        ));
+    }
     let setting = (config.cache_mib as usize - SMALL_CACHE_MIB) as f64;
     output.row(Row::counted(
         heading(
