@@ -5,10 +5,12 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 use serde::{Deserialize, Serialize};
 use weft_block::polling::SPAN_DEFAULT;
+use weft_volume::settings::Settings;
 
 /// What the operator wrote. Defaults are in the functions below.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -77,6 +79,22 @@ impl Default for EngineConfig {
             node_log_budget_mib: 2048,
             stall_ms: 300,
         }
+    }
+}
+
+impl EngineConfig {
+    /// For every engine of this node.
+    #[must_use]
+    pub fn settings(&self) -> Settings {
+        let stall = Duration::from_millis(self.stall_ms);
+        let mut settings = Settings {
+            stall,
+            read_stall: stall,
+            log_budget_bytes: u64::from(self.log_budget_mib) << 20,
+            ..Settings::default()
+        };
+        settings.map.cache_bytes = usize::try_from(self.cache_mib).unwrap_or(usize::MAX >> 20) << 20;
+        settings
     }
 }
 

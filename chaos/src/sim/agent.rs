@@ -1,28 +1,33 @@
-//! One life of an agent: starts its incarnation, brings its server's drive into service, follows the map, and owns
-//! volumes ([`super::ownership`]).
+//! One life of an agent: starts its incarnation, brings its server's drive into service, follows the map. What the incarnation does
+//! then is the real thing, `weft-incarnation`.
 //!
 //! A counterpart of `node/src/agent/member.rs` and `life/incarnation.rs`.
 
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
+use weft_incarnation::fabric::{Fabric, Identity};
+use weft_incarnation::local_drive::{self, LocalReach};
+use weft_incarnation::ownership::{Ownership, Parts};
+use weft_incarnation::published::{Published, Subscriber};
 use weft_metadata::leader::HEARTBEAT;
 use weft_metadata::state::map::{DriveHome, DriveState, Owner};
 use weft_metadata::state::{ClusterMap, Command, Reply};
 use weft_proto::id::{DriveId, HostId, IncarnationId, NodeId, VolumeId};
-use weft_proto::nvme::reservation::{PersistChange, RegisterAction};
+use weft_proto::nvme::reservation::PersistChange;
 use weft_volume::engine::Engine;
 use weft_volume::seams::ReservationKey;
 
-use super::client::Client;
+use super::client::{Client, Service};
 use super::cluster::Cluster;
 use super::connection::Ends;
 use super::drive::{LocalDrive, RemoteDrive, is_present};
-use super::fabric::{Fabric, RESERVATION, Reach};
+use super::ownership::Watching;
 use super::process::Process;
-use super::published::{Published, Subscriber};
+use super::reach::{OtherDrive, OwnDrive};
 use super::steps::Step;
 
 /// Between looks at the health of the server's own drive.
@@ -34,15 +39,15 @@ pub(super) struct Agent {
     pub(super) node: NodeId,
     pub(super) process: Process,
     pub(super) client: Rc<Client>,
-    pub(super) fabric: OnceCell<Rc<Fabric>>,
-    pub(super) map: Rc<Published<Rc<ClusterMap>>>,
-    pub(super) host: HostId,
-    pub(super) key: ReservationKey,
+    /// Once its incarnation has begun.
+    ownership: OnceCell<Rc<Ownership>>,
+    pub(super) map: Rc<Published<Arc<ClusterMap>>>,
+    host: HostId,
+    key: ReservationKey,
     pub(super) incarnation: Cell<Option<IncarnationId>>,
     /// The server's drive, once others may reach it.
     served: RefCell<Option<Rc<LocalDrive>>>,
-    /// Epochs that have a task.
-    pub(super) tasks: RefCell<BTreeMap<VolumeId, Owner>>,
+    /// Those that serve hosts.
     pub(super) engines: RefCell<BTreeMap<VolumeId, (Owner, Engine)>>,
     /// Of lasting connections.
     pub(super) ends: Ends,
@@ -79,27 +84,18 @@ impl Agent {
             node,
             client: Client::new(cluster, &process),
             process,
-            fabric: OnceCell::new(),
-            map: Published::new(Rc::default()),
+            ownership: OnceCell::new(),
+            map: Published::new(Arc::default()),
             host,
             key,
             incarnation: Cell::new(None),
             served: RefCell::default(),
-            tasks: RefCell::default(),
             engines: RefCell::default(),
             ends: Ends::default(),
             recovering: Cell::new(0),
         });
-        let fabric = Fabric::new(Rc::downgrade(&agent), agent.process.clone(), host, key);
-        if agent.fabric.set(fabric).is_err() {
-            unreachable!("an agent has one fabric");
-        }
         agent.process.spawn(Rc::clone(&agent).live());
         agent
-    }
-
-    pub(super) fn fabric(&self) -> &Rc<Fabric> {
-        self.fabric.get().expect("set when the agent was made")
     }
 
     /// The server's drive, if `drive` is it and it is in service.
@@ -111,15 +107,6 @@ impl Agent {
     /// Whether others may reach the server's drive.
     pub(super) fn is_in_service(&self) -> bool {
         self.served.borrow().is_some()
-    }
-
-    /// The drive of a server, by the map.
-    pub(super) fn drive_at(&self, node: NodeId) -> Option<DriveId> {
-        let map = self.map.borrow();
-        let mut drives = map.drives.values();
-        drives
-            .find(|drive| drive.home == DriveHome::Node(node))
-            .map(|drive| drive.id)
     }
 
     /// Ends this process, which comes back as a new one.
@@ -155,10 +142,45 @@ impl Agent {
         {
             receiver.changed().await;
         }
-        self.serve_drive().await;
-        self.process.spawn(Rc::clone(&self).record_registrations());
+        let fabric = self.begin_incarnation(incarnation);
+        self.serve_drive(&fabric).await;
+        let service = Rc::new(Service(Rc::clone(&self.client)));
+        self.process
+            .spawn(Rc::clone(&fabric).keep_registrations_on_record(service));
         drop(registering);
-        self.follow(receiver).await;
+        self.follow(&fabric, receiver).await;
+    }
+
+    /// What an incarnation is: its way to drives, and the volumes it will own.
+    fn begin_incarnation(self: &Rc<Self>, incarnation: IncarnationId) -> Rc<Fabric> {
+        let identity = Identity {
+            incarnation,
+            host_id: self.host,
+            key: self.key,
+        };
+        let fabric = Fabric::new(identity, self.process.env());
+        let cluster = self.map.borrow().cluster.clone();
+        let ownership = Ownership::new(Parts {
+            cluster: cluster.expect("a cluster with an identity"),
+            node: self.node,
+            metadata: Rc::new(Service(Rc::clone(&self.client))),
+            env: self.process.env(),
+            fabric: Rc::clone(&fabric),
+            observer: Rc::new(Watching(Rc::downgrade(self))),
+            map: Rc::clone(&self.map),
+            settings: self.cluster.settings(),
+            node_log_budget_bytes: self.cluster.plan.log_budget_bytes,
+        });
+        self.process.spawn(Rc::clone(&ownership).bound_log());
+        if self.ownership.set(ownership).is_err() {
+            unreachable!("an agent has one incarnation");
+        }
+        let (this, fenced) = (Rc::clone(self), Rc::clone(&fabric));
+        self.process.spawn(async move {
+            fenced.wait_until_fenced().await;
+            this.give_up("fenced");
+        });
+        fabric
     }
 
     async fn keep_session(self: Rc<Self>, incarnation: IncarnationId) {
@@ -187,7 +209,7 @@ impl Agent {
     }
 
     /// Puts the server's drive into service: reservation in force, dead incarnations fenced, then online.
-    async fn serve_drive(self: &Rc<Self>) {
+    async fn serve_drive(self: &Rc<Self>, fabric: &Rc<Fabric>) {
         let local = self.cluster.local_drive(self.node);
         let cluster = self
             .map
@@ -195,19 +217,15 @@ impl Agent {
             .cluster
             .clone()
             .expect("a cluster with an identity");
-        let report = local.namespace.report();
-        let (host, key) = (cluster.fencing_host_id, cluster.fencing_key);
-        if !report.registrants.iter().any(|found| found.hostid == host) {
-            let register = RegisterAction::Register;
-            let keep = PersistChange::Keep;
-            let registered = local.namespace.register(host, register, true, 0, key, keep);
-            registered.await.expect("the cluster's own registration");
-        }
-        if report.rtype != Some(RESERVATION) {
-            let acquired = local.namespace.acquire(host, key, RESERVATION).await;
-            acquired.expect("nobody else reserves a drive of the cluster");
-        }
-        self.fabric().add(local.id, Reach::Local(Rc::clone(&local)));
+        // Its table has no file here: what survives its agent is carried over by `LocalDrive::restarted`.
+        let enforced = local_drive::enforce(&local.namespace, &cluster, PersistChange::Keep).await;
+        enforced.expect("nobody else reserves a drive of the cluster");
+        let reach = LocalReach {
+            namespace: local.namespace.clone(),
+            host: self.host,
+        };
+        let device = local.device(self.host, self.process.id);
+        fabric.add(local.id, Rc::new(OwnDrive { reach, device }));
         let map = self.map.borrow().clone();
         self.fence_local(&local, &map).await;
         *self.served.borrow_mut() = Some(Rc::clone(&local));
@@ -238,18 +256,8 @@ impl Agent {
         let mut commands = Vec::new();
         for dead in map.fences_due(local.id) {
             let _under = self.cluster.steps.enter(Step::Fence);
-            let report = local.namespace.report();
-            let fenced = if report.registrants.iter().any(|found| found.key == dead.key) {
-                let (host, key) = (cluster.fencing_host_id, cluster.fencing_key);
-                let preempt = local
-                    .namespace
-                    .preempt_and_abort(host, key, dead.key, RESERVATION);
-                preempt.await.is_ok()
-            } else {
-                local.namespace.drain_preempted().await;
-                true
-            };
-            if fenced {
+            let fenced = local_drive::fence_dead(&local.namespace, cluster, ReservationKey(dead.key)).await;
+            if fenced.is_ok() {
                 self.cluster.watch.fenced(dead.id, local.id);
                 commands.push(Command::RecordFenced {
                     incarnation: dead.id,
@@ -262,40 +270,27 @@ impl Agent {
         }
     }
 
-    /// Has Raft record where this incarnation has registered.
-    async fn record_registrations(self: Rc<Self>) {
-        loop {
-            let drives = self.fabric().registrations_to_record().await;
-            let Some(incarnation) = self.incarnation.get() else {
-                return;
-            };
-            let _under = self.cluster.steps.enter(Step::Register);
-            let _ = self
-                .client
-                .propose(Command::RecordRegistrations { incarnation, drives })
-                .await;
-        }
-    }
-
     /// Acts on every version of the map.
-    async fn follow(self: Rc<Self>, mut receiver: Subscriber<Rc<ClusterMap>>) {
+    async fn follow(self: &Rc<Self>, fabric: &Rc<Fabric>, mut receiver: Subscriber<Arc<ClusterMap>>) {
         loop {
             let map = receiver.borrow_and_update().clone();
-            for drive in map.drives.values() {
+            let known = fabric.known();
+            for drive in map.drives.values().filter(|drive| !known.contains(&drive.id)) {
                 if let DriveHome::Node(home) = drive.home
                     && home != self.node
-                    && !self.fabric().knows(drive.id)
                 {
                     let remote = RemoteDrive::new(&self.cluster, &self.process, self.host, drive.id, home);
-                    self.fabric().add(drive.id, Reach::Remote(remote));
+                    fabric.add(drive.id, Rc::new(OtherDrive(remote)));
                 }
             }
-            self.follow_ownership(&map);
+            if let Some(ownership) = self.ownership.get() {
+                ownership.follow(&map);
+            }
             let local = self.served.borrow().clone();
             if let Some(local) = local
                 && map.fences_due(local.id).next().is_some()
             {
-                let (this, map) = (Rc::clone(&self), Rc::clone(&map));
+                let (this, map) = (Rc::clone(self), Arc::clone(&map));
                 self.process
                     .spawn(async move { this.fence_local(&local, &map).await });
             }

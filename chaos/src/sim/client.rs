@@ -1,20 +1,21 @@
 //! The way to the metadata service: finds the leader, asks again with the same content until there is an answer, and is
-//! sometimes heard twice, the second time seconds later. And the engine's [`Directory`] over it.
+//! sometimes heard twice, the second time seconds later.
 //!
-//! A counterpart of `metadata/src/client.rs` and `node/src/agent/directory.rs` without gRPC.
+//! A counterpart of `metadata/src/client.rs` without gRPC.
 
 use std::cell::Cell;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt as _;
-use futures_util::future::LocalBoxFuture;
+use weft_incarnation::metadata::{Answer, Metadata};
+use weft_metadata::client::ClientError;
 use weft_metadata::propose::BandRequest;
-use weft_metadata::state::command::{Purpose, Refusal, Reply};
+use weft_metadata::state::command::{Refusal, Reply};
 use weft_metadata::state::{ClusterMap, Command};
-use weft_proto::band::{Band, ChunkSize, EpochGrant, RootUpdate};
-use weft_proto::id::{BandId, Epoch, IncarnationId, MapVersion, NodeId, StripeNumber, VolumeId};
-use weft_volume::seams::{BandPurpose, Directory, DirectoryError, Timestamp};
+use weft_proto::band::{Band, EpochGrant};
+use weft_proto::id::{IncarnationId, MapVersion, NodeId, VolumeId};
 
 use super::cluster::Cluster;
 use super::process::Process;
@@ -29,17 +30,12 @@ const SESSION_ATTEMPT: Duration = Duration::from_millis(300);
 const PAUSE: Duration = Duration::from_millis(50);
 /// One request in so many is heard twice although nothing is wrong with the wires.
 const REPEATED_ONE_IN: u64 = 100;
-/// As in `node/src/agent/directory.rs`.
-const PATIENCE: Duration = Duration::from_secs(2);
-const IMPATIENCE: Duration = Duration::from_secs(10);
 
 /// A client of the metadata service in one process.
 pub(super) struct Client {
     cluster: Rc<Cluster>,
     process: Process,
     guess: Cell<NodeId>,
-    /// Until when narrower bands are taken at once.
-    impatient_until: Cell<Option<Timestamp>>,
 }
 
 impl Client {
@@ -48,7 +44,6 @@ impl Client {
             cluster: Rc::clone(cluster),
             process: process.clone(),
             guess: Cell::new(cluster.raft.voters()[0]),
-            impatient_until: Cell::new(None),
         })
     }
 
@@ -95,15 +90,8 @@ impl Client {
         }
     }
 
-    pub(super) async fn epoch_grant(&self, volume: VolumeId) -> Option<EpochGrant> {
-        match self.ask(Request::EpochGrant(volume)).await {
-            Response::EpochGrant(grant) => grant,
-            _ => None,
-        }
-    }
-
     /// The map, once it is newer than `known`; `None` when nobody told in time.
-    pub(super) async fn map_after(&self, known: MapVersion) -> Option<Rc<ClusterMap>> {
+    pub(super) async fn map_after(&self, known: MapVersion) -> Option<Arc<ClusterMap>> {
         match self.try_once(Request::Map(known), ATTEMPT).await {
             Some(Response::Map(map)) => Some(map),
             _ => None,
@@ -146,133 +134,66 @@ impl Cluster {
     }
 }
 
-/// [`Directory`] of one engine.
-pub(super) struct SimDirectory(pub(super) Rc<Client>);
+/// The client as an incarnation asks it.
+pub(super) struct Service(pub(super) Rc<Client>);
 
-impl SimDirectory {
-    fn propose(
-        &self,
-        step: Step,
-        command: Command,
-    ) -> LocalBoxFuture<'static, Result<Reply, DirectoryError>> {
-        let client = Rc::clone(&self.0);
-        async move {
-            let _under = client.cluster.steps.enter(step);
-            client.propose(command).await.map_err(directory_error)
+impl Service {
+    /// What is under way until a command is answered.
+    fn step(command: &Command) -> Option<Step> {
+        match command {
+            Command::PublishRoot { .. } => Some(Step::Checkpoint),
+            Command::FinishTakeover { .. } => Some(Step::Finish),
+            Command::ReturnBands { .. } => Some(Step::Grant),
+            Command::RecordRegistrations { .. } => Some(Step::Register),
+            _ => None,
         }
-        .boxed_local()
     }
 }
 
-impl Directory for SimDirectory {
-    fn grant_bands(
-        &self,
-        volume: VolumeId,
-        epoch: Epoch,
-        chunk_size: ChunkSize,
-        count: u32,
-        purpose: BandPurpose,
-    ) -> LocalBoxFuture<'static, Result<Vec<Band>, DirectoryError>> {
+impl Metadata for Service {
+    fn propose(&self, command: Command) -> Answer<Reply> {
         let client = Rc::clone(&self.0);
-        let mut request = BandRequest {
-            volume,
-            epoch,
-            request: client.process.random(),
-            purpose: match purpose {
-                BandPurpose::User => Purpose::User,
-                BandPurpose::Internal => Purpose::Internal,
-            },
-            chunk_size,
-            count,
-            patient: true,
-        };
+        async move {
+            let _under = Self::step(&command).map(|step| client.cluster.steps.enter(step));
+            Ok(client.propose(command).await?)
+        }
+        .boxed_local()
+    }
+
+    fn grant_bands(&self, request: BandRequest) -> Answer<Vec<Band>> {
+        let client = Rc::clone(&self.0);
         async move {
             let _under = client.cluster.steps.enter(Step::Grant);
-            let process = &client.process;
-            let asked = process.now();
-            loop {
-                let impatient = client.impatient_until.get();
-                request.patient = impatient.is_none_or(|until| process.now() >= until);
-                let Response::Reply(reply) = client.ask(Request::GrantBands(request)).await else {
-                    unreachable!("a request for bands is answered with a reply");
-                };
-                match reply.accepted() {
-                    Ok(Reply::Bands(bands)) => return Ok(bands),
-                    Ok(_) => return Err(DirectoryError::Unavailable),
-                    Err(Refusal::AwaitsRegistration { .. }) => {
-                        if process.now() >= asked.after(PATIENCE) {
-                            client.impatient_until.set(Some(process.now().after(IMPATIENCE)));
-                        } else {
-                            process.sleep(PAUSE).await;
-                        }
-                    }
-                    Err(Refusal::ProposalConflict { .. }) => process.sleep(PAUSE).await,
-                    Err(refusal) => return Err(directory_error(refusal)),
-                }
+            let Response::Reply(reply) = client.ask(Request::GrantBands(request)).await else {
+                unreachable!("a request for bands is answered with a reply");
+            };
+            match reply.accepted()? {
+                Reply::Bands(bands) => Ok(bands),
+                _ => Err(ClientError::Unexpected),
             }
         }
         .boxed_local()
     }
 
-    fn publish_root(&self, update: RootUpdate) -> LocalBoxFuture<'static, Result<u64, DirectoryError>> {
-        let reply = self.propose(Step::Checkpoint, Command::PublishRoot { update });
-        async move { root_version(&reply.await?) }.boxed_local()
+    fn epoch_grant(&self, volume: VolumeId) -> Answer<Option<EpochGrant>> {
+        let client = Rc::clone(&self.0);
+        async move {
+            match client.ask(Request::EpochGrant(volume)).await {
+                Response::EpochGrant(grant) => Ok(grant),
+                _ => Err(ClientError::Unexpected),
+            }
+        }
+        .boxed_local()
     }
 
-    fn finish_takeover(
-        &self,
-        update: RootUpdate,
-        recovered: Option<Epoch>,
-        ended_at: StripeNumber,
-    ) -> LocalBoxFuture<'static, Result<u64, DirectoryError>> {
-        let command = Command::FinishTakeover {
-            update,
-            recovered,
-            ended_at,
-        };
-        let reply = self.propose(Step::Finish, command);
-        async move { root_version(&reply.await?) }.boxed_local()
-    }
-
-    fn bands(&self, volume: VolumeId) -> LocalBoxFuture<'static, Result<Vec<Band>, DirectoryError>> {
+    fn bands(&self, volume: VolumeId) -> Answer<Option<Vec<Band>>> {
         let client = Rc::clone(&self.0);
         async move {
             match client.ask(Request::Bands(volume)).await {
-                Response::Bands(bands) => bands.ok_or(DirectoryError::NoSuchVolume),
-                _ => Err(DirectoryError::Unavailable),
+                Response::Bands(bands) => Ok(bands),
+                _ => Err(ClientError::Unexpected),
             }
         }
         .boxed_local()
-    }
-
-    fn return_bands(
-        &self,
-        volume: VolumeId,
-        epoch: Epoch,
-        bands: Vec<BandId>,
-    ) -> LocalBoxFuture<'static, Result<(), DirectoryError>> {
-        let reply = self.propose(Step::Grant, Command::ReturnBands { volume, epoch, bands });
-        async move { reply.await.map(drop) }.boxed_local()
-    }
-}
-
-fn root_version(reply: &Reply) -> Result<u64, DirectoryError> {
-    match reply {
-        Reply::Root { version } => Ok(*version),
-        _ => Err(DirectoryError::Unavailable),
-    }
-}
-
-/// As in `node/src/agent/directory.rs`.
-fn directory_error(refusal: Refusal) -> DirectoryError {
-    match refusal {
-        Refusal::Stale { epoch, current } => DirectoryError::Stale { epoch, current },
-        Refusal::RootConflict { expected, current } => DirectoryError::RootConflict { expected, current },
-        Refusal::NoSpace { .. } => DirectoryError::NoSpace,
-        Refusal::TooFewDomains {
-            available, needed, ..
-        } => DirectoryError::TooFewDomains { available, needed },
-        Refusal::NoSuchVolume(_) => DirectoryError::NoSuchVolume,
-        _ => DirectoryError::Unavailable,
     }
 }

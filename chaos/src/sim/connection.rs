@@ -14,6 +14,7 @@ use bytes::Bytes;
 use futures_util::FutureExt as _;
 use futures_util::future::{Either, LocalBoxFuture, select};
 use weft_block::BlockError;
+use weft_incarnation::published::Published;
 use weft_proto::id::{IncarnationId, NodeId};
 use weft_volume::testing::answer::{Answer, Giver, answer};
 
@@ -22,7 +23,6 @@ use super::cluster::Cluster;
 use super::front::HostCommand;
 use super::network::Message;
 use super::process::Process;
-use super::published::Published;
 
 /// How long a connection may take to be made.
 const CONNECT: Duration = Duration::from_secs(1);

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::FutureExt as _;
+use futures_util::future::LocalBoxFuture;
 use weft_block::{BlockDevice, BlockError, Device, DeviceInfo, Durability, Io};
 use weft_proto::id::{DriveId, HostId, IncarnationId, NodeId};
 use weft_proto::nvme::reservation::{PersistChange, RegisterAction};
@@ -15,6 +16,7 @@ use weft_volume::testing::answer::answer;
 use weft_volume::testing::drive::{Health, SimDrive};
 
 use super::cluster::Cluster;
+use super::network::NoAnswer;
 use super::process::Process;
 
 /// Silence after which the association with a drive is given up: commands on it end with an unknown outcome.
@@ -132,7 +134,7 @@ forwards!(Tagged, self => {
 /// A drive of another server. Every command is a call to the agent there.
 pub(super) struct RemoteDrive {
     cluster: Rc<Cluster>,
-    process: Process,
+    pub(super) process: Process,
     host: HostId,
     drive: DriveId,
     home: NodeId,
@@ -166,8 +168,20 @@ impl RemoteDrive {
         self.connected.set(connected);
     }
 
-    pub(super) fn home(&self) -> NodeId {
-        self.home
+    /// Has something done at the drive's own agent, in the name of this one's host; without a namespace if it does not serve the
+    /// drive. The outer error is the wires'.
+    pub(super) async fn call<T: 'static>(
+        &self,
+        limit: Duration,
+        command: impl FnOnce(Option<ReservedNamespace>, HostId) -> LocalBoxFuture<'static, T> + 'static,
+    ) -> Result<T, NoAnswer> {
+        let (host, drive) = (self.host, self.drive);
+        self.cluster
+            .call(&self.process, self.home, limit, move |agent| {
+                let namespace = agent.served_drive(drive).map(|local| local.namespace.clone());
+                command(namespace, host)
+            })
+            .await
     }
 
     fn io<T: 'static>(&self, command: impl FnOnce(Device) -> Io<T> + 'static) -> Io<T> {

@@ -3,6 +3,8 @@
 //! # What is real
 //!
 //! - the engine (`weft-volume`): every write, read, checkpoint, compaction and recovery;
+//! - what an incarnation does with drives and volumes (`weft-incarnation`): registrations, the lease, fences, takeover, planned moves,
+//!   deletion, grants of bands;
 //! - the cluster's state machine, its invariants, and the leader's decisions (`weft-metadata`: `state`, `leader`, `propose`);
 //! - placement (`weft-placement`);
 //! - the reservations of a drive, with the drain of Preempt and Abort, and what a target makes of the silence of a host
@@ -12,8 +14,8 @@
 //! # What stands in
 //!
 //! - Raft: [`raft`] keeps its promises without its messages;
-//! - the agent around these: [`agent`], [`fabric`], [`ownership`], [`client`], [`front`] and [`association`] do in the same order and with the same
-//!   times what `node/src/agent` does over tokio, gRPC and NVMe/TCP;
+//! - the agent around these: [`agent`], [`client`], [`reach`], [`front`] and [`association`] do in the same order and with the same
+//!   times what `node/src/agent` does over tokio, gRPC and NVMe/TCP: an agent's start, its session, the way of a host's command;
 //! - drives, wires, clocks and hosts: [`drive`], [`network`], [`connection`], [`process`], [`host`], [`multipath`], on [`weft_volume::testing`].
 //!
 //! What it does not do: rebuild of chunks, snapshots and tiers, which the product does not have yet; third-party drives; NVMe and Raft
@@ -30,7 +32,6 @@ mod client;
 mod cluster;
 mod connection;
 mod drive;
-mod fabric;
 mod front;
 mod host;
 mod multipath;
@@ -39,8 +40,8 @@ mod network;
 mod ownership;
 mod plan;
 mod process;
-mod published;
 mod raft;
+mod reach;
 mod steps;
 mod watch;
 

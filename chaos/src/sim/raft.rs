@@ -9,6 +9,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -41,7 +42,7 @@ pub(super) enum Response {
     Reply(Reply),
     EpochGrant(Option<EpochGrant>),
     Bands(Option<Vec<Band>>),
-    Map(Rc<ClusterMap>),
+    Map(Arc<ClusterMap>),
     /// Whether the incarnation counts as live.
     Heard(bool),
     /// Ask this one, if any.
@@ -62,7 +63,7 @@ struct Leader {
 pub(super) struct Raft {
     rng: RefCell<Rng>,
     state: RefCell<ClusterState>,
-    map: RefCell<Rc<ClusterMap>>,
+    map: RefCell<Arc<ClusterMap>>,
     changed: Notify,
     leader: RefCell<Option<Leader>>,
     term: Cell<u64>,
@@ -136,7 +137,7 @@ impl Raft {
         }
         if state.map.version != before.map.version {
             cluster.watch.applied(&state);
-            *self.map.borrow_mut() = Rc::new(state.map.clone());
+            *self.map.borrow_mut() = Arc::new(state.map.clone());
             self.changed.notify_waiters();
         }
         reply
@@ -368,7 +369,7 @@ impl Cluster {
                 if !self.commands_majority(&agent) {
                     return Response::Unknown;
                 }
-                Response::Map(Rc::clone(&self.raft.map.borrow()))
+                Response::Map(Arc::clone(&self.raft.map.borrow()))
             }
             Request::Heartbeat(incarnation) => {
                 self.with_core(term, |leader| {

@@ -11,22 +11,27 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::sync::watch;
+use weft_block::Device;
 use weft_block::drive::Health;
+use weft_incarnation::fabric::{Fabric, Identity};
+use weft_incarnation::local_drive::{self, LocalReach};
+use weft_incarnation::ownership::{Observer, Ownership, Parts};
+use weft_incarnation::published::Published;
 use weft_initiator::{ConnectOptions, HostIdentity, RemoteDrive};
 use weft_metadata::client::{ClientError, MetadataClient};
 use weft_metadata::state::Command;
-use weft_metadata::state::map::{Cluster, ClusterMap, DriveHome, DriveState};
-use weft_proto::id::{DriveId, NodeId};
+use weft_metadata::state::map::{Cluster, ClusterMap, DriveHome, DriveState, Owner};
+use weft_proto::id::{DriveId, NodeId, VolumeId};
+use weft_proto::nvme::reservation::PersistChange;
 use weft_target::reservation::ReservedNamespace;
 use weft_target::{Registry, RegistryConfig};
+use weft_volume::engine::Engine;
 use weft_volume::seams::{Env, ReservationKey};
+use weft_volume::sub_block::SubBlock;
 
 use super::env::TokioEnv;
-use super::fabric::{Fabric, Identity};
 use super::guests::Guests;
 use super::local_drives::LocalDrive;
-use super::local_reach::{self, LocalReach};
-use super::ownership::Ownership;
 use super::present::Presenter;
 use super::remote_reach::RemoteReach;
 use super::route::COMMAND_QUIESCE;
@@ -61,6 +66,8 @@ pub(crate) struct Member {
     node_name: String,
     client: MetadataClient,
     map: watch::Receiver<Arc<ClusterMap>>,
+    /// The map as this thread has acted upon it.
+    followed: Rc<Published<Arc<ClusterMap>>>,
     reservations_dir: PathBuf,
     keep_alive: Duration,
     fabric: Rc<Fabric>,
@@ -105,16 +112,23 @@ impl Member {
         let env: Rc<dyn Env> = Rc::new(TokioEnv::new());
         let fabric = Fabric::new(identity, env.clone());
         let presenter = Presenter::new(registry.clone(), cluster.id, node);
-        let ownership = Ownership::new(
-            &cluster,
+        let followed = Published::new(map.borrow().clone());
+        let observer = Presenting {
+            presenter: presenter.clone(),
+            env: env.clone(),
+            map: followed.clone(),
+        };
+        let ownership = Ownership::new(Parts {
+            cluster: cluster.clone(),
             node,
-            client.clone(),
+            metadata: Rc::new(client.clone()),
             env,
-            fabric.clone(),
-            presenter.clone(),
-            map.clone(),
-            engine,
-        );
+            fabric: fabric.clone(),
+            observer: Rc::new(observer),
+            map: followed.clone(),
+            settings: engine.settings(),
+            node_log_budget_bytes: u64::from(engine.node_log_budget_mib) << 20,
+        });
         let guests = Guests::new(registry.clone(), cluster.id, map.clone(), guest_record);
         let member = Rc::new(Self {
             cluster,
@@ -122,6 +136,7 @@ impl Member {
             node_name,
             client,
             map,
+            followed,
             reservations_dir,
             keep_alive,
             fabric,
@@ -141,7 +156,8 @@ impl Member {
         tokio::task::spawn_local(weft_target::serve(nvme, registry.clone()));
         tokio::task::spawn_local(weft_target::serve(discovery, registry));
         tokio::task::spawn_local(member.clone().follow());
-        tokio::task::spawn_local(member.clone().record_registrations());
+        let metadata = Rc::new(member.client.clone());
+        tokio::task::spawn_local(member.fabric.clone().keep_registrations_on_record(metadata));
         tokio::task::spawn_local(member.ownership.clone().bound_log());
         member.guests.restore();
         Ok(member)
@@ -192,7 +208,7 @@ impl Member {
             .clone();
         let file = self.reservations_dir.join(format!("{uuid}.reservations"));
         let namespace = ReservedNamespace::open(local.device(), uuid.0, Some(file))?;
-        local_reach::enforce(&namespace, &self.cluster)
+        local_drive::enforce(&namespace, &self.cluster, PersistChange::Set)
             .await
             .context("put the reservation in force")?;
         local.record_id(known.id, self.node).await?;
@@ -223,23 +239,7 @@ impl Member {
         let Some(namespace) = namespace else { return };
         let mut commands = Vec::new();
         for dead in map.fences_due(drive) {
-            // In the cluster's own name, which is registered on every drive from its first day.
-            let (host, key) = (self.cluster.fencing_host_id, self.cluster.fencing_key);
-            let registered = namespace
-                .report()
-                .registrants
-                .iter()
-                .any(|found| found.key == dead.key);
-            let fenced = if registered {
-                namespace
-                    .preempt_and_abort(host, key, dead.key, local_reach::RESERVATION)
-                    .await
-            } else {
-                // Preempted by somebody else, whose command may still wait for what is in execution.
-                namespace.drain_preempted().await;
-                Ok(())
-            };
-            match fenced {
+            match local_drive::fence_dead(&namespace, &self.cluster, ReservationKey(dead.key)).await {
                 Ok(()) => commands.push(Command::RecordFenced {
                     incarnation: dead.id,
                     drives: BTreeSet::from([drive]),
@@ -292,6 +292,7 @@ impl Member {
         let mut receiver = self.map.clone();
         loop {
             let map = receiver.borrow_and_update().clone();
+            self.followed.replace(map.clone());
             self.follow_drives(&map);
             self.presenter.follow(&map);
             self.ownership.follow(&map);
@@ -348,26 +349,33 @@ impl Member {
             self.fabric.remove(*drive);
         }
     }
+}
 
-    /// Has Raft record where this incarnation has registered: bands are granted on those drives only.
-    async fn record_registrations(self: Rc<Self>) {
-        loop {
-            let drives = self.fabric.registrations_to_record().await;
-            let incarnation = self.fabric.identity().incarnation;
-            let command = Command::RecordRegistrations {
-                incarnation,
-                drives: drives.clone(),
-            };
-            match self.client.propose(command).await {
-                Ok(_) => {}
-                Err(ClientError::Refused(refusal)) => tracing::error!(%refusal, "registrations refused"),
-                Err(error) => {
-                    tracing::warn!(%error, "registrations not recorded yet");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                    self.fabric.record_later(drives);
-                }
-            }
-        }
+/// Presents the volumes that this incarnation owns, in the logical blocks that their hosts see.
+struct Presenting {
+    presenter: Rc<Presenter>,
+    env: Rc<dyn Env>,
+    map: Rc<Published<Arc<ClusterMap>>>,
+}
+
+impl Observer for Presenting {
+    fn serves(&self, volume: VolumeId, _owner: Owner, engine: &Engine) {
+        let block_bytes = self
+            .map
+            .borrow()
+            .volumes
+            .get(&volume)
+            .map(|found| found.block_bytes);
+        let device: Device = Rc::new(engine.clone());
+        let device = match block_bytes {
+            Some(512) => Rc::new(SubBlock::new(device, self.env.clone())),
+            _ => device,
+        };
+        self.presenter.engine_serves(volume, device);
+    }
+
+    fn stopped(&self, volume: VolumeId) {
+        self.presenter.engine_stopped(volume);
     }
 }
 

@@ -10,17 +10,13 @@
 //! ```
 
 mod control;
-mod directory;
 pub(crate) mod env;
-mod fabric;
 mod guest_record;
 mod guests;
 mod identity;
 mod life;
 mod local_drives;
-mod local_reach;
 mod member;
-mod ownership;
 mod present;
 mod remote_reach;
 mod route;

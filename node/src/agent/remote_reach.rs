@@ -5,11 +5,10 @@ use std::rc::Rc;
 use futures_util::FutureExt as _;
 use futures_util::future::LocalBoxFuture;
 use weft_block::Device;
+use weft_incarnation::fabric::{FENCE_TIMEOUT, Reach};
+use weft_incarnation::local_drive::{RESERVATION, RESERVATION_CONFLICT, reservation_report};
 use weft_initiator::{RemoteDrive, ReservationError};
 use weft_volume::seams::{FenceError, Fencing, ReservationKey, ReservationReport};
-
-use super::fabric::{FENCE_TIMEOUT, Reach};
-use super::local_reach::{RESERVATION, RESERVATION_CONFLICT, reservation_report};
 
 /// See the module.
 pub(crate) struct RemoteReach(pub(crate) Rc<RemoteDrive>);

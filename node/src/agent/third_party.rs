@@ -12,6 +12,7 @@ use bytes::Bytes;
 use rand::RngCore as _;
 use weft_block::label::{self, LabelError, Overwrite};
 use weft_block::{BlockError, Device, Durability};
+use weft_incarnation::local_drive::RESERVATION;
 use weft_initiator::{ConnectOptions, Controller, HostIdentity, ReservationError};
 use weft_metadata::state::command::NewDrive;
 use weft_metadata::state::map::{Cluster, DriveHome};
@@ -24,7 +25,6 @@ use weft_proto::nvme::reservation::{
 use weft_proto::units::Lba;
 
 use super::local_drives::{new_label, parse_class};
-use super::local_reach::RESERVATION;
 
 /// Registrants assumed of a target that does not say: some allow 16.
 const REGISTRANTS_MAX: u32 = 16;

@@ -8,6 +8,7 @@ use anyhow::{Context as _, bail, ensure};
 use futures_util::FutureExt as _;
 use rand::RngCore as _;
 use tokio::sync::{mpsc, watch};
+use weft_incarnation::fabric::Identity;
 use weft_metadata::client::{ClientError, MetadataClient};
 use weft_metadata::state::Command;
 use weft_metadata::state::command::{NewNode, Refusal, Reply};
@@ -15,7 +16,6 @@ use weft_metadata::state::map::ClusterMap;
 use weft_proto::id::{HostId, IncarnationId, NodeId};
 
 use super::Plane;
-use crate::agent::fabric;
 use crate::agent::member::{self, Member, MemberOptions};
 use crate::agent::thread::DataThread;
 
@@ -82,7 +82,7 @@ impl MemberStart {
             cluster,
             node: self.node,
             node_name: self.new_node.name,
-            identity: fabric::Identity {
+            identity: Identity {
                 incarnation,
                 host_id,
                 key,

@@ -8,36 +8,30 @@
 //!
 //! Design section 5. The map says what should be; this makes it so and tells Raft.
 
+use std::any::Any;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
-use std::future::pending;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::future::join_all;
-use tokio::sync::watch;
-use tokio::time::Instant;
-use weft_block::Device;
-use weft_metadata::client::{ClientError, MetadataClient};
-use weft_metadata::state::map::{Cluster, ClusterMap, Owner, Phase, Volume};
+use futures_util::future::{Either, join_all, select};
+use weft_metadata::state::map::{Cluster, ClusterMap, NodeState, Owner, Phase, Volume};
 use weft_metadata::state::{Command, Refusal, Reply};
 use weft_proto::band::EpochGrant;
-use weft_proto::id::{BandId, DriveId, IncarnationId, NodeId, VolumeId};
+use weft_proto::id::{BandId, DriveId, Epoch, IncarnationId, NodeId, VolumeId};
 use weft_volume::engine::{Engine, Opening};
 use weft_volume::error::VolumeError;
 use weft_volume::format::header::HeaderKey;
 use weft_volume::seams::{Env, ReservationKey, Seams};
 use weft_volume::settings::{Identity, Settings};
-use weft_volume::sub_block::SubBlock;
 
-use super::directory::RaftDirectory;
-use super::fabric::Fabric;
-use super::present::Presenter;
-use crate::config::EngineConfig;
-
-/// Between two attempts of a step that waits for others.
-const RETRY: Duration = Duration::from_millis(50);
+use crate::directory::RaftDirectory;
+use crate::fabric::Fabric;
+use crate::metadata::{Metadata, RETRY, insist};
+use crate::published::Published;
+use crate::time::sleep;
 
 /// Between two attempts to open a volume that cannot be read: an operator has to act.
 const UNREADABLE_RETRY: Duration = Duration::from_secs(5);
@@ -52,17 +46,74 @@ const LEASE_AND_DRIFT: Duration = Duration::from_millis(1010);
 /// then is in a drive that hangs.
 const DRAIN: Duration = Duration::from_secs(3);
 
+/// Who is told what becomes of volumes: the agent presents them to hosts, a test watches.
+pub trait Observer {
+    /// An engine serves the volume from now on.
+    fn serves(&self, volume: VolumeId, owner: Owner, engine: &Engine);
+
+    /// No engine of this incarnation serves the volume any more.
+    fn stopped(&self, volume: VolumeId);
+
+    /// A step begins. It ends when the answer is dropped.
+    fn begins(&self, step: Step) -> StepGuard {
+        let _ = step;
+        Box::new(())
+    }
+
+    /// Nothing of this incarnation is left on a drive, or can come there.
+    fn fenced(&self, incarnation: IncarnationId, drive: DriveId) {
+        let _ = (incarnation, drive);
+    }
+
+    /// What is on the drives does not make a volume.
+    fn unreadable(&self, volume: VolumeId, epoch: Epoch, error: &VolumeError) {
+        let _ = (volume, epoch, error);
+    }
+}
+
+/// Ends a step when it is dropped.
+pub type StepGuard = Box<dyn Any>;
+
+/// What takes time in the life of an epoch, so that a fault can meet it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Dead incarnations are preempted on the drives of the epoch's bands.
+    Fence,
+    /// The former epoch is scanned and replayed.
+    Recover,
+    /// The former owner's lease runs out.
+    LeaseWait,
+    /// The volume is handed over.
+    HandOver,
+    /// The volume is deleted.
+    Delete,
+}
+
+/// What an [`Ownership`] is made of.
+pub struct Parts {
+    /// The cluster's identity and keys.
+    pub cluster: Cluster,
+    /// Where this incarnation runs.
+    pub node: NodeId,
+    /// The metadata service.
+    pub metadata: Rc<dyn Metadata>,
+    /// Clock, timers, tasks.
+    pub env: Rc<dyn Env>,
+    /// The drives.
+    pub fabric: Rc<Fabric>,
+    /// Who is told.
+    pub observer: Rc<dyn Observer>,
+    /// The cluster map, as it becomes known here.
+    pub map: Rc<Published<Arc<ClusterMap>>>,
+    /// Of every engine.
+    pub settings: Settings,
+    /// What the logs of all volumes may have together, in bytes.
+    pub node_log_budget_bytes: u64,
+}
+
 /// The volumes of one incarnation.
-pub(crate) struct Ownership {
-    cluster: Cluster,
-    node: NodeId,
-    client: MetadataClient,
-    env: Rc<dyn Env>,
-    fabric: Rc<Fabric>,
-    presenter: Rc<Presenter>,
-    map: watch::Receiver<Arc<ClusterMap>>,
-    settings: Settings,
-    node_log_budget_bytes: u64,
+pub struct Ownership {
+    parts: Parts,
     /// Epochs that have a task.
     tasks: RefCell<BTreeMap<VolumeId, Owner>>,
     engines: RefCell<BTreeMap<VolumeId, Engine>>,
@@ -70,42 +121,18 @@ pub(crate) struct Ownership {
 
 impl Ownership {
     /// Owns nothing yet.
-    #[expect(clippy::too_many_arguments, reason = "the member hands over its parts, once")]
-    pub(crate) fn new(
-        cluster: &Cluster,
-        node: NodeId,
-        client: MetadataClient,
-        env: Rc<dyn Env>,
-        fabric: Rc<Fabric>,
-        presenter: Rc<Presenter>,
-        map: watch::Receiver<Arc<ClusterMap>>,
-        engine: EngineConfig,
-    ) -> Rc<Self> {
-        let mut settings = Settings {
-            stall: Duration::from_millis(engine.stall_ms),
-            read_stall: Duration::from_millis(engine.stall_ms),
-            log_budget_bytes: u64::from(engine.log_budget_mib) << 20,
-            ..Settings::default()
-        };
-        settings.map.cache_bytes = usize::try_from(engine.cache_mib).unwrap_or(usize::MAX >> 20) << 20;
+    #[must_use]
+    pub fn new(parts: Parts) -> Rc<Self> {
         Rc::new(Self {
-            cluster: cluster.clone(),
-            node,
-            client,
-            env,
-            fabric,
-            presenter,
-            map,
-            settings,
-            node_log_budget_bytes: u64::from(engine.node_log_budget_mib) << 20,
+            parts,
             tasks: RefCell::default(),
             engines: RefCell::default(),
         })
     }
 
     /// Starts a task for every epoch that the map gives to this incarnation and that has none.
-    pub(crate) fn follow(self: &Rc<Self>, map: &ClusterMap) {
-        let own = self.fabric.identity().incarnation;
+    pub fn follow(self: &Rc<Self>, map: &ClusterMap) {
+        let own = self.parts.fabric.identity().incarnation;
         for (id, volume) in &map.volumes {
             let Some(owner) = volume.phase.owner().filter(|owner| owner.incarnation == own) else {
                 continue;
@@ -116,12 +143,11 @@ impl Ownership {
             match volume.phase {
                 Phase::Recovering { .. } => {
                     self.tasks.borrow_mut().insert(*id, owner);
-                    tokio::task::spawn_local(self.clone().own(*id, owner));
+                    self.spawn(self.clone().own(*id, owner));
                 }
-                // Nothing of it was sent.
                 Phase::Deleting { .. } => {
                     self.tasks.borrow_mut().insert(*id, owner);
-                    tokio::task::spawn_local(self.clone().finish_delete(*id, owner, Vec::new()));
+                    self.spawn(self.clone().delete_unopened(*id, owner, None));
                 }
                 Phase::Serving { .. } | Phase::Unowned => {}
             }
@@ -130,15 +156,15 @@ impl Ownership {
 
     /// Keeps the log of all volumes of this node within its budget, so that a takeover of all of them stays within its time.
     /// For as long as the incarnation lives.
-    pub(crate) async fn bound_log(self: Rc<Self>) {
+    pub async fn bound_log(self: Rc<Self>) {
         loop {
-            tokio::time::sleep(LOG_LOOK).await;
+            self.sleep(LOG_LOOK).await;
             let longest = {
                 let engines = self.engines.borrow();
                 let sum: u64 = engines.values().map(Engine::log_bytes).sum();
                 let longest = engines.iter().max_by_key(|(_, engine)| engine.log_bytes());
                 longest
-                    .filter(|_| sum > self.node_log_budget_bytes)
+                    .filter(|_| sum > self.parts.node_log_budget_bytes)
                     .map(|(volume, engine)| (*volume, engine.clone()))
             };
             if let Some((volume, engine)) = longest
@@ -149,8 +175,9 @@ impl Ownership {
         }
     }
 
-    /// What `weft node show` prints of the volumes.
-    pub(crate) fn inspect(&self) -> serde_json::Value {
+    /// What is shown to an operator of the volumes.
+    #[must_use]
+    pub fn inspect(&self) -> serde_json::Value {
         let engines = self.engines.borrow();
         let volumes = engines.iter().map(|(volume, engine)| {
             (
@@ -161,42 +188,55 @@ impl Ownership {
         serde_json::Value::Object(volumes.collect())
     }
 
+    fn spawn(&self, task: impl Future<Output = ()> + 'static) {
+        self.parts.env.spawn(Box::pin(task));
+    }
+
+    async fn sleep(&self, duration: Duration) {
+        sleep(&*self.parts.env, duration).await;
+    }
+
     /// One epoch, from its grant to its end.
     async fn own(self: Rc<Self>, volume: VolumeId, owner: Owner) {
-        let began = Instant::now();
+        let Parts { env, observer, .. } = &self.parts;
+        let began = env.now();
         let opening = RefCell::default();
-        let taken = tokio::select! {
-            taken = self.take_over(volume, owner, &opening) => taken,
-            () = self.deleted(volume, owner) => {
-                let opening: Option<Opening> = opening.take();
-                let unsettled = match &opening {
-                    Some(opening) => opening.abort_and_drain(DRAIN).await,
-                    None => Vec::new(),
-                };
-                return self.finish_delete(volume, owner, unsettled).await;
+        let taken = {
+            let taken = pin!(self.take_over(volume, owner, &opening));
+            let deleted = pin!(self.deleted(volume, owner));
+            match select(taken, deleted).await {
+                Either::Left((taken, _)) => Some(taken),
+                Either::Right(_) => None,
             }
         };
-        let Some(engine) = taken else {
-            return;
+        let engine = match taken {
+            Some(Some(engine)) => engine,
+            Some(None) => return,
+            None => return self.clone().delete_unopened(volume, owner, opening.take()).await,
         };
-        tracing::info!(%volume, epoch = %owner.epoch, took_ms = began.elapsed().as_millis() as u64, "serving");
+        let took_ms = env.now().0.saturating_sub(began.0) / 1_000_000;
+        tracing::info!(%volume, epoch = %owner.epoch, took_ms, "serving");
         self.engines.borrow_mut().insert(volume, engine.clone());
-        self.presenter.engine_serves(volume, self.device(volume, &engine));
+        observer.serves(volume, owner, &engine);
         self.serve(volume, owner, &engine).await;
-        self.presenter.engine_stopped(volume);
+        observer.stopped(volume);
         self.engines.borrow_mut().remove(&volume);
     }
 
     /// Waits until the volume is to be deleted under this epoch.
     async fn deleted(&self, volume: VolumeId, owner: Owner) {
         let deleting = Phase::Deleting { owner: Some(owner) };
-        let is_deleting = |map: &Arc<ClusterMap>| {
-            let found = map.volumes.get(&volume);
-            found.is_some_and(|found| found.phase == deleting)
-        };
-        if self.map.clone().wait_for(is_deleting).await.is_err() {
-            // The agent ends.
-            pending().await
+        let mut map = self.parts.map.subscribe();
+        loop {
+            let found = map
+                .borrow_and_update()
+                .volumes
+                .get(&volume)
+                .map(|found| found.phase);
+            if found == Some(deleting) {
+                return;
+            }
+            map.changed().await;
         }
     }
 
@@ -208,46 +248,53 @@ impl Ownership {
         owner: Owner,
         opening: &RefCell<Option<Opening>>,
     ) -> Option<Engine> {
+        let parts = &self.parts;
         loop {
             if !self.is_current(volume, owner) {
                 return None;
             }
-            let grant = match self.client.epoch_grant(volume).await {
+            let grant = match parts.metadata.epoch_grant(volume).await {
                 Ok(Some(grant)) if grant.epoch == owner.epoch => grant,
                 answer => {
                     tracing::debug!(%volume, error = ?answer.err(), "no grant yet");
-                    tokio::time::sleep(RETRY).await;
+                    self.sleep(RETRY).await;
                     continue;
                 }
             };
-            if grant.recover.is_some() && !self.fence(&grant).await {
-                tokio::time::sleep(RETRY).await;
+            let takes_over = grant.recover.is_some();
+            if takes_over && !self.fence(&grant).await {
+                self.sleep(RETRY).await;
                 continue;
             }
-            let fenced_at = Instant::now();
+            let fenced_at = parts.env.now();
             let name = self.volume(volume)?.name;
             let attempt = Opening::new(
                 self.seams(),
-                self.settings.clone(),
+                parts.settings.clone(),
                 Identity {
-                    cluster: self.cluster.id,
-                    key: HeaderKey(self.cluster.authentication_key),
+                    cluster: parts.cluster.id,
+                    key: HeaderKey(parts.cluster.authentication_key),
                     name,
                 },
                 grant.clone(),
             );
             *opening.borrow_mut() = Some(attempt.clone());
-            match attempt.open().await {
+            let opened = {
+                let _step = takes_over.then(|| parts.observer.begins(Step::Recover));
+                attempt.open().await
+            };
+            match opened {
                 Ok(engine) => {
-                    if grant.recover.is_some() {
-                        tokio::time::sleep_until(fenced_at + LEASE_AND_DRIFT).await;
+                    if takes_over {
+                        let _step = parts.observer.begins(Step::LeaseWait);
+                        parts.env.sleep_until(fenced_at.after(LEASE_AND_DRIFT)).await;
                     }
                     return Some(engine);
                 }
                 // Drives that come back make the same grant good again.
                 Err(error @ VolumeError::TooManyMissing { .. }) => {
                     tracing::warn!(%volume, epoch = %owner.epoch, "not open yet: {error}");
-                    tokio::time::sleep(RETRY).await;
+                    self.sleep(RETRY).await;
                 }
                 // Nothing was appended: what is there cannot be read. Nobody else is harmed by trying again.
                 Err(
@@ -256,7 +303,8 @@ impl Ownership {
                     | VolumeError::UnknownBand { .. }),
                 ) => {
                     tracing::error!(%volume, epoch = %owner.epoch, "cannot be opened: {error}");
-                    tokio::time::sleep(UNREADABLE_RETRY).await;
+                    parts.observer.unreadable(volume, owner.epoch, &error);
+                    self.sleep(UNREADABLE_RETRY).await;
                 }
                 // Stripe numbers and sequences of an epoch are given once, so this epoch is spent.
                 Err(error) => {
@@ -271,25 +319,17 @@ impl Ownership {
     /// An epoch that cannot go on although the cluster holds it to be ours: only a new incarnation frees the volume.
     async fn end_incarnation_if_current(&self, volume: VolumeId, owner: Owner) {
         // The map may be about to say that the epoch is over.
-        tokio::time::sleep(LEASE_AND_DRIFT).await;
+        self.sleep(LEASE_AND_DRIFT).await;
         if self.is_current(volume, owner) {
             tracing::error!(%volume, epoch = %owner.epoch, "this incarnation ends so that the volume is served again");
-            self.fabric.give_up();
-        }
-    }
-
-    /// The engine with the logical blocks that hosts see.
-    fn device(&self, volume: VolumeId, engine: &Engine) -> Device {
-        let device: Device = Rc::new(engine.clone());
-        match self.volume(volume) {
-            Some(found) if found.block_bytes == 512 => Rc::new(SubBlock::new(device, self.env.clone())),
-            _ => device,
+            self.parts.fabric.give_up();
         }
     }
 
     /// Serves until the epoch ends: handed over, deleted, or fenced.
     async fn serve(self: &Rc<Self>, volume: VolumeId, owner: Owner, engine: &Engine) {
-        let mut map = self.map.clone();
+        let Parts { node, observer, .. } = &self.parts;
+        let mut map = self.parts.map.subscribe();
         loop {
             let (found, tight) = {
                 let map = map.borrow_and_update();
@@ -305,9 +345,9 @@ impl Ownership {
                     engine.grow(found.size_bytes);
                     match (found.phase, found.move_to) {
                         (Phase::Deleting { .. }, _) => {
-                            return self.clone().delete(volume, owner, engine).await;
+                            return self.delete(volume, owner, engine).await;
                         }
-                        (Phase::Serving { .. }, Some(to)) if to != self.node => moving = Some(to),
+                        (Phase::Serving { .. }, Some(to)) if to != *node => moving = Some(to),
                         _ => {}
                     }
                 }
@@ -323,41 +363,44 @@ impl Ownership {
             {
                 return;
             }
-            tokio::select! {
-                changed = map.changed() => if changed.is_err() {
-                    engine.abort();
-                    return;
-                },
-                () = engine.fenced() => {
-                    tracing::warn!(%volume, epoch = %owner.epoch, "the epoch is over");
-                    self.presenter.engine_stopped(volume);
-                    self.end_incarnation_if_current(volume, owner).await;
-                    return;
-                }
+            let changed = pin!(map.changed());
+            let fenced = pin!(engine.fenced());
+            if let Either::Right(_) = select(changed, fenced).await {
+                tracing::warn!(%volume, epoch = %owner.epoch, "the epoch is over");
+                observer.stopped(volume);
+                self.end_incarnation_if_current(volume, owner).await;
+                return;
             }
         }
     }
 
     /// Planned move: quiesce, and give the next epoch to `to`. Whether the epoch has ended.
     async fn hand_over(&self, volume: VolumeId, owner: Owner, engine: &Engine, to: NodeId) -> bool {
-        let map = self.map.borrow().clone();
-        if !map.nodes.get(&to).is_some_and(crate::view::node_is_up) {
+        let Parts {
+            env, observer, map, ..
+        } = &self.parts;
+        let is_up = {
+            let map = map.borrow();
+            map.nodes.get(&to).is_some_and(|node| node.state == NodeState::Up)
+        };
+        if !is_up {
             tracing::warn!(%volume, %to, "not moved: the node is down");
             self.withdraw_move(volume).await;
             return false;
         }
-        let began = Instant::now();
+        let _step = observer.begins(Step::HandOver);
+        let began = env.now();
         let quiesced = match engine.quiesce().await {
             Ok(quiesced) => quiesced,
             Err(error) => {
                 tracing::warn!(%volume, %error, "not quiesced: the volume will be taken over");
                 engine.abort();
-                self.presenter.engine_stopped(volume);
+                observer.stopped(volume);
                 self.end_incarnation_if_current(volume, owner).await;
                 return true;
             }
         };
-        self.presenter.engine_stopped(volume);
+        observer.stopped(volume);
         let handover = |to| Command::Handover {
             volume,
             epoch: owner.epoch,
@@ -371,20 +414,33 @@ impl Ownership {
             // The engine has ended, so somebody has to open the volume again: this node does.
             tracing::warn!(%volume, %to, %refusal, "the move was refused");
             self.withdraw_move(volume).await;
-            reply = self.insist(handover(self.node)).await;
+            reply = self.insist(handover(self.parts.node)).await;
         }
-        tracing::info!(%volume, %to, took_ms = began.elapsed().as_millis() as u64, ?reply, "handed over");
+        let took_ms = env.now().0.saturating_sub(began.0) / 1_000_000;
+        tracing::info!(%volume, %to, took_ms, ?reply, "handed over");
         true
     }
 
-    async fn delete(self: Rc<Self>, volume: VolumeId, owner: Owner, engine: &Engine) {
-        self.presenter.engine_stopped(volume);
+    async fn delete(&self, volume: VolumeId, owner: Owner, engine: &Engine) {
+        let observer = &self.parts.observer;
+        let _step = observer.begins(Step::Delete);
+        observer.stopped(volume);
         let unsettled = engine.abort_and_drain(DRAIN).await;
         self.finish_delete(volume, owner, unsettled).await;
     }
 
+    /// Deletes a volume that is not served: of what is being opened, something may have been sent; of nothing, nothing was.
+    async fn delete_unopened(self: Rc<Self>, volume: VolumeId, owner: Owner, opening: Option<Opening>) {
+        let _step = self.parts.observer.begins(Step::Delete);
+        let unsettled = match &opening {
+            Some(opening) => opening.abort_and_drain(DRAIN).await,
+            None => Vec::new(),
+        };
+        self.finish_delete(volume, owner, unsettled).await;
+    }
+
     /// Says that a volume is gone but for the bands that a write of this incarnation may still reach.
-    async fn finish_delete(self: Rc<Self>, volume: VolumeId, owner: Owner, unsettled: Vec<BandId>) {
+    async fn finish_delete(&self, volume: VolumeId, owner: Owner, unsettled: Vec<BandId>) {
         if !unsettled.is_empty() {
             let bands = unsettled.len();
             tracing::warn!(%volume, bands, "deleted with writes under way: their chunks wait for this incarnation's end");
@@ -405,24 +461,21 @@ impl Ownership {
         }
     }
 
-    /// Proposes until there is an answer.
     async fn insist(&self, command: Command) -> Result<Reply, Refusal> {
-        loop {
-            match self.client.propose(command.clone()).await {
-                Ok(reply) => return Ok(reply),
-                Err(ClientError::Refused(refusal)) => return Err(refusal),
-                Err(error) => {
-                    tracing::debug!(%error, "asking again");
-                    tokio::time::sleep(RETRY).await;
-                }
-            }
-        }
+        insist(&*self.parts.metadata, &*self.parts.env, command).await
     }
 
     /// Fences every dead incarnation on the drives of the grant's bands and has that recorded. Whether it was enough:
     /// n − m drives of each band.
     async fn fence(&self, grant: &EpochGrant) -> bool {
-        let map = self.map.borrow().clone();
+        let Parts {
+            fabric,
+            observer,
+            map,
+            ..
+        } = &self.parts;
+        let _step = observer.begins(Step::Fence);
+        let map = map.borrow().clone();
         let drives: BTreeSet<DriveId> = grant
             .bands
             .iter()
@@ -436,12 +489,13 @@ impl Ownership {
                     .map(|dead| (*drive, dead.id, ReservationKey(dead.key)))
             })
             .collect();
-        let outcomes = join_all(due.iter().map(|(drive, _, key)| self.fabric.fence(*drive, *key))).await;
+        let outcomes = join_all(due.iter().map(|(drive, _, key)| fabric.fence(*drive, *key))).await;
         let mut fenced: BTreeMap<IncarnationId, BTreeSet<DriveId>> = BTreeMap::new();
         let mut missing: BTreeSet<DriveId> = BTreeSet::new();
         for ((drive, incarnation, _), outcome) in due.into_iter().zip(outcomes) {
             match outcome {
                 Ok(()) => {
+                    observer.fenced(incarnation, drive);
                     fenced.entry(incarnation).or_default().insert(drive);
                 }
                 Err(error) => {
@@ -471,7 +525,7 @@ impl Ownership {
     }
 
     fn volume(&self, volume: VolumeId) -> Option<Volume> {
-        self.map.borrow().volumes.get(&volume).cloned()
+        self.parts.map.borrow().volumes.get(&volume).cloned()
     }
 
     fn is_current(&self, volume: VolumeId, owner: Owner) -> bool {
@@ -480,11 +534,17 @@ impl Ownership {
     }
 
     fn seams(&self) -> Seams {
+        let Parts {
+            metadata,
+            env,
+            fabric,
+            ..
+        } = &self.parts;
         Seams {
-            env: self.env.clone(),
-            drives: self.fabric.clone(),
-            lease: self.fabric.clone(),
-            directory: Rc::new(RaftDirectory::new(self.client.clone(), self.env.clone())),
+            env: Rc::clone(env),
+            drives: fabric.clone(),
+            lease: fabric.clone(),
+            directory: Rc::new(RaftDirectory::new(Rc::clone(metadata), Rc::clone(env))),
         }
     }
 }

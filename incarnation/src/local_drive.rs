@@ -1,4 +1,5 @@
-//! A drive of this server, reached without a socket: through the same reservation check as everybody.
+//! A drive of this server, reached without a socket: through the same reservation check as everybody. And what its server does
+//! in the cluster's own name: the reservation is put in force, and what is dead is fenced.
 
 use futures_util::FutureExt as _;
 use futures_util::future::LocalBoxFuture;
@@ -10,18 +11,20 @@ use weft_target::reservation::table::Refused;
 use weft_target::reservation::{ReservationError, ReservedNamespace};
 use weft_volume::seams::{FenceError, Fencing, ReservationKey, ReservationReport};
 
-use super::fabric::Reach;
+use crate::fabric::Reach;
 
 /// The reservation every drive of a cluster holds (design section 5).
-pub(crate) const RESERVATION: ReservationType = ReservationType::WriteExclusiveAllRegistrants;
+pub const RESERVATION: ReservationType = ReservationType::WriteExclusiveAllRegistrants;
 
 /// NVMe status "Reservation Conflict", type and code, as [`FenceError::Refused`] carries it.
-pub(crate) const RESERVATION_CONFLICT: u16 = 0x083;
+pub const RESERVATION_CONFLICT: u16 = 0x083;
 
 /// See the module.
-pub(crate) struct LocalReach {
-    pub(crate) namespace: ReservedNamespace,
-    pub(crate) host: HostId,
+pub struct LocalReach {
+    /// The drive under its reservations.
+    pub namespace: ReservedNamespace,
+    /// Who this incarnation is to it.
+    pub host: HostId,
 }
 
 impl Reach for LocalReach {
@@ -71,13 +74,15 @@ impl Fencing for LocalReach {
 }
 
 /// Puts the cluster's reservation in force on a drive of this server, with the cluster's own registration, which is
-/// never removed: so the reservation never lapses, whoever is preempted.
+/// never removed: so the reservation never lapses, whoever is preempted. `persist` is [`PersistChange::Set`] but where the table of
+/// a drive has no file.
 ///
 /// # Errors
 /// Somebody else holds a reservation on the drive, or it could not be made to survive power loss.
-pub(crate) async fn enforce(
+pub async fn enforce(
     namespace: &ReservedNamespace,
     cluster: &Cluster,
+    persist: PersistChange,
 ) -> Result<(), ReservationError> {
     let report = namespace.report();
     let (host, key) = (cluster.fencing_host_id, cluster.fencing_key);
@@ -87,7 +92,7 @@ pub(crate) async fn enforce(
         .any(|found| found.hostid == host && found.key == key)
     {
         namespace
-            .register(host, RegisterAction::Register, true, 0, key, PersistChange::Set)
+            .register(host, RegisterAction::Register, true, 0, key, persist)
             .await?;
     }
     if report.rtype != Some(RESERVATION) {
@@ -96,8 +101,30 @@ pub(crate) async fn enforce(
     Ok(())
 }
 
+/// Fences an incarnation that has died on a drive of this server. Done when nothing of it is left in execution there.
+///
+/// # Errors
+/// Its registration could not be removed for good.
+pub async fn fence_dead(
+    namespace: &ReservedNamespace,
+    cluster: &Cluster,
+    dead: ReservationKey,
+) -> Result<(), ReservationError> {
+    let report = namespace.report();
+    if report.registrants.iter().any(|found| found.key == dead.0) {
+        // In the cluster's own name, which is registered on every drive from its first day.
+        let (host, key) = (cluster.fencing_host_id, cluster.fencing_key);
+        namespace.preempt_and_abort(host, key, dead.0, RESERVATION).await
+    } else {
+        // Preempted by somebody else, whose command may still wait for what is in execution.
+        namespace.drain_preempted().await;
+        Ok(())
+    }
+}
+
 /// A Reservation Report as the fencing contract has it.
-pub(crate) fn reservation_report(status: &ReservationStatus) -> ReservationReport {
+#[must_use]
+pub fn reservation_report(status: &ReservationStatus) -> ReservationReport {
     ReservationReport {
         in_force: status.rtype == Some(RESERVATION),
         persists: status.ptpl,

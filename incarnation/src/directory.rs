@@ -3,57 +3,48 @@
 
 use std::cell::Cell;
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures_util::FutureExt as _;
 use futures_util::future::LocalBoxFuture;
-use weft_metadata::client::{ClientError, MetadataClient};
+use weft_metadata::client::ClientError;
 use weft_metadata::propose::BandRequest;
 use weft_metadata::state::Command;
 use weft_metadata::state::command::{Purpose, Refusal, Reply};
 use weft_proto::band::{Band, ChunkSize, RootUpdate};
 use weft_proto::id::{BandId, Epoch, StripeNumber, VolumeId};
-use weft_volume::seams::{BandPurpose, Directory, DirectoryError, Env};
+use weft_volume::seams::{BandPurpose, Directory, DirectoryError, Env, Timestamp};
 
-/// Between two attempts while there is no leader.
-const RETRY: Duration = Duration::from_millis(50);
+use crate::metadata::{Metadata, RETRY, insist};
+use crate::time::sleep;
+
 /// How long an owner waits for its registrations before it takes narrower bands, and for how long it then takes
 /// them at once: a drive in service may be out of this node's reach. Guessed.
 const PATIENCE: Duration = Duration::from_secs(2);
 const IMPATIENCE: Duration = Duration::from_secs(10);
 
 /// See the module.
-pub(crate) struct RaftDirectory {
-    client: MetadataClient,
+pub struct RaftDirectory {
+    metadata: Rc<dyn Metadata>,
     env: Rc<dyn Env>,
     /// Until when narrower bands are taken at once.
-    impatient_until: Rc<Cell<Option<Instant>>>,
+    impatient_until: Rc<Cell<Option<Timestamp>>>,
 }
 
 impl RaftDirectory {
-    /// A directory over `client`.
-    pub(crate) fn new(client: MetadataClient, env: Rc<dyn Env>) -> Self {
+    /// A directory over `metadata`.
+    #[must_use]
+    pub fn new(metadata: Rc<dyn Metadata>, env: Rc<dyn Env>) -> Self {
         Self {
-            client,
+            metadata,
             env,
             impatient_until: Rc::default(),
         }
     }
 
     fn propose(&self, command: Command) -> impl Future<Output = Result<Reply, DirectoryError>> + use<> {
-        let client = self.client.clone();
-        async move {
-            loop {
-                match client.propose(command.clone()).await {
-                    Ok(reply) => return Ok(reply),
-                    Err(ClientError::Refused(refusal)) => return Err(directory_error(refusal)),
-                    Err(error) => {
-                        tracing::debug!(%error, "the metadata service does not answer, asking again");
-                        tokio::time::sleep(RETRY).await;
-                    }
-                }
-            }
-        }
+        let (metadata, env) = (Rc::clone(&self.metadata), Rc::clone(&self.env));
+        async move { insist(&*metadata, &*env, command).await.map_err(directory_error) }
     }
 }
 
@@ -66,7 +57,7 @@ impl Directory for RaftDirectory {
         count: u32,
         purpose: BandPurpose,
     ) -> LocalBoxFuture<'static, Result<Vec<Band>, DirectoryError>> {
-        let client = self.client.clone();
+        let (metadata, env) = (Rc::clone(&self.metadata), Rc::clone(&self.env));
         let purpose = match purpose {
             BandPurpose::User => Purpose::User,
             BandPurpose::Internal => Purpose::Internal,
@@ -82,27 +73,27 @@ impl Directory for RaftDirectory {
             patient: true,
         };
         async move {
-            let asked = Instant::now();
+            let asked = env.now();
             loop {
-                request.patient = impatient_until.get().is_none_or(|until| Instant::now() >= until);
-                match client.grant_bands(request).await {
+                request.patient = impatient_until.get().is_none_or(|until| env.now() >= until);
+                match metadata.grant_bands(request).await {
                     Ok(bands) => return Ok(bands),
                     Err(ClientError::Refused(refusal @ Refusal::AwaitsRegistration { .. })) => {
-                        if asked.elapsed() >= PATIENCE {
+                        if env.now() >= asked.after(PATIENCE) {
                             tracing::warn!(%volume, %refusal, "not waiting any longer");
-                            impatient_until.set(Some(Instant::now() + IMPATIENCE));
+                            impatient_until.set(Some(env.now().after(IMPATIENCE)));
                         } else {
-                            tokio::time::sleep(RETRY).await;
+                            sleep(&*env, RETRY).await;
                         }
                     }
                     // The state moved on between the proposal and its commit.
                     Err(ClientError::Refused(Refusal::ProposalConflict { .. })) => {
-                        tokio::time::sleep(RETRY).await;
+                        sleep(&*env, RETRY).await;
                     }
                     Err(ClientError::Refused(refusal)) => return Err(directory_error(refusal)),
                     Err(error) => {
                         tracing::debug!(%error, "no bands yet, asking again");
-                        tokio::time::sleep(RETRY).await;
+                        sleep(&*env, RETRY).await;
                     }
                 }
             }
@@ -130,13 +121,13 @@ impl Directory for RaftDirectory {
     }
 
     fn bands(&self, volume: VolumeId) -> LocalBoxFuture<'static, Result<Vec<Band>, DirectoryError>> {
-        let client = self.client.clone();
+        let (metadata, env) = (Rc::clone(&self.metadata), Rc::clone(&self.env));
         async move {
             loop {
-                match client.bands(volume).await {
+                match metadata.bands(volume).await {
                     Ok(bands) => return bands.ok_or(DirectoryError::NoSuchVolume),
                     Err(ClientError::Refused(refusal)) => return Err(directory_error(refusal)),
-                    Err(_) => tokio::time::sleep(RETRY).await,
+                    Err(_) => sleep(&*env, RETRY).await,
                 }
             }
         }
@@ -165,7 +156,7 @@ fn root_version(reply: Reply) -> Result<u64, DirectoryError> {
 }
 
 /// What a refusal means to an engine. One place; a refusal that only operators can get is unexpected here.
-pub(crate) fn directory_error(refusal: Refusal) -> DirectoryError {
+fn directory_error(refusal: Refusal) -> DirectoryError {
     match refusal {
         Refusal::Stale { epoch, current } => DirectoryError::Stale { epoch, current },
         Refusal::RootConflict { expected, current } => DirectoryError::RootConflict { expected, current },

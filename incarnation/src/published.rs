@@ -1,5 +1,5 @@
 //! A value that changes, and those who wait for its next version. They are woken in the order in which they began to wait:
-//! tokio's `watch` wakes them at random, and a seed would not be replayed poll by poll.
+//! tokio's `watch` wakes them at random, and a simulated run would not be replayed poll by poll.
 
 use std::cell::{Cell, Ref, RefCell};
 use std::future::poll_fn;
@@ -7,20 +7,22 @@ use std::rc::Rc;
 use std::task::{Poll, Waker};
 
 /// See the module.
-pub(super) struct Published<T> {
+pub struct Published<T> {
     value: RefCell<T>,
     version: Cell<u64>,
     waiting: RefCell<Vec<Waker>>,
 }
 
 /// One who follows the value.
-pub(super) struct Subscriber<T> {
+pub struct Subscriber<T> {
     published: Rc<Published<T>>,
     seen: u64,
 }
 
 impl<T> Published<T> {
-    pub(super) fn new(value: T) -> Rc<Self> {
+    /// The first version.
+    #[must_use]
+    pub fn new(value: T) -> Rc<Self> {
         Rc::new(Self {
             value: RefCell::new(value),
             version: Cell::new(0),
@@ -28,11 +30,13 @@ impl<T> Published<T> {
         })
     }
 
-    pub(super) fn borrow(&self) -> Ref<'_, T> {
+    /// The version of now.
+    pub fn borrow(&self) -> Ref<'_, T> {
         self.value.borrow()
     }
 
-    pub(super) fn replace(&self, value: T) {
+    /// The next version.
+    pub fn replace(&self, value: T) {
         drop(self.value.replace(value));
         self.version.set(self.version.get() + 1);
         for waker in self.waiting.take() {
@@ -41,7 +45,8 @@ impl<T> Published<T> {
     }
 
     /// A follower to whom everything is new.
-    pub(super) fn subscribe(self: &Rc<Self>) -> Subscriber<T> {
+    #[must_use]
+    pub fn subscribe(self: &Rc<Self>) -> Subscriber<T> {
         Subscriber {
             published: Rc::clone(self),
             seen: u64::MAX,
@@ -50,13 +55,14 @@ impl<T> Published<T> {
 }
 
 impl<T> Subscriber<T> {
-    pub(super) fn borrow_and_update(&mut self) -> Ref<'_, T> {
+    /// The version of now, which has then been looked at.
+    pub fn borrow_and_update(&mut self) -> Ref<'_, T> {
         self.seen = self.published.version.get();
         self.published.borrow()
     }
 
     /// Waits for a version that was not looked at.
-    pub(super) async fn changed(&self) {
+    pub async fn changed(&self) {
         poll_fn(|context| {
             if self.published.version.get() != self.seen {
                 return Poll::Ready(());

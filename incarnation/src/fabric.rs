@@ -8,41 +8,45 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::time::Duration;
 
-use futures_util::FutureExt as _;
-use futures_util::future::LocalBoxFuture;
 use tokio::sync::Notify;
-use tokio::time::{Instant, timeout};
 use weft_block::Device;
+use weft_metadata::state::Command;
 use weft_proto::id::{DriveId, HostId, IncarnationId};
 use weft_volume::seams::{Drives, Env, FenceError, Fencing, Lease, ReservationKey, Timestamp};
+
+use crate::metadata::{Metadata, insist};
+use crate::time::within;
 
 /// How often an incarnation looks for its registration on each drive (design section 5).
 const LEASE_CHECK: Duration = Duration::from_millis(300);
 
 /// A drive that has not answered a reservation command by then is unreachable for now (design section 5).
-pub(crate) const FENCE_TIMEOUT: Duration = Duration::from_millis(500);
+pub const FENCE_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// How one drive is reached: through its own server's guard or over the fabric. Both check every command
 /// against the drive's reservations.
-pub(crate) trait Reach: Fencing {
+pub trait Reach: Fencing {
     /// `None` while it cannot be reached.
     fn device(&self) -> Option<Device>;
 }
 
 /// The identity of this incarnation towards drives.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Identity {
-    pub(crate) incarnation: IncarnationId,
-    pub(crate) host_id: HostId,
-    pub(crate) key: ReservationKey,
+pub struct Identity {
+    /// Its number.
+    pub incarnation: IncarnationId,
+    /// Drawn at random for it.
+    pub host_id: HostId,
+    /// The same.
+    pub key: ReservationKey,
 }
 
 /// How far this incarnation is with one drive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Standing {
+enum Standing {
     /// Not reachable yet since it became known.
     Unregistered,
     /// Registered; a report that lacks it means fenced.
@@ -55,15 +59,14 @@ struct Entry {
     reach: Rc<dyn Reach>,
     standing: Cell<Standing>,
     confirmed_at: Cell<Option<Timestamp>>,
-    attendant: tokio::task::AbortHandle,
 }
 
 /// All drives. Cheap to share on its thread.
-pub(crate) struct Fabric {
+pub struct Fabric {
     identity: Identity,
     env: Rc<dyn Env>,
-    began: Instant,
-    entries: RefCell<BTreeMap<DriveId, Entry>>,
+    began: Timestamp,
+    entries: RefCell<BTreeMap<DriveId, Rc<Entry>>>,
     /// Registered, and not yet on record in Raft.
     to_record: RefCell<BTreeSet<DriveId>>,
     record: Notify,
@@ -73,11 +76,11 @@ pub(crate) struct Fabric {
 
 impl Fabric {
     /// No drives yet.
-    pub(crate) fn new(identity: Identity, env: Rc<dyn Env>) -> Rc<Self> {
+    pub fn new(identity: Identity, env: Rc<dyn Env>) -> Rc<Self> {
         Rc::new(Self {
             identity,
+            began: env.now(),
             env,
-            began: Instant::now(),
             entries: RefCell::default(),
             to_record: RefCell::default(),
             record: Notify::new(),
@@ -87,38 +90,46 @@ impl Fabric {
     }
 
     /// Who this incarnation is.
-    pub(crate) fn identity(&self) -> Identity {
+    pub fn identity(&self) -> Identity {
         self.identity
     }
 
     /// Drives known so far.
-    pub(crate) fn known(&self) -> BTreeSet<DriveId> {
+    pub fn known(&self) -> BTreeSet<DriveId> {
         self.entries.borrow().keys().copied().collect()
     }
 
     /// Adds a drive and starts to attend it.
-    pub(crate) fn add(self: &Rc<Self>, drive: DriveId, reach: Rc<dyn Reach>) {
-        let attendant = tokio::task::spawn_local(Self::attend(Rc::downgrade(self), drive)).abort_handle();
-        let entry = Entry {
+    pub fn add(self: &Rc<Self>, drive: DriveId, reach: Rc<dyn Reach>) {
+        let entry = Rc::new(Entry {
             reach,
             standing: Cell::new(Standing::Unregistered),
             confirmed_at: Cell::new(None),
-            attendant,
-        };
-        if let Some(replaced) = self.entries.borrow_mut().insert(drive, entry) {
-            replaced.attendant.abort();
-        }
+        });
+        let attendant = Self::attend(Rc::downgrade(self), drive, Rc::downgrade(&entry));
+        self.entries.borrow_mut().insert(drive, entry);
+        self.env.spawn(Box::pin(attendant));
     }
 
     /// Forgets a drive that the cluster no longer has.
-    pub(crate) fn remove(&self, drive: DriveId) {
-        if let Some(entry) = self.entries.borrow_mut().remove(&drive) {
-            entry.attendant.abort();
+    pub fn remove(&self, drive: DriveId) {
+        self.entries.borrow_mut().remove(&drive);
+    }
+
+    /// Has Raft record where this incarnation has registered, for as long as it lives: bands are granted on those drives only.
+    pub async fn keep_registrations_on_record(self: Rc<Self>, metadata: Rc<dyn Metadata>) {
+        let incarnation = self.identity.incarnation;
+        loop {
+            let drives = self.registrations_to_record().await;
+            let record = Command::RecordRegistrations { incarnation, drives };
+            if let Err(refusal) = insist(&*metadata, &*self.env, record).await {
+                tracing::error!(%refusal, "registrations refused");
+            }
         }
     }
 
     /// Waits for registrations that Raft does not know of yet, and takes them.
-    pub(crate) async fn registrations_to_record(&self) -> BTreeSet<DriveId> {
+    async fn registrations_to_record(&self) -> BTreeSet<DriveId> {
         loop {
             let notified = self.record.notified();
             let drives = std::mem::take(&mut *self.to_record.borrow_mut());
@@ -129,28 +140,22 @@ impl Fabric {
         }
     }
 
-    /// Gives registrations back whose recording failed.
-    pub(crate) fn record_later(&self, drives: BTreeSet<DriveId>) {
-        self.to_record.borrow_mut().extend(drives);
-        self.record.notify_one();
-    }
-
     /// Ends this incarnation, as if it had been fenced.
-    pub(crate) fn give_up(&self) {
+    pub fn give_up(&self) {
         self.is_fenced.set(true);
         self.fenced.notify_waiters();
         self.fenced.notify_one();
     }
 
     /// Completes when this incarnation has been fenced by somebody.
-    pub(crate) async fn wait_until_fenced(&self) {
+    pub async fn wait_until_fenced(&self) {
         while !self.is_fenced.get() {
             self.fenced.notified().await;
         }
     }
 
     /// What `weft node show` prints of the drives.
-    pub(crate) fn inspect(&self) -> serde_json::Value {
+    pub fn inspect(&self) -> serde_json::Value {
         let now = self.env.now();
         let entries = self.entries.borrow();
         let drives = entries.iter().map(|(drive, entry)| {
@@ -170,33 +175,40 @@ impl Fabric {
         serde_json::Value::Object(drives.collect())
     }
 
-    async fn attend(fabric: std::rc::Weak<Self>, drive: DriveId) {
+    /// Looks after a drive for as long as this is the way to it.
+    async fn attend(fabric: Weak<Self>, drive: DriveId, entry: Weak<Entry>) {
         loop {
-            let Some(this) = fabric.upgrade() else { return };
-            this.check(drive).await;
+            let (Some(this), Some(entry)) = (fabric.upgrade(), entry.upgrade()) else {
+                return;
+            };
+            this.check(drive, &entry).await;
             // All drives at once: an idle thread wakes once for all of them.
-            let next = this.next_check();
-            drop(this);
-            tokio::time::sleep_until(next).await;
+            let next = this.env.sleep_until(this.next_check());
+            drop((this, entry));
+            next.await;
         }
     }
 
     /// The next multiple of [`LEASE_CHECK`] since this fabric began.
-    fn next_check(&self) -> Instant {
-        let elapsed = self.began.elapsed().as_nanos();
-        let into = Duration::from_nanos((elapsed % LEASE_CHECK.as_nanos()) as u64);
-        Instant::now() + (LEASE_CHECK - into)
+    fn next_check(&self) -> Timestamp {
+        let now = self.env.now();
+        let into = now.0.saturating_sub(self.began.0) % LEASE_CHECK.as_nanos() as u64;
+        Timestamp(now.0 - into).after(LEASE_CHECK)
     }
 
-    /// One look at a drive: registers the first time, and reads the report from then on.
-    async fn check(&self, drive: DriveId) {
-        let Some((reach, standing)) = self.reach(drive) else {
-            return;
-        };
-        if standing == Standing::Unregistered {
-            match within(FENCE_TIMEOUT, reach.register(self.identity.key)).await {
+    /// One look at a drive: registers the first time, and reads the report from then on. What is answered after the drive was
+    /// forgotten, or reached in another way, counts for nothing.
+    async fn check(&self, drive: DriveId, entry: &Rc<Entry>) {
+        let reach = &entry.reach;
+        let before = entry.standing.get();
+        if before == Standing::Unregistered {
+            let registered = self.in_time(reach.register(self.identity.key)).await;
+            if !self.is_current(drive, entry) {
+                return;
+            }
+            match registered {
                 Ok(()) => {
-                    self.set_standing(drive, Standing::Registered);
+                    entry.standing.set(Standing::Registered);
                     self.to_record.borrow_mut().insert(drive);
                     self.record.notify_one();
                 }
@@ -207,20 +219,22 @@ impl Fabric {
             }
         }
         let sent_at = self.env.now();
-        match within(FENCE_TIMEOUT, reach.report()).await {
+        let report = self.in_time(reach.report()).await;
+        if !self.is_current(drive, entry) {
+            return;
+        }
+        match report {
             Ok(report) if !report.in_force => {
-                if standing != Standing::Forgot {
+                if before != Standing::Forgot {
                     tracing::error!(%drive, "the drive has lost its reservation and is not trusted until it is back in force");
                 }
-                self.set_standing(drive, Standing::Forgot);
+                entry.standing.set(Standing::Forgot);
             }
             Ok(report) => {
                 let own = (self.identity.host_id, self.identity.key);
                 if report.registrants.contains(&own) {
-                    self.set_standing(drive, Standing::Registered);
-                    if let Some(entry) = self.entries.borrow().get(&drive) {
-                        entry.confirmed_at.set(Some(sent_at));
-                    }
+                    entry.standing.set(Standing::Registered);
+                    entry.confirmed_at.set(Some(sent_at));
                 } else {
                     tracing::error!(%drive, incarnation = %self.identity.incarnation, "this incarnation has been fenced");
                     self.give_up();
@@ -230,66 +244,59 @@ impl Fabric {
         }
     }
 
-    fn reach(&self, drive: DriveId) -> Option<(Rc<dyn Reach>, Standing)> {
+    fn entry(&self, drive: DriveId) -> Option<Rc<Entry>> {
+        self.entries.borrow().get(&drive).cloned()
+    }
+
+    fn is_current(&self, drive: DriveId, entry: &Rc<Entry>) -> bool {
         self.entries
             .borrow()
             .get(&drive)
-            .map(|entry| (entry.reach.clone(), entry.standing.get()))
+            .is_some_and(|found| Rc::ptr_eq(found, entry))
     }
 
-    fn set_standing(&self, drive: DriveId, standing: Standing) {
-        if let Some(entry) = self.entries.borrow().get(&drive) {
-            entry.standing.set(standing);
-        }
+    async fn in_time<T>(&self, answer: impl Future<Output = Result<T, FenceError>>) -> Result<T, FenceError> {
+        within(&*self.env, FENCE_TIMEOUT, answer)
+            .await
+            .unwrap_or(Err(FenceError::Unreachable))
     }
 
     /// Fences `victim` on `drive`. Done when nothing of it is left in execution there.
-    pub(crate) async fn fence(&self, drive: DriveId, victim: ReservationKey) -> Result<(), FenceError> {
-        let Some((reach, standing)) = self.reach(drive) else {
-            return Err(FenceError::Unreachable);
-        };
-        if standing != Standing::Registered {
+    ///
+    /// # Errors
+    /// It may be left there, or come back: the drive cannot be reached, does not know this incarnation, or its reservation is not
+    /// in force.
+    pub async fn fence(&self, drive: DriveId, victim: ReservationKey) -> Result<(), FenceError> {
+        let entry = self.entry(drive).ok_or(FenceError::Unreachable)?;
+        if entry.standing.get() != Standing::Registered {
             return Err(FenceError::NotRegistered);
         }
-        let own = self.identity.key;
-        within(
-            FENCE_TIMEOUT,
-            async move {
-                match reach.preempt_and_abort(own, victim).await {
-                    Ok(()) => Ok(()),
-                    // "Key not found" is fenced, but only where the reservation is in force.
-                    Err(FenceError::Refused { .. }) => {
-                        let report = reach.report().await?;
-                        let absent = report.registrants.iter().all(|(_, key)| *key != victim);
-                        match (report.in_force, absent) {
-                            (false, _) => Err(FenceError::NotInForce),
-                            (true, true) => Ok(()),
-                            (true, false) => Err(FenceError::NotRegistered),
-                        }
+        let reach = &entry.reach;
+        self.in_time(async {
+            match reach.preempt_and_abort(self.identity.key, victim).await {
+                Ok(()) => Ok(()),
+                // "Key not found" is fenced, but only where the reservation is in force.
+                Err(FenceError::Refused { .. }) => {
+                    let report = reach.report().await?;
+                    let absent = report.registrants.iter().all(|(_, key)| *key != victim);
+                    match (report.in_force, absent) {
+                        (false, _) => Err(FenceError::NotInForce),
+                        (true, true) => Ok(()),
+                        (true, false) => Err(FenceError::NotRegistered),
                     }
-                    Err(error) => Err(error),
                 }
+                Err(error) => Err(error),
             }
-            .boxed_local(),
-        )
+        })
         .await
     }
-}
-
-async fn within<T>(
-    limit: Duration,
-    answer: LocalBoxFuture<'static, Result<T, FenceError>>,
-) -> Result<T, FenceError> {
-    timeout(limit, answer)
-        .await
-        .unwrap_or(Err(FenceError::Unreachable))
 }
 
 impl Drives for Fabric {
     fn device(&self, drive: DriveId) -> Option<Device> {
-        let (reach, standing) = self.reach(drive)?;
-        if standing == Standing::Registered {
-            reach.device()
+        let entry = self.entry(drive)?;
+        if entry.standing.get() == Standing::Registered {
+            entry.reach.device()
         } else {
             None
         }
