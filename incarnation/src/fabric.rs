@@ -14,6 +14,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use weft_block::Device;
 use weft_metadata::state::Command;
+use weft_proto::deliberate::{Bug, planted};
 use weft_proto::id::{DriveId, HostId, IncarnationId};
 use weft_volume::seams::{Drives, Env, FenceError, Fencing, Lease, ReservationKey, Timestamp};
 
@@ -235,6 +236,8 @@ impl Fabric {
                 if report.registrants.contains(&own) {
                     entry.standing.set(Standing::Registered);
                     entry.confirmed_at.set(Some(sent_at));
+                } else if planted(Bug::RegisterAgain) {
+                    entry.standing.set(Standing::Unregistered);
                 } else {
                     tracing::error!(%drive, incarnation = %self.identity.incarnation, "this incarnation has been fenced");
                     self.give_up();

@@ -20,6 +20,7 @@ use futures_util::future::{Either, join_all, select};
 use weft_metadata::state::map::{Cluster, ClusterMap, NodeState, Owner, Phase, Volume};
 use weft_metadata::state::{Command, Refusal, Reply};
 use weft_proto::band::EpochGrant;
+use weft_proto::deliberate::{Bug, planted};
 use weft_proto::id::{BandId, DriveId, Epoch, IncarnationId, NodeId, VolumeId};
 use weft_volume::engine::{Engine, Opening};
 use weft_volume::error::VolumeError;
@@ -285,7 +286,7 @@ impl Ownership {
             };
             match opened {
                 Ok(engine) => {
-                    if takes_over {
+                    if takes_over && !planted(Bug::NoLeaseWait) {
                         let _step = parts.observer.begins(Step::LeaseWait);
                         parts.env.sleep_until(fenced_at.after(LEASE_AND_DRIFT)).await;
                     }
@@ -494,6 +495,9 @@ impl Ownership {
         let mut missing: BTreeSet<DriveId> = BTreeSet::new();
         for ((drive, incarnation, _), outcome) in due.into_iter().zip(outcomes) {
             match outcome {
+                Err(_) if planted(Bug::RecordFailedFences) => {
+                    fenced.entry(incarnation).or_default().insert(drive);
+                }
                 Ok(()) => {
                     observer.fenced(incarnation, drive);
                     fenced.entry(incarnation).or_default().insert(drive);

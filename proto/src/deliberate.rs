@@ -57,6 +57,12 @@ pub enum Bug {
     ConflictRunsAhead,
     /// What a host sent before a silence of any length is executed.
     ForgiveSilence,
+    /// A successor serves before the former owner's lease has run out.
+    NoLeaseWait,
+    /// A fence that failed is put on record like any other.
+    RecordFailedFences,
+    /// An incarnation whose registration is missing registers again.
+    RegisterAgain,
 }
 
 impl Bug {
@@ -87,6 +93,9 @@ impl Bug {
         Self::WritesUnchecked,
         Self::ConflictRunsAhead,
         Self::ForgiveSilence,
+        Self::NoLeaseWait,
+        Self::RecordFailedFences,
+        Self::RegisterAgain,
     ];
 }
 
