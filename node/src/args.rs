@@ -241,17 +241,18 @@ pub(crate) enum VolumeCommand {
 
 /// `weft volume attach …` and `weft volume detach …`
 #[derive(Debug, Args)]
+#[command(group(clap::ArgGroup::new("guest").multiple(true)))]
 pub(crate) struct AttachmentArgs {
     /// Volume name.
     pub(crate) name: String,
     /// The host's NQN (on Linux: /etc/nvme/hostnqn).
-    #[arg(long, required_unless_present = "vfio_user", conflicts_with = "vfio_user")]
+    #[arg(long, required_unless_present = "guest", conflicts_with = "guest")]
     pub(crate) host: Option<Nqn>,
     /// The socket of a guest on the agent's server, which a virtual machine monitor connects to.
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", group = "guest")]
     pub(crate) vfio_user: Option<PathBuf>,
     /// Control address of the agent on whose server the guest runs. Default: the first of --cluster.
-    #[arg(long, requires = "vfio_user")]
+    #[arg(long, requires = "vfio_user", group = "guest")]
     pub(crate) agent: Option<String>,
 }
 
@@ -262,7 +263,7 @@ pub(crate) struct AttachArgs {
     pub(crate) attachment: AttachmentArgs,
     /// Map the doorbells into the guest, whose drivers then never trap, and look at them without a pause while the guest runs.
     /// Takes a core of the server; for guests whose driver has no doorbells in memory (Linux' has).
-    #[arg(long, requires = "vfio_user")]
+    #[arg(long, requires = "vfio_user", group = "guest")]
     pub(crate) map_doorbells: bool,
 }
 
