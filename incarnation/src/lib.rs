@@ -23,6 +23,7 @@
 //! It does not speak NVMe or gRPC: how a drive is reached is [`fabric::Reach`], how the metadata service is asked
 //! [`metadata::Metadata`]. What becomes of volumes is told to an [`ownership::Observer`].
 
+pub mod bounds;
 pub mod directory;
 pub mod fabric;
 pub mod local_drive;

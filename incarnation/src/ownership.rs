@@ -28,6 +28,7 @@ use weft_volume::format::header::HeaderKey;
 use weft_volume::seams::{Env, ReservationKey, Seams};
 use weft_volume::settings::{Identity, Settings};
 
+use crate::bounds::Bounds;
 use crate::directory::RaftDirectory;
 use crate::fabric::Fabric;
 use crate::metadata::{Metadata, RETRY, insist};
@@ -37,8 +38,8 @@ use crate::time::sleep;
 /// Between two attempts to open a volume that cannot be read: an operator has to act.
 const UNREADABLE_RETRY: Duration = Duration::from_secs(5);
 
-/// Between two looks at the log of all volumes.
-const LOG_LOOK: Duration = Duration::from_millis(200);
+/// Between two looks at what all volumes take together.
+const BOUNDS_LOOK: Duration = Duration::from_millis(200);
 
 /// A successor serves one lease and its drift after its fence is complete.
 const LEASE_AND_DRIFT: Duration = Duration::from_millis(1010);
@@ -108,8 +109,8 @@ pub struct Parts {
     pub map: Rc<Published<Arc<ClusterMap>>>,
     /// Of every engine.
     pub settings: Settings,
-    /// What the logs of all volumes may have together, in bytes.
-    pub node_log_budget_bytes: u64,
+    /// Of all engines together.
+    pub bounds: Bounds,
 }
 
 /// The volumes of one incarnation.
@@ -155,23 +156,24 @@ impl Ownership {
         }
     }
 
-    /// Keeps the log of all volumes of this node within its budget, so that a takeover of all of them stays within its time.
-    /// For as long as the incarnation lives.
-    pub async fn bound_log(self: Rc<Self>) {
+    /// Keeps what all volumes of this node take together within bounds, for as long as the incarnation lives.
+    pub async fn keep_within_bounds(self: Rc<Self>) {
+        let Parts { bounds, settings, .. } = &self.parts;
+        let mut cache_limit = settings.map.cache_bytes;
         loop {
-            self.sleep(LOG_LOOK).await;
+            self.sleep(BOUNDS_LOOK).await;
             let longest = {
                 let engines = self.engines.borrow();
-                let sum: u64 = engines.values().map(Engine::log_bytes).sum();
-                let longest = engines.iter().max_by_key(|(_, engine)| engine.log_bytes());
-                longest
-                    .filter(|_| sum > self.parts.node_log_budget_bytes)
-                    .map(|(volume, engine)| (*volume, engine.clone()))
+                cache_limit = bounds.cache_limit(engines.values(), cache_limit, settings.map.cache_bytes);
+                for engine in engines.values() {
+                    engine.set_cache_limit(cache_limit);
+                }
+                bounds.longest_log(engines.values()).cloned()
             };
-            if let Some((volume, engine)) = longest
+            if let Some(engine) = longest
                 && let Err(error) = engine.checkpoint().await
             {
-                tracing::debug!(%volume, %error, "no checkpoint");
+                tracing::debug!(%error, "no checkpoint");
             }
         }
     }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail, ensure};
 use serde::{Deserialize, Serialize};
 use weft_block::polling::SPAN_DEFAULT;
+use weft_incarnation::bounds::Bounds;
 use weft_volume::settings::Settings;
 
 /// What the operator wrote. Defaults are in the functions below.
@@ -63,6 +64,8 @@ pub struct DriveConfig {
 pub struct EngineConfig {
     /// Page-map cache of one volume, in MiB.
     pub cache_mib: u32,
+    /// Page-map caches of all volumes of this node, in MiB: beyond it the largest have less.
+    pub node_cache_mib: u32,
     /// Bytes of log after which a volume writes a checkpoint, in MiB.
     pub log_budget_mib: u32,
     /// Bytes of log of all volumes of this node, in MiB: beyond it the volume with the longest writes a checkpoint.
@@ -75,6 +78,7 @@ impl Default for EngineConfig {
     fn default() -> Self {
         Self {
             cache_mib: 64,
+            node_cache_mib: 1024,
             log_budget_mib: 64,
             node_log_budget_mib: 2048,
             stall_ms: 300,
@@ -93,9 +97,22 @@ impl EngineConfig {
             log_budget_bytes: u64::from(self.log_budget_mib) << 20,
             ..Settings::default()
         };
-        settings.map.cache_bytes = usize::try_from(self.cache_mib).unwrap_or(usize::MAX >> 20) << 20;
+        settings.map.cache_bytes = bytes(self.cache_mib);
         settings
     }
+
+    /// For all of them together.
+    #[must_use]
+    pub fn bounds(&self) -> Bounds {
+        Bounds {
+            log_bytes: u64::from(self.node_log_budget_mib) << 20,
+            cache_bytes: bytes(self.node_cache_mib),
+        }
+    }
+}
+
+fn bytes(mib: u32) -> usize {
+    usize::try_from(mib).unwrap_or(usize::MAX >> 20) << 20
 }
 
 /// How this node speaks to others, and serves them.
@@ -172,7 +189,13 @@ const KEYS: &[(&str, &[&str])] = &[
     ("drive", &["path", "class"]),
     (
         "engine",
-        &["cache_mib", "log_budget_mib", "node_log_budget_mib", "stall_ms"],
+        &[
+            "cache_mib",
+            "node_cache_mib",
+            "log_budget_mib",
+            "node_log_budget_mib",
+            "stall_ms",
+        ],
     ),
     ("fabric", &["keep_alive_ms", "polling_us"]),
 ];
@@ -221,6 +244,12 @@ impl Config {
         ensure!(
             self.engine.cache_mib >= 1,
             "engine.cache_mib is 0, at least 1 is needed"
+        );
+        ensure!(
+            self.engine.node_cache_mib >= self.engine.cache_mib,
+            "engine.node_cache_mib is {}, less than the {} of one volume (engine.cache_mib)",
+            self.engine.node_cache_mib,
+            self.engine.cache_mib
         );
         ensure!(
             self.engine.log_budget_mib >= 1,
@@ -344,7 +373,7 @@ mod tests {
         let config = Config::parse(&format!(
             "{SMALLEST}rack = \"r1\"\ncontrol_listen = \"127.0.0.1:1\"\nnvme_listen = \"127.0.0.1:2\"\n\
              discovery_listen = \"127.0.0.1:3\"\nmetrics_listen = \"127.0.0.1:4\"\n\
-             [engine]\ncache_mib = 1\nlog_budget_mib = 2\nnode_log_budget_mib = 3\nstall_ms = 30\n[fabric]\nkeep_alive_ms = 500\npolling_us = 0\n[[drive]]\npath = \"/d\"\nclass = \"qlc\"\n"
+             [engine]\ncache_mib = 1\nnode_cache_mib = 2\nlog_budget_mib = 2\nnode_log_budget_mib = 3\nstall_ms = 30\n[fabric]\nkeep_alive_ms = 500\npolling_us = 0\n[[drive]]\npath = \"/d\"\nclass = \"qlc\"\n"
         ))
         .unwrap();
         let shown = toml::Table::try_from(&config).unwrap();

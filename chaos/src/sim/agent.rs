@@ -169,9 +169,9 @@ impl Agent {
             observer: Rc::new(Watching(Rc::downgrade(self))),
             map: Rc::clone(&self.map),
             settings: self.cluster.settings(),
-            node_log_budget_bytes: self.cluster.plan.log_budget_bytes,
+            bounds: self.cluster.bounds(),
         });
-        self.process.spawn(Rc::clone(&ownership).bound_log());
+        self.process.spawn(Rc::clone(&ownership).keep_within_bounds());
         if self.ownership.set(ownership).is_err() {
             unreachable!("an agent has one incarnation");
         }

@@ -6,6 +6,7 @@ use std::rc::{Rc, Weak};
 use std::time::Duration;
 
 use weft_block::DeviceInfo;
+use weft_incarnation::bounds::Bounds;
 use weft_metadata::state::command::{NewDrive, NewNode, NewPool, NewVolume};
 use weft_metadata::state::map::{
     DomainLevel, DriveClass, DriveHome, Phase, Presentation, Settings as ClusterSettings,
@@ -199,6 +200,19 @@ impl Cluster {
                 ..MapSettings::default()
             },
             ..Settings::default()
+        }
+    }
+
+    /// Of all engines of a node: what one and a half may take.
+    pub(super) fn bounds(&self) -> Bounds {
+        let Settings {
+            log_budget_bytes,
+            map,
+            ..
+        } = self.settings();
+        Bounds {
+            log_bytes: log_budget_bytes * 3 / 2,
+            cache_bytes: map.cache_bytes * 3 / 2,
         }
     }
 

@@ -127,7 +127,7 @@ impl Member {
             observer: Rc::new(observer),
             map: followed.clone(),
             settings: engine.settings(),
-            node_log_budget_bytes: u64::from(engine.node_log_budget_mib) << 20,
+            bounds: engine.bounds(),
         });
         let guests = Guests::new(registry.clone(), cluster.id, map.clone(), guest_record);
         let member = Rc::new(Self {
@@ -158,7 +158,7 @@ impl Member {
         tokio::task::spawn_local(member.clone().follow());
         let metadata = Rc::new(member.client.clone());
         tokio::task::spawn_local(member.fabric.clone().keep_registrations_on_record(metadata));
-        tokio::task::spawn_local(member.ownership.clone().bound_log());
+        tokio::task::spawn_local(member.ownership.clone().keep_within_bounds());
         member.guests.restore();
         Ok(member)
     }

@@ -250,6 +250,18 @@ impl Engine {
         }
     }
 
+    /// Bytes that the page map's cache holds now.
+    #[must_use]
+    pub fn cached_bytes(&self) -> usize {
+        self.0.map().cached_bytes()
+    }
+
+    /// Another limit of the page map's cache than the setting, because other volumes want memory too. What does not fit is
+    /// dropped now.
+    pub fn set_cache_limit(&self, bytes_max: usize) {
+        self.0.map().set_cache_limit(bytes_max);
+    }
+
     /// The volume has grown to `size_bytes`.
     pub fn grow(&self, size_bytes: u64) {
         self.0.size_bytes.set(self.0.size_bytes.get().max(size_bytes));

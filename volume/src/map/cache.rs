@@ -50,10 +50,31 @@ impl Cache {
             frames: Vec::new(),
             by_id: HashMap::default(),
             hand: 0,
-            frames_max: (bytes_max / CACHED_PAGE_BYTES).max(1),
+            frames_max: frames(bytes_max),
             hits: 0,
             misses: 0,
         }
+    }
+
+    /// Another limit. What does not fit any more is dropped, the rest stays.
+    pub(crate) fn set_limit(&mut self, bytes_max: usize) {
+        let before = std::mem::replace(&mut self.frames_max, frames(bytes_max));
+        if self.frames_max >= before {
+            return;
+        }
+        while self.frames.len() > self.frames_max {
+            self.turn();
+            self.remove(self.frames[self.hand].id);
+        }
+        // Memory of half of the frames or less is worth a copy.
+        if self.frames.len() < self.frames.capacity() / 2 {
+            self.frames.shrink_to_fit();
+            self.by_id.shrink_to_fit();
+        }
+    }
+
+    pub(crate) fn resident_bytes(&self) -> usize {
+        self.frames.len() * CACHED_PAGE_BYTES
     }
 
     pub(crate) fn find(&mut self, id: PageId) -> Option<Page> {
@@ -82,15 +103,19 @@ impl Cache {
             self.frames.push(frame);
             return;
         }
-        // Ends: a full turn clears every bit.
-        while self.frames[self.hand].referenced {
-            self.frames[self.hand].referenced = false;
-            self.hand = (self.hand + 1) % self.frames.len();
-        }
+        self.turn();
         self.by_id.remove(&self.frames[self.hand].id);
         self.by_id.insert(id, self.hand);
         self.frames[self.hand] = frame;
         self.hand = (self.hand + 1) % self.frames.len();
+    }
+
+    /// Brings the hand to a block that was not asked for since it last came by. Ends: a full turn clears every bit.
+    fn turn(&mut self) {
+        while self.frames[self.hand].referenced {
+            self.frames[self.hand].referenced = false;
+            self.hand = (self.hand + 1) % self.frames.len();
+        }
     }
 
     pub(crate) fn remove(&mut self, id: PageId) {
@@ -118,7 +143,12 @@ impl Cache {
         CacheStats {
             hits: self.hits,
             misses: self.misses,
-            resident_bytes: self.frames.len() * CACHED_PAGE_BYTES,
+            resident_bytes: self.resident_bytes(),
         }
     }
+}
+
+/// Blocks that so many bytes have room for; at least one.
+fn frames(bytes_max: usize) -> usize {
+    (bytes_max / CACHED_PAGE_BYTES).max(1)
 }

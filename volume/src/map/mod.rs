@@ -421,6 +421,19 @@ impl PageMap {
         pages.sum::<u64>() + self.pending_counts.borrow().of(band)
     }
 
+    // Memory.
+
+    /// Another limit of the cache than [`MapSettings::cache_bytes`]: what does not fit is dropped now.
+    pub fn set_cache_limit(&self, bytes_max: usize) {
+        self.pages.set_cache_limit(bytes_max);
+    }
+
+    /// Bytes that the cache holds now.
+    #[must_use]
+    pub fn cached_bytes(&self) -> usize {
+        self.pages.cached_bytes()
+    }
+
     // Figures.
 
     /// Figures as of now.

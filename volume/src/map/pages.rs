@@ -94,6 +94,14 @@ impl Pages {
         self.reading.borrow_mut().remove(&id);
     }
 
+    pub(crate) fn set_cache_limit(&self, bytes_max: usize) {
+        self.cache.borrow_mut().set_limit(bytes_max);
+    }
+
+    pub(crate) fn cached_bytes(&self) -> usize {
+        self.cache.borrow().resident_bytes()
+    }
+
     pub(crate) fn cache_stats(&self) -> CacheStats {
         self.cache.borrow().stats()
     }

@@ -185,6 +185,22 @@ fn the_cache_never_holds_more_than_its_limit() {
 }
 
 #[test]
+fn another_limit_of_the_cache_holds_at_once_and_every_block_is_found_as_before() {
+    let store = MemoryStore::new(50);
+    let map = filled(&store, 64);
+    for limit in [64, 3, 40, 1, 64] {
+        map.set_cache_limit(limit * CACHED_PAGE_BYTES);
+        assert!(map.cached_bytes() <= limit * CACHED_PAGE_BYTES);
+        run(check(&map, (0..COUNT).step_by(97)));
+        assert!(map.cached_bytes() <= limit * CACHED_PAGE_BYTES);
+        assert!(
+            map.cached_bytes() >= limit.min(40) * CACHED_PAGE_BYTES,
+            "it fills again"
+        );
+    }
+}
+
+#[test]
 fn many_lookups_of_one_block_are_one_read() {
     let store = MemoryStore::new(50);
     let map = filled(&store, 64);
