@@ -160,7 +160,7 @@ impl Controller {
                 let flags = input.u8();
                 let data: Vec<u8> = (at.datao..at.datao + bytes).map(pattern).collect();
                 self.encoder
-                    .c2h_data(&mut out, at, flags & 1 != 0, flags & 2 != 0, &[data.into()]);
+                    .c2h_data(&mut out, at, flags & 1 != 0, flags & 2 != 0, [data.into()]);
                 let mut pdu = written(&mut out);
                 if flags & 4 != 0
                     && let Some(last) = pdu.last_mut()

@@ -34,7 +34,7 @@ impl Encode for FromHost {
             Self::IcReq(request) => encoder.ic_req(queue, request),
             Self::TermReq(term) => encoder.h2c_term_req(queue, term.reason, &term.offending),
             Self::CapsuleCmd(CapsuleCmd { sqe, data: Ok(data) }) => {
-                encoder.capsule_cmd(queue, sqe, std::slice::from_ref(data));
+                encoder.capsule_cmd(queue, sqe, [data.clone()]);
             }
             Self::H2CData(H2CData {
                 header,
@@ -45,7 +45,7 @@ impl Encode for FromHost {
                     cccid: header.cccid.get(),
                     datao: header.datao.get(),
                 };
-                encoder.h2c_data(queue, at, header.ttag.get(), *last, std::slice::from_ref(data));
+                encoder.h2c_data(queue, at, header.ttag.get(), *last, [data.clone()]);
             }
             Self::CapsuleCmd(_) | Self::H2CData(_) => return false,
         }
@@ -76,7 +76,7 @@ impl Encode for FromController {
                     cccid: header.cccid.get(),
                     datao: header.datao.get(),
                 };
-                encoder.c2h_data(queue, at, *last, *success, std::slice::from_ref(data));
+                encoder.c2h_data(queue, at, *last, *success, [data.clone()]);
             }
             Self::R2T(r2t) => encoder.r2t(queue, r2t),
             Self::C2HData(_) => return false,
@@ -242,14 +242,14 @@ pub fn seeds() -> Vec<Vec<u8>> {
 
             let mut host = TransmitQueue::new();
             encoder.ic_req(&mut host, &IcReq::new(encoder.digests, 4));
-            encoder.capsule_cmd(&mut host, &[1; 64], &[]);
-            encoder.capsule_cmd(&mut host, &[2; 64], &data);
-            encoder.h2c_data(&mut host, at, 7, true, &data);
+            encoder.capsule_cmd(&mut host, &[1; 64], []);
+            encoder.capsule_cmd(&mut host, &[2; 64], data.clone());
+            encoder.h2c_data(&mut host, at, 7, true, data.clone());
             encoder.h2c_term_req(&mut host, reason, &[3; 24]);
 
             let mut controller = TransmitQueue::new();
             encoder.ic_resp(&mut controller, &IcResp::new(encoder.digests, 8192));
-            encoder.c2h_data(&mut controller, at, true, true, &data);
+            encoder.c2h_data(&mut controller, at, true, true, data);
             encoder.capsule_resp(&mut controller, &[4; 16]);
             let r2t = R2T {
                 cccid: 7.into(),

@@ -132,7 +132,7 @@ impl Host {
                 let flags = input.u8();
                 let ttag = if flags & 2 == 0 { cid } else { input.u16() };
                 let data = Bytes::from(vec![flags; bytes - usize::from(flags & 4 == 0)]);
-                self.encoder.h2c_data(&mut out, at, ttag, flags & 1 != 0, &[data]);
+                self.encoder.h2c_data(&mut out, at, ttag, flags & 1 != 0, [data]);
                 self.receive(&written(&mut out));
             }
             step::COMPLETE => self.complete(input),
@@ -199,7 +199,7 @@ impl Host {
     fn send(&mut self, sqe: &Sqe, data: Bytes, out: &mut TransmitQueue) {
         let mut entry = [0; 64];
         entry.copy_from_slice(sqe.as_bytes());
-        self.encoder.capsule_cmd(out, &entry, &[data]);
+        self.encoder.capsule_cmd(out, &entry, [data]);
         // A second command with the identifier of one in flight ends the connection, so no entry is lost.
         self.sent.entry(sqe.cid.get()).or_default();
         self.receive(&written(out));

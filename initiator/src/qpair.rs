@@ -411,14 +411,14 @@ impl<T> HostQueue<T> {
         } else {
             self.options.capsule_bytes_max
         };
-        let mut in_capsule: &[Bytes] = &[];
-        let transfer = match &command.payload {
+        let mut in_capsule = Vec::new();
+        let transfer = match command.payload {
             Payload::None => {
                 sqe.sgl1 = SglDescriptor::transport(0);
                 Transfer::None
             }
             Payload::Out(data) => {
-                let bytes = scattered_len(data);
+                let bytes = scattered_len(&data);
                 if bytes <= capsule_bytes_max {
                     sqe.sgl1 = SglDescriptor::in_capsule(bytes);
                     in_capsule = data;
@@ -426,16 +426,16 @@ impl<T> HostQueue<T> {
                 } else {
                     sqe.sgl1 = SglDescriptor::transport(bytes);
                     Transfer::Out {
-                        data: data.clone(),
+                        data,
                         bytes,
                         requested: 0,
                     }
                 }
             }
             Payload::In(bytes) => {
-                sqe.sgl1 = SglDescriptor::transport(*bytes);
+                sqe.sgl1 = SglDescriptor::transport(bytes);
                 Transfer::In {
-                    bytes: *bytes,
+                    bytes,
                     received: Received::Lent(Bytes::new()),
                 }
             }
@@ -599,7 +599,7 @@ impl<T> HostQueue<T> {
                 at,
                 r2t.ttag.get(),
                 datao + piece == end,
-                &data,
+                data,
             );
         }
         Ok(())

@@ -67,7 +67,7 @@ fn framer(digests: Digests) -> Box<dyn FnMut()> {
     let mut entry = [0; 64];
     entry.copy_from_slice(sqe.as_bytes());
     let mut queue = TransmitQueue::new();
-    (0..BATCH).for_each(|_| encoder.capsule_cmd(&mut queue, &entry, &[noise()]));
+    (0..BATCH).for_each(|_| encoder.capsule_cmd(&mut queue, &entry, [noise()]));
     let received = drained(&mut queue);
     let mut framer = Framer::<FromHost>::new();
     framer.set_limits(FramerLimits {
@@ -89,7 +89,7 @@ fn answers() -> Box<dyn FnMut()> {
     let data = [noise()];
     for cccid in 0..BATCH as u16 {
         let at = DataAt { cccid, datao: 0 };
-        Encoder::default().c2h_data(&mut queue, at, true, true, &data);
+        Encoder::default().c2h_data(&mut queue, at, true, true, data.clone());
     }
     let received = drained(&mut queue);
     let mut framer = Framer::<FromController>::new();
@@ -111,7 +111,7 @@ fn encode_answers() -> Box<dyn FnMut()> {
     Box::new(move || {
         for cccid in 0..BATCH as u16 {
             let at = DataAt { cccid, datao: 0 };
-            Encoder::default().c2h_data(&mut queue, at, true, true, black_box(&data));
+            Encoder::default().c2h_data(&mut queue, at, true, true, black_box(&data).clone());
         }
         let mut slices = [IoSlice::new(&[]); 4 * BATCH];
         black_box(queue.fill(&mut slices));

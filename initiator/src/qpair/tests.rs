@@ -73,7 +73,7 @@ impl Peer {
     fn data(&mut self, queue: &mut HostQueue<u32>, cid: u16, datao: u32, data: Vec<u8>, flags: (bool, bool)) {
         let at = DataAt { cccid: cid, datao };
         self.send(queue, |encoder, out| {
-            encoder.c2h_data(out, at, flags.0, flags.1, &[Bytes::from(data)]);
+            encoder.c2h_data(out, at, flags.0, flags.1, [Bytes::from(data)]);
         });
     }
 
@@ -301,7 +301,7 @@ fn damaged_data_fails_its_command_alone() {
     let mut out = TransmitQueue::new();
     let at = DataAt { cccid: cid, datao: 0 };
     peer.encoder
-        .c2h_data(&mut out, at, true, true, &[Bytes::from(vec![1; 512])]);
+        .c2h_data(&mut out, at, true, true, [Bytes::from(vec![1; 512])]);
     let mut bytes = bytes_of(&out);
     bytes[100] ^= 1;
     queue.receive_buffer().extend_from_slice(&bytes);

@@ -134,23 +134,23 @@ impl TransmitQueue {
         self.room(bytes.len()).extend_from_slice(bytes);
     }
 
-    fn push_padding(&mut self, bytes: usize) {
-        let copied = self.room(bytes);
-        copied.resize(copied.len() + bytes, 0);
-    }
-
-    fn push_shared(&mut self, data: &Bytes) {
+    fn push_shared(&mut self, data: Bytes) {
         if data.len() <= COPY_BYTES_MAX {
-            self.push_copied(data);
+            self.push_copied(&data);
             return;
         }
         self.bytes += data.len();
         self.segments.push_back(Segment {
             copied: std::mem::take(&mut self.tail),
-            data: data.clone(),
+            data,
         });
     }
 }
+
+/// Scattered data that is given away with its PDU: a `Vec`, an array, whatever owns its pieces.
+pub trait Scattered: AsRef<[Bytes]> + IntoIterator<Item = Bytes> {}
+
+impl<T: AsRef<[Bytes]> + IntoIterator<Item = Bytes>> Scattered for T {}
 
 /// Encodes the PDUs of one connection. Plain data: copy it where it is needed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -184,7 +184,7 @@ impl Encoder {
     }
 
     /// A command capsule with its in-capsule data, if any.
-    pub fn capsule_cmd(self, queue: &mut TransmitQueue, sqe: &[u8; 64], data: &[Bytes]) {
+    pub fn capsule_cmd(self, queue: &mut TransmitQueue, sqe: &[u8; 64], data: impl Scattered) {
         self.pdu(queue, PduType::CAPSULE_CMD, PduFlags::default(), sqe, data);
     }
 
@@ -194,14 +194,14 @@ impl Encoder {
     }
 
     /// H2CData: `data` at `datao`, in answer to the R2T with `ttag`; `last` of that R2T or not.
-    pub fn h2c_data(self, queue: &mut TransmitQueue, at: DataAt, ttag: u16, last: bool, data: &[Bytes]) {
+    pub fn h2c_data(self, queue: &mut TransmitQueue, at: DataAt, ttag: u16, last: bool, data: impl Scattered) {
         let flags = PduFlags::default().with(PduFlags::LAST, last);
         self.data_pdu(queue, PduType::H2C_DATA, flags, at, ttag, data);
     }
 
     /// C2HData: `data` at `datao`; `last` of the command or not, and whether that completes the command
     /// with success and without a response capsule.
-    pub fn c2h_data(self, queue: &mut TransmitQueue, at: DataAt, last: bool, success: bool, data: &[Bytes]) {
+    pub fn c2h_data(self, queue: &mut TransmitQueue, at: DataAt, last: bool, success: bool, data: impl Scattered) {
         let flags = PduFlags::default()
             .with(PduFlags::LAST, last)
             .with(PduFlags::SUCCESS, success);
@@ -220,20 +220,20 @@ impl Encoder {
         flags: PduFlags,
         at: DataAt,
         ttag: u16,
-        data: &[Bytes],
+        data: impl Scattered,
     ) {
         let header = DataPduHeader {
             cccid: at.cccid.into(),
             ttag: ttag.into(),
             datao: at.datao.into(),
-            datal: data_len(data).into(),
+            datal: data_len(data.as_ref()).into(),
             rsvd20: [0; 4],
         };
         self.pdu(queue, pdu_type, flags, header.as_bytes(), data);
     }
 
     fn header_only(self, queue: &mut TransmitQueue, pdu_type: PduType, specific: &[u8]) {
-        self.pdu(queue, pdu_type, PduFlags::default(), specific, &[]);
+        self.pdu(queue, pdu_type, PduFlags::default(), specific, []);
     }
 
     /// The PDU in error follows the header directly: no PDO, no digests.
@@ -256,12 +256,12 @@ impl Encoder {
         pdu_type: PduType,
         flags: PduFlags,
         specific: &[u8],
-        data: &[Bytes],
+        data: impl Scattered,
     ) {
         let hlen = size_of::<CommonHeader>() + specific.len();
         let header_digest = self.digests.header && pdu_type.takes_header_digest();
         let head_len = hlen + if header_digest { DIGEST_BYTES } else { 0 };
-        let data_len = data_len(data) as usize;
+        let data_len = data_len(data.as_ref()) as usize;
         let data_digest = self.digests.data && data_len > 0;
         let (pdo, plen) = if data_len == 0 {
             (0, head_len)
@@ -273,24 +273,27 @@ impl Encoder {
             .with(PduFlags::HEADER_DIGEST, header_digest)
             .with(PduFlags::DATA_DIGEST, data_digest);
         let common = common(pdu_type, flags, hlen, pdo, plen);
-        queue.push_copied(common.as_bytes());
-        queue.push_copied(specific);
+        let before_data = head_len.max(pdo);
+        let head = queue.room(before_data);
+        let start = head.len();
+        head.extend_from_slice(common.as_bytes());
+        head.extend_from_slice(specific);
         if header_digest {
-            let digest = crc32c_scattered([common.as_bytes(), specific]);
-            queue.push_copied(&digest.to_le_bytes());
+            let digest = crc32c(&head[start..]);
+            head.extend_from_slice(&digest.to_le_bytes());
         }
+        head.resize(start + before_data, 0);
         if data_len == 0 {
             return;
         }
-        queue.push_padding(pdo - head_len);
+        let digest = data_digest.then(|| match data.as_ref() {
+            [whole] => crc32c(whole),
+            pieces => crc32c_scattered(pieces.iter().map(|piece| &piece[..])),
+        });
         for piece in data {
             queue.push_shared(piece);
         }
-        if data_digest {
-            let digest = match data {
-                [whole] => crc32c(whole),
-                pieces => crc32c_scattered(pieces.iter().map(|piece| &piece[..])),
-            };
+        if let Some(digest) = digest {
             queue.push_copied(&digest.to_le_bytes());
         }
     }
@@ -354,7 +357,7 @@ mod tests {
             cccid: 0x0102,
             datao: 0x1000,
         };
-        Encoder::default().c2h_data(&mut queue, at, true, true, std::slice::from_ref(&data));
+        Encoder::default().c2h_data(&mut queue, at, true, true, [data.clone()]);
         Encoder::default().capsule_resp(&mut queue, &[0; 16]);
         let mut slices = [IoSlice::new(&[]); 16];
         let count = queue.fill(&mut slices);
@@ -383,7 +386,7 @@ mod tests {
         encoder.capsule_cmd(
             &mut queue,
             &[0xab; 64],
-            &[Bytes::from_static(&[1, 2]), Bytes::from_static(&[3])],
+            [Bytes::from_static(&[1, 2]), Bytes::from_static(&[3])],
         );
         let bytes = written(&queue);
         assert_eq!(&bytes[..8], [0x04, 0b0011, 72, 128, 135, 0, 0, 0]);
@@ -428,7 +431,7 @@ mod tests {
             encoder.capsule_cmd(
                 queue,
                 &[2; 64],
-                &[Bytes::from(vec![3; 600]), Bytes::from(vec![4; 10])],
+                [Bytes::from(vec![3; 600]), Bytes::from(vec![4; 10])],
             );
             encoder.capsule_resp(queue, &[5; 16]);
         };

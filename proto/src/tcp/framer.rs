@@ -4,11 +4,15 @@
 //! is a slice of the very buffer it was received in. A PDU is judged as early as its bytes allow: the common header
 //! before its length is believed, the header (with its digest) before its data is waited for.
 //!
+//! Lent data keeps its buffer. The framer goes on in what is left of it and then in another one, and comes back when all that
+//! was lent has been dropped: a connection that is busy allocates nothing.
+//!
 //! A wrong data digest does not end a connection: the PDU is yielded and its data is an error, so that the command
 //! can fail with Transient Transport Error.
 //!
 //! NVMe/TCP Transport Specification, "PDU Common Header" and "Digests".
 
+use std::collections::VecDeque;
 use std::marker::PhantomData;
 use std::mem::size_of;
 
@@ -20,6 +24,10 @@ use super::header::{
     TERM_REQ_DATA_MAX, TermReqHeader,
 };
 use super::{DIGEST_BYTES, Digests, PduError, TermReason, crc32c};
+
+/// Buffers kept beside the one that is filled, for when nothing of them is lent any more. A guess: a queue of 128 blocks of 4 KiB
+/// that are held while others come takes two of them.
+const SPARES_MAX: usize = 3;
 
 /// Bounds of what a peer may send. They start closed: no data at all until the connection is initialised.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -226,6 +234,8 @@ impl Direction for FromController {
 #[derive(Debug)]
 pub struct Framer<D> {
     received: BytesMut,
+    /// Buffers of which something was lent when they were left, the first one left first.
+    spares: VecDeque<BytesMut>,
     limits: FramerLimits,
     direction: PhantomData<D>,
 }
@@ -242,6 +252,7 @@ impl<D: Direction> Framer<D> {
     pub fn new() -> Self {
         Self {
             received: BytesMut::new(),
+            spares: VecDeque::new(),
             limits: FramerLimits::default(),
             direction: PhantomData,
         }
@@ -252,17 +263,37 @@ impl<D: Direction> Framer<D> {
         self.limits = limits;
     }
 
-    /// Where received bytes are appended. Room for at least `bytes_min` more, and for the rest of a PDU whose
-    /// length is known, so that a long one is not moved again for each read.
-    pub fn buffer(&mut self, bytes_min: usize) -> &mut BytesMut {
+    /// Where received bytes are appended. Room for `bytes` more, or at least a quarter of them where data that is still lent
+    /// takes the rest of the buffer; and for the rest of a PDU whose length is known, so that a long one is not moved again
+    /// for each read.
+    pub fn buffer(&mut self, bytes: usize) -> &mut BytesMut {
         let rest = match self.peek() {
             Some(common) => self
                 .plen_bounded(&common)
                 .map_or(0, |plen| plen.saturating_sub(self.received.len())),
             None => 0,
         };
-        self.received.reserve(rest.max(bytes_min));
+        let (wanted, least) = (rest.max(bytes), rest.max(bytes.div_ceil(4)));
+        if !self.received.try_reclaim(wanted) && self.received.capacity() - self.received.len() < least {
+            self.change_buffer(wanted.max(self.received.len() + least));
+        }
         &mut self.received
+    }
+
+    /// Goes on in a buffer of so many bytes: in one that was used before, if nothing of it is lent any more.
+    fn change_buffer(&mut self, bytes: usize) {
+        let spare = self.spares.pop_front_if(|spare| spare.try_reclaim(bytes));
+        let mut next = spare.unwrap_or_else(|| BytesMut::with_capacity(bytes));
+        next.extend_from_slice(&self.received);
+        let mut used = std::mem::replace(&mut self.received, next);
+        if used.capacity() == 0 {
+            return;
+        }
+        used.clear();
+        if self.spares.len() == SPARES_MAX {
+            self.spares.pop_front();
+        }
+        self.spares.push_back(used);
     }
 
     /// Bytes received and not yet taken.

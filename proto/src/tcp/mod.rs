@@ -16,7 +16,7 @@ mod error;
 mod framer;
 pub mod header;
 
-pub use encoder::{DataAt, Encoder, TransmitQueue};
+pub use encoder::{DataAt, Encoder, Scattered, TransmitQueue};
 pub use error::{FatalErrorStatus, PduError, TermReason};
 pub use framer::{
     C2HData, CapsuleCmd, DataDigestMismatch, Direction, Framer, FramerLimits, FromController, FromHost,
