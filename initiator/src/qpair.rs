@@ -594,13 +594,7 @@ impl<T> HostQueue<T> {
         let end = offset + len;
         for (datao, piece, data) in pdus {
             let at = DataAt { cccid: cid, datao };
-            encoder.h2c_data(
-                &mut self.transmit,
-                at,
-                r2t.ttag.get(),
-                datao + piece == end,
-                data,
-            );
+            encoder.h2c_data(&mut self.transmit, at, r2t.ttag.get(), datao + piece == end, data);
         }
         Ok(())
     }

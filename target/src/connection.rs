@@ -56,6 +56,31 @@ const SLICES_MAX: usize = 256;
 /// How long a connection that this side ends waits for the host to read the reason and close.
 const LINGER: Duration = Duration::from_secs(1);
 
+/// What this connection waits for.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "the large one is what there are many of, and the set gives each a place of its own"
+)]
+enum Task {
+    /// A command, with so many bytes of data.
+    Command(nvm::Running, usize),
+    /// Anything else.
+    Other(LocalBoxFuture<'static, Done>),
+}
+
+impl Future for Task {
+    type Output = Done;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Done> {
+        match &mut *self {
+            Self::Command(command, bytes) => Pin::new(command)
+                .poll(cx)
+                .map(|finished| Done::Command(finished, *bytes)),
+            Self::Other(future) => future.as_mut().poll(cx),
+        }
+    }
+}
+
 /// What a task of this connection ended with.
 enum Done {
     /// A command, with so many bytes of data.
@@ -71,7 +96,7 @@ struct Connection {
     qpair: QueuePair<Option<crate::namespace::Admitted>>,
     /// Once connected.
     queue: Option<Queue>,
-    running: FuturesUnordered<LocalBoxFuture<'static, Done>>,
+    running: FuturesUnordered<Task>,
     /// Data that the commands among them hold.
     executing_bytes: usize,
     tally: Tally,
@@ -306,8 +331,8 @@ impl Connection {
                 metrics::command_started();
                 let registry = Rc::clone(&self.registry);
                 let connect = connect::connect(registry, request);
-                self.running
-                    .push(Box::pin(async move { Done::Connect(Box::new(connect.await)) }));
+                let connected = async move { Done::Connect(Box::new(connect.await)) };
+                self.running.push(Task::Other(Box::pin(connected)));
             }
             Some(Queue {
                 controller, qid: 0, ..
@@ -320,13 +345,13 @@ impl Connection {
                     AdminAnswer::Parked => metrics::command_dropped(),
                     AdminAnswer::Later(completion) => {
                         let arrived = request.arrived;
-                        self.running.push(Box::pin(async move {
+                        self.running.push(Task::Other(Box::pin(async move {
                             let completion = completion.await;
                             let success = completion.status.is_success();
                             metrics::command_completed(Op::Admin, success, 0, arrived.elapsed());
                             let first = None;
                             Done::Command(Finished { first, completion }, 0)
-                        }));
+                        })));
                     }
                 }
             }
@@ -354,8 +379,7 @@ impl Connection {
                     nvm::Execution::Running(command) => {
                         commands_started(is_pair);
                         self.executing_bytes += bytes;
-                        self.running
-                            .push(Box::pin(async move { Done::Command(command.await, bytes) }));
+                        self.running.push(Task::Command(command, bytes));
                     }
                 }
             }

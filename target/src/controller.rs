@@ -29,7 +29,7 @@ use crate::metrics;
 use crate::namespace::{Admitted, Association, OpenNamespace};
 use crate::outstanding::Outstanding;
 use crate::registry::{Registry, Subsystem};
-use crate::request::{Completion, Request};
+use crate::request::{Completion, Pieces, Request};
 use crate::silence::{Heard, ReadEmpty, Silence};
 
 pub(crate) use feature::kato;
@@ -337,7 +337,7 @@ impl Controller {
             cid,
             status: Status::SUCCESS,
             result: u64::from(event.0),
-            data: Vec::new(),
+            data: Pieces::new(),
         })
     }
 

@@ -5,9 +5,14 @@
 //!
 //! NVM Command Set Specification 1.0; reservations in the Base Specification.
 
+use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
 use bytes::{Bytes, BytesMut};
 use futures_util::FutureExt;
 use futures_util::future::LocalBoxFuture;
+use smallvec::smallvec;
 use weft_block::{BlockError, DeviceInfo, Durability, Io};
 use weft_proto::nvme::command::{BlockRange, DsmRange, NvmCommand};
 use weft_proto::nvme::log::AnaState;
@@ -17,10 +22,10 @@ use weft_proto::units::{Lba, LbaRange};
 use zerocopy::FromBytes;
 
 use crate::controller::IoRequest;
-use crate::fused::{Entry, Kind};
+use crate::fused::{Entry, Kind, Pass};
 use crate::metrics::{self, Op, Tally};
 use crate::namespace::{Admitted, CommandDevice};
-use crate::request::{Completion, TRANSFER_BYTES_MAX};
+use crate::request::{Completion, Pieces, TRANSFER_BYTES_MAX};
 use crate::status::{of_block_error, of_reservation_error};
 
 /// The completions of a request: of its first half, if it is a fused pair, and its own.
@@ -30,7 +35,7 @@ pub(crate) struct Finished {
 }
 
 /// How a command ends: data for the host, or a status.
-type Outcome = Result<Vec<Bytes>, Status>;
+type Outcome = Result<Pieces, Status>;
 
 /// Pieces as one.
 pub(crate) fn gather(pieces: &[Bytes]) -> Bytes {
@@ -71,7 +76,84 @@ fn op_of(command: &Result<NvmCommand, Status>) -> Op {
 pub(crate) enum Execution {
     /// And is over: what a device in memory answers at once needs no future.
     Finished(Finished),
-    Running(LocalBoxFuture<'static, Finished>),
+    Running(Running),
+}
+
+/// A request in execution.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "the large one is what there are many of, and it saves a box for each"
+)]
+pub(crate) enum Running {
+    /// A read or a write, without a box: whoever keeps many of them has a place for each anyway.
+    InDevice(InDevice),
+    /// Anything that takes several steps.
+    InSteps(LocalBoxFuture<'static, Finished>),
+}
+
+/// A read or a write that its device has.
+pub(crate) struct InDevice {
+    request: IoRequest,
+    op: Op,
+    received: u64,
+    io: DeviceIo,
+}
+
+impl Future for Running {
+    type Output = Finished;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Finished> {
+        let InDevice {
+            request,
+            op,
+            received,
+            io,
+        } = match &mut *self {
+            Self::InDevice(command) => command,
+            Self::InSteps(future) => return future.as_mut().poll(context),
+        };
+        let outcome = ready!(Pin::new(io).poll(context)).map_err(|error| status(request, &error));
+        Poll::Ready(Finished {
+            first: None,
+            completion: finish(request, *op, *received, outcome),
+        })
+    }
+}
+
+/// What a device was asked for, without more around it than it needs.
+enum DeviceIo {
+    Read(Io<Bytes>),
+    Write(Io<()>, Pass),
+    InParts(Io<Pieces>),
+}
+
+impl DeviceIo {
+    /// As [`Io::take_ready`].
+    fn take_ready(self) -> Result<Result<Pieces, BlockError>, Self> {
+        match self {
+            Self::Read(io) => io
+                .take_ready()
+                .map(|result| result.map(|bytes| smallvec![bytes]))
+                .map_err(Self::Read),
+            Self::Write(io, pass) => match io.take_ready() {
+                Ok(result) => Ok(result.map(|()| Pieces::new())),
+                Err(io) => Err(Self::Write(io, pass)),
+            },
+            Self::InParts(io) => io.take_ready().map_err(Self::InParts),
+        }
+    }
+}
+
+impl Future for DeviceIo {
+    type Output = Result<Pieces, BlockError>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        match &mut *self {
+            Self::Read(io) => Pin::new(io).poll(context).map_ok(|bytes| smallvec![bytes]),
+            Self::Write(io, _) => Pin::new(io).poll(context).map_ok(|()| Pieces::new()),
+            Self::InParts(io) => Pin::new(io).poll(context),
+        }
+    }
 }
 
 /// Starts a request. Reads and writes are with the device when this returns: writes enter the namespace in the order of
@@ -81,7 +163,8 @@ pub(crate) enum Execution {
 /// count themselves when they are.
 pub(crate) fn start(mut request: IoRequest, tally: Option<&mut Tally>) -> Execution {
     if let Some(first) = request.fused_first.take() {
-        return Execution::Running(execute_fused(*first, request).boxed_local());
+        let execution = execute_fused(*first, request);
+        return Execution::Running(Running::InSteps(execution.boxed_local()));
     }
     let command = NvmCommand::parse(&request.sqe);
     let op = op_of(&command);
@@ -98,22 +181,20 @@ pub(crate) fn start(mut request: IoRequest, tally: Option<&mut Tally>) -> Execut
                     completion: finish(&request, op, received, outcome),
                 }
             };
-            return Execution::Running(execution.boxed_local());
+            return Execution::Running(Running::InSteps(execution.boxed_local()));
         }
         Err(status) => Err(status),
     };
-    let outcome = match submitted.map(Io::take_ready) {
+    let outcome = match submitted.map(DeviceIo::take_ready) {
         Err(status) => Err(status),
         Ok(Ok(result)) => result.map_err(|error| status(&request, &error)),
         Ok(Err(io)) => {
-            let execution = async move {
-                let outcome = io.await.map_err(|error| status(&request, &error));
-                Finished {
-                    first: None,
-                    completion: finish(&request, op, received, outcome),
-                }
-            };
-            return Execution::Running(execution.boxed_local());
+            return Execution::Running(Running::InDevice(InDevice {
+                request,
+                op,
+                received,
+                io,
+            }));
         }
     };
     let completion = match tally {
@@ -137,7 +218,7 @@ fn status(request: &IoRequest, error: &BlockError) -> Status {
     }
 }
 
-fn start_read(request: &IoRequest, range: BlockRange) -> Result<Io<Vec<Bytes>>, Status> {
+fn start_read(request: &IoRequest, range: BlockRange) -> Result<DeviceIo, Status> {
     let admitted = admitted(request)?;
     let info = admitted.open.info();
     if transfer_bytes(range, &info)? > u64::from(request.answer_bytes_max) {
@@ -147,13 +228,11 @@ fn start_read(request: &IoRequest, range: BlockRange) -> Result<Io<Vec<Bytes>>, 
     let mut parts = parts(range.lba_range(), &info);
     let (first, second) = (parts.next(), parts.next());
     Ok(match (first, second) {
-        (Some(only), None) => match access.read(only).take_ready() {
-            Ok(result) => Io::ready(result.map(|bytes| vec![bytes])),
-            Err(io) => Io::running(async move { Ok(vec![io.await?]) }),
-        },
+        (Some(only), None) => DeviceIo::Read(access.read(only)),
         (first, second) => {
             let parts = first.into_iter().chain(second).chain(parts);
-            Io::running(all(parts.map(|part| access.read(part)).collect()))
+            let reads = all(parts.map(|part| access.read(part)).collect());
+            DeviceIo::InParts(Io::running(async move { Ok(reads.await?.into()) }))
         }
     })
 }
@@ -163,7 +242,7 @@ fn start_write(
     range: BlockRange,
     durability: Durability,
     data: Vec<Bytes>,
-) -> Result<Io<Vec<Bytes>>, Status> {
+) -> Result<DeviceIo, Status> {
     let admitted = admitted(request)?;
     let info = admitted.open.info();
     if transfer_bytes(range, &info)? != total(&data) {
@@ -172,29 +251,21 @@ fn start_write(
     let range = range.lba_range();
     match admitted.open.namespace.fused.enter(Kind::Shared) {
         Entry::Entered(pass) => {
-            let mut parts = write_parts(&admitted.access, range, &info, data, durability);
-            let only = match parts.pop() {
-                Some(only) if parts.is_empty() => only.take_ready(),
-                last => {
-                    parts.extend(last);
-                    Err(Io::running(async move { all(parts).await.map(|_| ()) }))
-                }
+            let write = if parts(range, &info).nth(1).is_none() {
+                admitted.access.write(range.start, data, durability)
+            } else {
+                let parts = write_parts(&admitted.access, range, &info, data, durability);
+                Io::running(async move { all(parts).await.map(drop) })
             };
-            Ok(match only {
-                Ok(result) => Io::ready(result.map(|()| Vec::new())),
-                Err(io) => Io::running(async move {
-                    let _pass = pass;
-                    io.await.map(|()| Vec::new())
-                }),
-            })
+            Ok(DeviceIo::Write(write, pass))
         }
         // Behind a fused pair.
         waiting @ Entry::Waiting(_) => {
             let access = admitted.access.clone();
-            Ok(Io::running(async move {
+            Ok(DeviceIo::InParts(Io::running(async move {
                 let _pass = waiting.pass().await;
                 write(&access, range, &info, data, durability).await
-            }))
+            })))
         }
     }
 }
@@ -248,12 +319,12 @@ async fn execute_command(request: &IoRequest, command: NvmCommand, data: Vec<Byt
     let admitted = admitted(request)?;
     let access = &admitted.access;
     let info = admitted.open.info();
-    let outcome: Result<Vec<Bytes>, BlockError> = match command {
+    let outcome: Result<Pieces, BlockError> = match command {
         NvmCommand::Read { range } => start_read(request, range)?.await,
         NvmCommand::Write { range, fua } => start_write(request, range, durability(fua), data)?.await,
         NvmCommand::Compare { range } => return compare(admitted, range, &info, &data).await,
         NvmCommand::Verify { range } => {
-            let mut done = Ok(Vec::new());
+            let mut done = Ok(Pieces::new());
             // One part at a time: a host may ask for 65536 blocks, and nobody waits for them.
             for part in parts(range.lba_range(), &info) {
                 if let Err(error) = access.read(part).await {
@@ -263,7 +334,7 @@ async fn execute_command(request: &IoRequest, command: NvmCommand, data: Vec<Byt
             }
             done
         }
-        NvmCommand::Flush => access.flush().await.map(|()| Vec::new()),
+        NvmCommand::Flush => access.flush().await.map(|()| Pieces::new()),
         NvmCommand::WriteZeroes {
             range,
             deallocate,
@@ -273,15 +344,15 @@ async fn execute_command(request: &IoRequest, command: NvmCommand, data: Vec<Byt
             let done = access
                 .write_zeroes(range.lba_range(), deallocate, durability(fua))
                 .await;
-            done.map(|()| Vec::new())
+            done.map(|()| Pieces::new())
         }
         NvmCommand::DatasetManagement { ranges, deallocate } => {
             let ranges = dsm_ranges(&gather(&data), ranges, &info)?;
             if !deallocate || ranges.is_empty() {
-                return Ok(Vec::new());
+                return Ok(Pieces::new());
             }
             let _pass = enter(admitted, Kind::Shared).await;
-            access.deallocate(ranges).await.map(|()| Vec::new())
+            access.deallocate(ranges).await.map(|()| Pieces::new())
         }
         NvmCommand::ReservationRegister { .. }
         | NvmCommand::ReservationReport { .. }
@@ -310,7 +381,7 @@ fn durability(fua: bool) -> Durability {
     }
 }
 
-async fn enter(admitted: &Admitted, kind: Kind) -> crate::fused::Pass {
+async fn enter(admitted: &Admitted, kind: Kind) -> Pass {
     match admitted.open.namespace.fused.enter(kind) {
         Entry::Entered(pass) => pass,
         waiting @ Entry::Waiting(_) => waiting.pass().await,
@@ -374,9 +445,9 @@ async fn write(
     info: &DeviceInfo,
     data: Vec<Bytes>,
     durability: Durability,
-) -> Result<Vec<Bytes>, BlockError> {
+) -> Result<Pieces, BlockError> {
     all(write_parts(access, range, info, data, durability)).await?;
-    Ok(Vec::new())
+    Ok(Pieces::new())
 }
 
 fn write_parts(
@@ -427,7 +498,7 @@ async fn compare(admitted: &Admitted, range: BlockRange, info: &DeviceInfo, data
         .flat_map(|piece| piece.iter())
         .eq(data.iter().flat_map(|piece| piece.iter()));
     if same {
-        Ok(Vec::new())
+        Ok(Pieces::new())
     } else {
         Err(Status::COMPARE_FAILURE.dnr())
     }
@@ -485,7 +556,10 @@ async fn compare_and_write(
         durability(fua),
     )
     .await;
-    (Ok(Vec::new()), written.map_err(|error| status_of(access, &error)))
+    (
+        Ok(Pieces::new()),
+        written.map_err(|error| status_of(access, &error)),
+    )
 }
 
 /// The ranges of a Dataset Management that are not empty.
@@ -562,7 +636,7 @@ async fn reservation(
                     .min(TRANSFER_BYTES_MAX as usize),
                 0,
             );
-            return Ok(vec![Bytes::from(report)]);
+            return Ok(smallvec![Bytes::from(report)]);
         }
         NvmCommand::Flush
         | NvmCommand::Write { .. }
@@ -572,6 +646,6 @@ async fn reservation(
         | NvmCommand::DatasetManagement { .. }
         | NvmCommand::Verify { .. } => Err(crate::reservation::table::Refused::InvalidField.into()),
     };
-    done.map(|()| Vec::new())
+    done.map(|()| Pieces::new())
         .map_err(|error| of_reservation_error(&error))
 }

@@ -19,7 +19,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
+use bytes::{Buf as _, Bytes};
 use weft_proto::fabrics::command::{Connect, ConnectData, FabricsCommand, fctype};
 use weft_proto::nvme::cqe::Cqe;
 use weft_proto::nvme::sgl::DataPointer;
@@ -32,7 +32,7 @@ use weft_proto::tcp::{
 };
 use zerocopy::{FromBytes, IntoBytes};
 
-pub use crate::request::{Completion, Request, TRANSFER_BYTES_MAX};
+pub use crate::request::{Completion, Pieces, Request, TRANSFER_BYTES_MAX};
 use crate::request::{Transfer, direction};
 
 /// Most data in a command capsule of an I/O queue: a shard of 32 blocks with its header, and what most hosts write at once,
@@ -214,7 +214,7 @@ impl<T> QueuePair<T> {
                 DataAt { cccid: cid, datao: 0 },
                 true,
                 answered,
-                &data,
+                data,
             );
         }
         if !answered {
@@ -299,7 +299,7 @@ impl<T> QueuePair<T> {
             Ok(data) => data,
             Err(_) => return self.fail(cid, Status::TRANSIENT_TRANSPORT_ERROR),
         };
-        match sqe.data_pointer().and_then(|pointer| in_capsule(pointer, &data)) {
+        match sqe.data_pointer().and_then(|pointer| in_capsule(pointer, data)) {
             Ok(Some(data)) if data.len() == size_of::<ConnectData>() => {
                 self.requests.push_back(Request {
                     sqe,
@@ -351,10 +351,10 @@ impl<T> QueuePair<T> {
                 let Ok(data) = capsule.data else {
                     return self.fail(cid, Status::TRANSIENT_TRANSPORT_ERROR);
                 };
-                match (in_capsule(pointer, &data), pointer) {
+                match (in_capsule(pointer, data), pointer) {
                     (Err(status), _) => self.fail(cid, status),
                     (Ok(Some(data)), _) => {
-                        request.data.push(data);
+                        request.data = vec![data];
                         self.accept(request);
                     }
                     (Ok(None), DataPointer::Transport { length }) if length > 0 => {
@@ -532,7 +532,7 @@ impl<T> QueuePair<T> {
             cid,
             status,
             result: 0,
-            data: Vec::new(),
+            data: Pieces::new(),
         });
     }
 
@@ -555,7 +555,7 @@ fn entry(bytes: &[u8; 64]) -> Sqe {
 }
 
 /// The command's data where it is in the capsule; `None` where the transport moves it or there is none.
-fn in_capsule(pointer: DataPointer, data: &Bytes) -> Result<Option<Bytes>, Status> {
+fn in_capsule(pointer: DataPointer, mut data: Bytes) -> Result<Option<Bytes>, Status> {
     match pointer {
         DataPointer::Transport { .. } => Ok(None),
         DataPointer::InCapsule { offset, length } => {
@@ -563,8 +563,9 @@ fn in_capsule(pointer: DataPointer, data: &Bytes) -> Result<Option<Bytes>, Statu
             let end = start
                 .checked_add(length as usize)
                 .filter(|&end| end <= data.len());
-            let end = end.ok_or(Status::INVALID_SGL_OFFSET.dnr())?;
-            Ok((length > 0).then(|| data.slice(start..end)))
+            data.truncate(end.ok_or(Status::INVALID_SGL_OFFSET.dnr())?);
+            data.advance(start);
+            Ok((!data.is_empty()).then_some(data))
         }
     }
 }

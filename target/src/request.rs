@@ -6,12 +6,16 @@
 use std::time::Instant;
 
 use bytes::Bytes;
+use smallvec::SmallVec;
 use weft_proto::fabrics::command::FabricsCommand;
 use weft_proto::nvme::sqe::Sqe;
 use weft_proto::nvme::status::Status;
 
 /// Most data of one command (MDTS). The largest transfer a Linux host asks for, and enough for a shard.
 pub const TRANSFER_BYTES_MAX: u32 = 1 << 20;
+
+/// Data for a host, scattered: mostly one piece, which takes no memory of its own.
+pub type Pieces = SmallVec<[Bytes; 1]>;
 
 /// A command with all its data, to be executed.
 #[derive(Debug)]
@@ -44,7 +48,7 @@ impl<T> Request<T> {
             cid: self.cid(),
             status,
             result: 0,
-            data: Vec::new(),
+            data: Pieces::new(),
         }
     }
 }
@@ -59,7 +63,7 @@ pub struct Completion {
     /// Dwords 0 and 1.
     pub result: u64,
     /// For the host; only with success.
-    pub data: Vec<Bytes>,
+    pub data: Pieces,
 }
 
 impl Completion {
@@ -72,8 +76,8 @@ impl Completion {
 
     /// With data for the host.
     #[must_use]
-    pub fn with_data(mut self, data: Vec<Bytes>) -> Self {
-        self.data = data;
+    pub fn with_data(mut self, data: impl Into<Pieces>) -> Self {
+        self.data = data.into();
         self
     }
 }

@@ -194,14 +194,28 @@ impl Encoder {
     }
 
     /// H2CData: `data` at `datao`, in answer to the R2T with `ttag`; `last` of that R2T or not.
-    pub fn h2c_data(self, queue: &mut TransmitQueue, at: DataAt, ttag: u16, last: bool, data: impl Scattered) {
+    pub fn h2c_data(
+        self,
+        queue: &mut TransmitQueue,
+        at: DataAt,
+        ttag: u16,
+        last: bool,
+        data: impl Scattered,
+    ) {
         let flags = PduFlags::default().with(PduFlags::LAST, last);
         self.data_pdu(queue, PduType::H2C_DATA, flags, at, ttag, data);
     }
 
     /// C2HData: `data` at `datao`; `last` of the command or not, and whether that completes the command
     /// with success and without a response capsule.
-    pub fn c2h_data(self, queue: &mut TransmitQueue, at: DataAt, last: bool, success: bool, data: impl Scattered) {
+    pub fn c2h_data(
+        self,
+        queue: &mut TransmitQueue,
+        at: DataAt,
+        last: bool,
+        success: bool,
+        data: impl Scattered,
+    ) {
         let flags = PduFlags::default()
             .with(PduFlags::LAST, last)
             .with(PduFlags::SUCCESS, success);

@@ -13,7 +13,7 @@ use super::{Done, Engine, Shadow, Ticket};
 use crate::controller::{AdminAnswer, IoRequest};
 use crate::io::Finished;
 use crate::metrics::{self, Op};
-use crate::request::Completion;
+use crate::request::{Completion, Pieces};
 use crate::vfio_user::function::QUEUE_ENTRIES_MAX;
 use crate::vfio_user::memory::GuestMemory;
 use crate::vfio_user::queue::{self, CompletionQueue, SubmissionQueue};
@@ -132,7 +132,7 @@ impl Engine {
             cid,
             status: Status::SUCCESS,
             result: 0,
-            data: Vec::new(),
+            data: Pieces::new(),
         };
         self.answer(0, completion, Segments::default(), memory, now);
     }
