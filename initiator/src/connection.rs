@@ -59,9 +59,14 @@ impl Connection {
 
     /// Starts a command. On a connection that has ended it answers at once, as not sent.
     pub(crate) fn submit(&self, command: Command) -> Answer {
+        self.submit_at(command, Instant::now())
+    }
+
+    /// The same for a caller who knows the time.
+    pub(crate) fn submit_at(&self, command: Command, now: Instant) -> Answer {
         let (reply, answer) = Reply::new();
         let mut queue = self.queue.borrow_mut();
-        queue.submit(command, reply, Instant::now());
+        queue.submit(command, reply, now);
         if queue.closed().is_some() {
             deliver(&mut queue);
         } else {

@@ -7,7 +7,7 @@
 
 use std::cell::Cell;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use tokio::net::TcpStream;
@@ -427,12 +427,12 @@ impl Controller {
     }
 
     /// Starts an I/O command on the next queue.
-    pub(crate) fn submit_io(&self, sqe: Sqe, payload: Payload) -> Answer {
+    pub(crate) fn submit_io(&self, sqe: Sqe, payload: Payload, now: Instant) -> Answer {
         let index = self.next_io.get();
         self.next_io.set((index + 1) % self.io.len().max(1));
         // A discovery controller has no I/O queue: its admin queue refuses the opcode.
         let connection = self.io.get(index).unwrap_or(&self.admin);
-        connection.submit(Command::new(sqe, payload))
+        connection.submit_at(Command::new(sqe, payload), now)
     }
 }
 

@@ -11,11 +11,14 @@
 
 use std::cell::Cell;
 use std::collections::VecDeque;
+use std::future::Future;
+use std::pin::Pin;
 use std::rc::Rc;
+use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
-use futures_util::future::{LocalBoxFuture, join_all};
+use futures_util::future::join_all;
 use weft_block::{BlockDevice, BlockError, DeviceInfo, Durability, Io};
 use weft_proto::nvme::command::{DsmRange, submit};
 use weft_proto::nvme::identify::{IdentifyNamespace, rescap};
@@ -28,6 +31,7 @@ use crate::controller::Controller;
 use crate::metrics::Op;
 use crate::options::AdminError;
 use crate::qpair::{Completion, Payload, TRANSFER_BYTES_MAX, scattered_len, slice_scattered};
+use crate::reply::Answer;
 use crate::status::{Effect, Subject, block_error, lost};
 
 /// Parts of one long operation that are in flight at once. A guess: enough to keep a drive busy, few enough to leave
@@ -151,7 +155,7 @@ impl Namespace {
         })
     }
 
-    /// Starts one command. The answer is checked for success and counted when it is polled.
+    /// Starts one command.
     fn start(&self, op: Op, effect: Effect, range: LbaRange, sqe: Sqe, payload: Payload) -> Started {
         let info = self.info.get();
         let subject = Subject {
@@ -171,26 +175,16 @@ impl Namespace {
         } else {
             0
         };
-        let started = Instant::now();
-        let answer = self.controller.submit_io(sqe, payload);
-        let controller = self.controller.clone();
-        Box::pin(async move {
-            let outcome = match answer.await {
-                Ok(completion) if !completion.status.is_success() => {
-                    Err(Failure::Status(completion.status, subject))
-                }
-                // A read that succeeded without all of its data is no read.
-                Ok(completion) if completion.data.len() < asked as usize => {
-                    Err(Failure::Block(BlockError::NotReady))
-                }
-                Ok(completion) => Ok(completion),
-                Err(error) => Err(Failure::Block(lost(error, effect))),
-            };
-            controller
-                .recorder
-                .finished(op, u64::from(bytes), started.elapsed(), outcome.is_ok());
-            outcome
-        })
+        let at = Instant::now();
+        Started {
+            answer: self.controller.submit_io(sqe, payload, at),
+            controller: self.controller.clone(),
+            op,
+            subject,
+            bytes,
+            asked,
+            at,
+        }
     }
 
     /// Runs a command over each part of a range that may be as long as the device, some at a time.
@@ -303,30 +297,24 @@ impl BlockDevice for Namespace {
         if let Err(error) = self.check(range).and_then(|()| self.check_transfer(bytes)) {
             return Io::ready(Err(error));
         }
-        let mut parts: VecDeque<_> = self
-            .parts(range)
-            .map(|(at, count)| {
-                let payload = Payload::In(count.get() * self.info.get().block_bytes);
-                let part = LbaRange {
-                    start: at,
-                    count: u64::from(count.get()),
-                };
-                self.start(
-                    Op::Read,
-                    Effect::None,
-                    part,
-                    submit::read(self.nsid, at, count),
-                    payload,
-                )
-            })
-            .collect();
-        Io::running(async move {
-            let Some(first) = parts.pop_front() else {
-                return Ok(Bytes::new());
+        let start = |(at, count): (Lba, BlockCount)| {
+            let payload = Payload::In(count.get() * self.info.get().block_bytes);
+            let part = LbaRange {
+                start: at,
+                count: u64::from(count.get()),
             };
-            if parts.is_empty() {
-                return Ok(first.await?.data);
-            }
+            let sqe = submit::read(self.nsid, at, count);
+            self.start(Op::Read, Effect::None, part, sqe, payload)
+        };
+        let mut parts = self.parts(range);
+        let Some(first) = parts.next().map(&start) else {
+            return Io::ready(Ok(Bytes::new()));
+        };
+        let Some(second) = parts.next() else {
+            return Io::running(async move { Ok(first.await?.data) });
+        };
+        let parts: Vec<_> = std::iter::once(second).chain(parts).map(&start).collect();
+        Io::running(async move {
             let mut data = BytesMut::with_capacity(bytes as usize);
             data.extend_from_slice(&first.await?.data);
             for part in parts {
@@ -464,7 +452,39 @@ fn some_at_a_time(mut next: impl FnMut() -> Option<Started> + 'static) -> Io<()>
 }
 
 /// A command that was started, and what came of it.
-type Started = LocalBoxFuture<'static, Result<Completion, Failure>>;
+/// A command on its way. Its answer is checked for success and counted when it is polled.
+struct Started {
+    answer: Answer,
+    controller: Rc<Controller>,
+    op: Op,
+    subject: Subject,
+    /// Moved either way.
+    bytes: u32,
+    /// The least that has to come.
+    asked: u32,
+    at: Instant,
+}
+
+impl Future for Started {
+    type Output = Result<Completion, Failure>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let outcome = match ready!(Pin::new(&mut self.answer).poll(context)) {
+            Ok(completion) if !completion.status.is_success() => {
+                Err(Failure::Status(completion.status, self.subject))
+            }
+            // A read that succeeded without all of its data is no read.
+            Ok(completion) if completion.data.len() < self.asked as usize => {
+                Err(Failure::Block(BlockError::NotReady))
+            }
+            Ok(completion) => Ok(completion),
+            Err(error) => Err(Failure::Block(lost(error, self.subject.effect))),
+        };
+        let recorder = &self.controller.recorder;
+        recorder.finished(self.op, u64::from(self.bytes), self.at.elapsed(), outcome.is_ok());
+        Poll::Ready(outcome)
+    }
+}
 
 /// Why one command failed.
 #[derive(Debug)]

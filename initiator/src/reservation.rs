@@ -5,6 +5,8 @@
 //!
 //! NVM Express Base Specification 2.0, "Reservations".
 
+use std::time::Instant;
+
 use bytes::Bytes;
 use weft_proto::nvme::command::submit;
 use weft_proto::nvme::reservation::{
@@ -128,7 +130,7 @@ impl Controller {
         loop {
             let payload = Payload::In(bytes);
             let outcome = self
-                .submit_io(submit::reservation_report(nsid, bytes), payload)
+                .submit_io(submit::reservation_report(nsid, bytes), payload, Instant::now())
                 .await;
             let data = answered(outcome)?;
             let needed = ReservationStatus::bytes_needed(&data).ok_or(ReservationError::Malformed)?;
@@ -150,7 +152,11 @@ impl Controller {
         sqe: Sqe,
         data: &[u8],
     ) -> impl Future<Output = Result<(), ReservationError>> + use<> {
-        let answer = self.submit_io(sqe, Payload::Out(vec![Bytes::copy_from_slice(data)]));
+        let answer = self.submit_io(
+            sqe,
+            Payload::Out(vec![Bytes::copy_from_slice(data)]),
+            Instant::now(),
+        );
         async move { answered(answer.await).map(drop) }
     }
 }

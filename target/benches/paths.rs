@@ -22,7 +22,7 @@ use weft_proto::nvme::sqe::Sqe;
 use weft_proto::nvme::status::Status;
 use weft_proto::tcp::{CapsuleCmd, Digests, FromHost, IcReq};
 use weft_proto::units::{BlockCount, Lba, LbaRange, MIB};
-use weft_target::qpair::QueuePair;
+use weft_target::qpair::{Pieces, QueuePair};
 use weft_target::reservation::ReservedNamespace;
 use weft_target::reservation::namespace::Admission;
 use zerocopy::IntoBytes as _;
@@ -86,6 +86,7 @@ fn commands(read: bool) -> Box<dyn FnMut()> {
         written.expect("memory never waits").unwrap();
     }
     let mut queue = connected(now);
+    let host = namespace.of_host(HOST);
     let mut lba = 0;
     let one = BlockCount::new(1).unwrap();
     Box::new(move || {
@@ -102,7 +103,7 @@ fn commands(read: bool) -> Box<dyn FnMut()> {
                 cid: cid.into(),
                 ..sqe
             };
-            let admit = |_: &Sqe| Some(namespace.admit(HOST));
+            let admit = |_: &Sqe| Some(host.admit());
             queue.handle_pdu(capsule(&sqe, &data), now, admit);
         }
         while let Some(mut request) = queue.poll_request() {
@@ -118,17 +119,17 @@ fn commands(read: bool) -> Box<dyn FnMut()> {
 }
 
 /// The device's part, which never waits here.
-fn execute(sqe: &Sqe, admitted: &Admission, data: Vec<Bytes>) -> Vec<Bytes> {
+fn execute(sqe: &Sqe, admitted: &Admission, data: Vec<Bytes>) -> Pieces {
     match NvmCommand::parse(sqe).unwrap() {
         NvmCommand::Read { range } => {
             let range: LbaRange = range.lba_range();
-            vec![admitted.read(range).now_or_never().unwrap().unwrap()]
+            Pieces::from_buf([admitted.read(range).now_or_never().unwrap().unwrap()])
         }
         NvmCommand::Write { range, .. } => {
             let start = range.lba_range().start;
             let written = admitted.write(start, data, Durability::Durable);
             written.now_or_never().unwrap().unwrap();
-            Vec::new()
+            Pieces::new()
         }
         other => panic!("{other:?} is not measured"),
     }

@@ -12,7 +12,7 @@ use weft_proto::nvme::log::AnaState;
 use weft_proto::units::{Lba, LbaRange};
 
 use crate::reservation::ReservedNamespace;
-use crate::reservation::namespace::Admission;
+use crate::reservation::namespace::{Admission, HostNamespace};
 
 /// A host's association with a subsystem: one controller.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -81,14 +81,14 @@ pub(crate) struct OpenNamespace {
 }
 
 pub(crate) enum Backend {
-    Reserved(ReservedNamespace, HostId),
+    Reserved(HostNamespace),
     Plain(Device),
 }
 
 impl OpenNamespace {
     pub(crate) fn open(namespace: Rc<Namespace>, association: &Association) -> Self {
         let backend = match &namespace.source {
-            Source::Reserved(reserved) => Backend::Reserved(reserved.clone(), association.hostid),
+            Source::Reserved(reserved) => Backend::Reserved(reserved.of_host(association.hostid)),
             Source::PerAssociation(factory) => Backend::Plain(factory(association)),
         };
         Self { namespace, backend }
@@ -96,14 +96,14 @@ impl OpenNamespace {
 
     pub(crate) fn info(&self) -> DeviceInfo {
         match &self.backend {
-            Backend::Reserved(reserved, _) => reserved.info(),
+            Backend::Reserved(reserved) => reserved.parts().0.info(),
             Backend::Plain(device) => device.info(),
         }
     }
 
     pub(crate) fn reserved(&self) -> Option<(&ReservedNamespace, HostId)> {
         match &self.backend {
-            Backend::Reserved(reserved, host) => Some((reserved, *host)),
+            Backend::Reserved(reserved) => Some(reserved.parts()),
             Backend::Plain(_) => None,
         }
     }
@@ -111,7 +111,7 @@ impl OpenNamespace {
     /// The device for one command that has just arrived.
     pub(crate) fn admit(self: &Rc<Self>) -> Admitted {
         let access = match &self.backend {
-            Backend::Reserved(reserved, host) => CommandDevice::Reserved(reserved.admit(*host)),
+            Backend::Reserved(reserved) => CommandDevice::Reserved(reserved.admit()),
             Backend::Plain(device) => CommandDevice::Plain(Rc::clone(device)),
         };
         Admitted {

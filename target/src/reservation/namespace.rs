@@ -155,27 +155,20 @@ impl ReservedNamespace {
         self.0.file.is_some()
     }
 
+    /// The namespace as `host` has it.
+    #[must_use]
+    pub fn of_host(&self, host: HostId) -> HostNamespace {
+        HostNamespace {
+            namespace: self.clone(),
+            host,
+            execution: self.execution(host),
+        }
+    }
+
     /// The namespace as a device of `host`, with no socket: every operation passes the same check.
     #[must_use]
     pub fn local(&self, host: HostId) -> Device {
-        Rc::new(LocalDevice {
-            namespace: self.clone(),
-            host,
-        })
-    }
-
-    /// Admits one command of `host`: a later Preempt and Abort against the host ends it, even if the host has
-    /// registered again by the time its data arrives.
-    #[must_use]
-    pub fn admit(&self, host: HostId) -> Admission {
-        let execution = self.execution(host);
-        let generation = execution.generation.get();
-        Admission {
-            namespace: self.clone(),
-            host,
-            execution,
-            generation,
-        }
+        Rc::new(self.of_host(host))
     }
 
     /// Calls `subscriber` for every notice, until it answers `false`.
@@ -393,7 +386,7 @@ impl ReservedNamespace {
             return Rc::clone(execution);
         }
         if hosts.len() >= HOSTS_MAX {
-            // Nobody else holds it: no admission, nothing in execution.
+            // Nobody else holds it: no association, no admission, nothing in execution.
             hosts.retain(|_, execution| Rc::strong_count(execution) > 1);
         }
         Rc::clone(hosts.entry(host).or_default())
@@ -451,13 +444,37 @@ impl Orphans {
     }
 }
 
+/// A namespace as one host has it. A cheap handle, which is looked up once and admits many commands.
+#[derive(Clone)]
+pub struct HostNamespace {
+    namespace: ReservedNamespace,
+    host: HostId,
+    execution: Rc<Execution>,
+}
+
+impl HostNamespace {
+    /// The namespace, and the host.
+    #[must_use]
+    pub fn parts(&self) -> (&ReservedNamespace, HostId) {
+        (&self.namespace, self.host)
+    }
+
+    /// Admits one command: a later Preempt and Abort against the host ends it, even if the host has registered again by
+    /// the time its data arrives.
+    #[must_use]
+    pub fn admit(&self) -> Admission {
+        Admission {
+            generation: self.execution.generation.get(),
+            host: self.clone(),
+        }
+    }
+}
+
 /// A command that was admitted, before or while it is executed. Every operation passes the check when it is
 /// submitted.
 #[derive(Clone)]
 pub struct Admission {
-    namespace: ReservedNamespace,
-    host: HostId,
-    execution: Rc<Execution>,
+    host: HostNamespace,
     generation: u64,
 }
 
@@ -465,13 +482,20 @@ impl Admission {
     /// Whether a Preempt and Abort has come since the command was admitted.
     #[must_use]
     pub fn is_aborted(&self) -> bool {
-        self.execution.generation.get() != self.generation
+        self.host.execution.generation.get() != self.generation
     }
 
     /// Whether the command may touch the blocks now.
     fn is_allowed(&self, access: Access) -> bool {
         planted(Bug::WritesUnchecked)
-            || !self.is_aborted() && self.namespace.0.table.borrow().allows(self.host, access)
+            || !self.is_aborted()
+                && self
+                    .host
+                    .namespace
+                    .0
+                    .table
+                    .borrow()
+                    .allows(self.host.host, access)
     }
 
     fn submit<T: 'static>(&self, access: Access, start: impl FnOnce(&Device) -> Io<T>) -> Io<T> {
@@ -480,16 +504,19 @@ impl Admission {
             return Io::ready(Err(BlockError::ReservationConflict));
         }
         // What is over by now was in execution for no time in which anybody could have preempted it.
-        let io = match start(&self.namespace.0.device).take_ready() {
+        let HostNamespace {
+            namespace, execution, ..
+        } = &self.host;
+        let io = match start(&namespace.0.device).take_ready() {
             Ok(result) => return Io::ready(result),
             Err(io) => io,
         };
         let running = InExecution {
-            inner: Rc::clone(&self.namespace.0),
-            execution: Rc::clone(&self.execution),
+            inner: Rc::clone(&namespace.0),
+            execution: Rc::clone(execution),
             generation: self.generation,
         };
-        self.execution.current.set(self.execution.current.get() + 1);
+        execution.current.set(execution.current.get() + 1);
         Io::running(Tracked {
             io: Some((io, running)),
         })
@@ -576,35 +603,28 @@ impl<T: 'static> Drop for Tracked<T> {
 }
 
 /// [`ReservedNamespace::local`].
-struct LocalDevice {
-    namespace: ReservedNamespace,
-    host: HostId,
-}
-
-impl BlockDevice for LocalDevice {
+impl BlockDevice for HostNamespace {
     fn info(&self) -> DeviceInfo {
         self.namespace.info()
     }
 
     fn read(&self, range: LbaRange) -> Io<Bytes> {
-        self.namespace.admit(self.host).read(range)
+        self.admit().read(range)
     }
 
     fn write(&self, start: Lba, data: Vec<Bytes>, durability: Durability) -> Io<()> {
-        self.namespace.admit(self.host).write(start, data, durability)
+        self.admit().write(start, data, durability)
     }
 
     fn write_zeroes(&self, range: LbaRange, deallocate: bool, durability: Durability) -> Io<()> {
-        self.namespace
-            .admit(self.host)
-            .write_zeroes(range, deallocate, durability)
+        self.admit().write_zeroes(range, deallocate, durability)
     }
 
     fn deallocate(&self, ranges: Vec<LbaRange>) -> Io<()> {
-        self.namespace.admit(self.host).deallocate(ranges)
+        self.admit().deallocate(ranges)
     }
 
     fn flush(&self) -> Io<()> {
-        self.namespace.admit(self.host).flush()
+        self.admit().flush()
     }
 }
