@@ -10,9 +10,12 @@ use rand::{RngCore as _, SeedableRng as _};
 use tokio::time::Instant;
 use weft_volume::seams::{Env, Timestamp};
 
+use super::alarm::Alarm;
+
 /// Of one data thread. Tasks are spawned on that thread's `LocalSet`.
 pub(crate) struct TokioEnv {
     origin: Instant,
+    alarm: Alarm,
     random: RefCell<SmallRng>,
 }
 
@@ -21,6 +24,7 @@ impl TokioEnv {
     pub(crate) fn new() -> Self {
         Self {
             origin: Instant::now(),
+            alarm: Alarm::default(),
             random: RefCell::new(SmallRng::from_os_rng()),
         }
     }
@@ -32,7 +36,9 @@ impl Env for TokioEnv {
     }
 
     fn sleep_until(&self, deadline: Timestamp) -> LocalBoxFuture<'static, ()> {
-        tokio::time::sleep_until(self.origin + Duration::from_nanos(deadline.0)).boxed_local()
+        self.alarm
+            .at(self.origin + Duration::from_nanos(deadline.0))
+            .boxed_local()
     }
 
     fn spawn(&self, task: LocalBoxFuture<'static, ()>) {

@@ -9,6 +9,7 @@
 //!  metrics                    └─ cluster map (watch) ─► Member follows
 //! ```
 
+mod alarm;
 mod control;
 pub(crate) mod env;
 mod guest_record;

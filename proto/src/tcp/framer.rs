@@ -283,7 +283,8 @@ impl<D: Direction> Framer<D> {
     /// Goes on in a buffer of so many bytes: in one that was used before, if nothing of it is lent any more.
     fn change_buffer(&mut self, bytes: usize) {
         let spare = self.spares.pop_front_if(|spare| spare.try_reclaim(bytes));
-        let mut next = spare.unwrap_or_else(|| BytesMut::with_capacity(bytes));
+        // With room for the beginning of a PDU that the next read ends: what was all given back is filled from its start again.
+        let mut next = spare.unwrap_or_else(|| BytesMut::with_capacity(bytes + bytes / 4));
         next.extend_from_slice(&self.received);
         let mut used = std::mem::replace(&mut self.received, next);
         if used.capacity() == 0 {
