@@ -62,20 +62,24 @@ impl Future for Deadline {
             self.entry = Some(self.table.add(self.deadline, context.waker()));
             return Poll::Pending;
         };
-        match &mut self.table.entries.borrow_mut()[index] {
-            Entry::Waiting(_, waker) => {
-                waker.clone_from(context.waker());
-                Poll::Pending
-            }
-            Entry::Due | Entry::Free => Poll::Ready(()),
+        let mut entries = self.table.entries.borrow_mut();
+        let Entry::Waiting(_, waker) = &mut entries[index] else {
+            return Poll::Ready(());
+        };
+        if !waker.will_wake(context.waker()) {
+            let stale = std::mem::replace(waker, context.waker().clone());
+            // Not under the borrow, here and below: what goes with a waker may have a deadline too.
+            drop(entries);
+            drop(stale);
         }
+        Poll::Pending
     }
 }
 
 impl Drop for Deadline {
     fn drop(&mut self) {
         if let Some(index) = self.entry {
-            self.table.entries.borrow_mut()[index] = Entry::Free;
+            let _entry = std::mem::replace(&mut self.table.entries.borrow_mut()[index], Entry::Free);
             self.table.free.borrow_mut().push(index);
         }
     }
@@ -123,15 +127,15 @@ impl Table {
         self.sleep.take();
         let now = Instant::now();
         let mut next: Option<Instant> = None;
+        let mut due = Vec::new();
         for entry in self.entries.borrow_mut().iter_mut() {
             match entry {
                 Entry::Waiting(deadline, _) if *deadline > now => {
                     next = Some(next.map_or(*deadline, |next| next.min(*deadline)));
                 }
                 Entry::Waiting(..) => {
-                    // A waker only schedules: nobody comes back to the table from here.
                     if let Entry::Waiting(_, waker) = std::mem::replace(entry, Entry::Due) {
-                        waker.wake();
+                        due.push(waker);
                     }
                 }
                 Entry::Free | Entry::Due => {}
@@ -140,6 +144,7 @@ impl Table {
         if let Some(next) = next {
             self.sleep_until(next);
         }
+        due.into_iter().for_each(Waker::wake);
     }
 }
 
