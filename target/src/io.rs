@@ -5,13 +5,10 @@
 //!
 //! NVM Command Set Specification 1.0; reservations in the Base Specification.
 
-use std::future::Future;
-use std::pin::Pin;
-use std::task::{Context, Poll, ready};
+mod running;
 
 use bytes::{Bytes, BytesMut};
 use futures_util::FutureExt;
-use futures_util::future::LocalBoxFuture;
 use smallvec::smallvec;
 use weft_block::{BlockError, DeviceInfo, Durability, Io};
 use weft_proto::nvme::command::{BlockRange, DsmRange, NvmCommand};
@@ -27,6 +24,9 @@ use crate::metrics::{self, Op, Tally};
 use crate::namespace::{Admitted, CommandDevice};
 use crate::request::{Completion, Pieces, TRANSFER_BYTES_MAX};
 use crate::status::{of_block_error, of_reservation_error};
+
+pub(crate) use running::Running;
+use running::{DeviceIo, InDevice};
 
 /// The completions of a request: of its first half, if it is a fused pair, and its own.
 pub(crate) struct Finished {
@@ -77,83 +77,6 @@ pub(crate) enum Execution {
     /// And is over: what a device in memory answers at once needs no future.
     Finished(Finished),
     Running(Running),
-}
-
-/// A request in execution.
-#[expect(
-    clippy::large_enum_variant,
-    reason = "the large one is what there are many of, and it saves a box for each"
-)]
-pub(crate) enum Running {
-    /// A read or a write, without a box: whoever keeps many of them has a place for each anyway.
-    InDevice(InDevice),
-    /// Anything that takes several steps.
-    InSteps(LocalBoxFuture<'static, Finished>),
-}
-
-/// A read or a write that its device has.
-pub(crate) struct InDevice {
-    request: IoRequest,
-    op: Op,
-    received: u64,
-    io: DeviceIo,
-}
-
-impl Future for Running {
-    type Output = Finished;
-
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Finished> {
-        let InDevice {
-            request,
-            op,
-            received,
-            io,
-        } = match &mut *self {
-            Self::InDevice(command) => command,
-            Self::InSteps(future) => return future.as_mut().poll(context),
-        };
-        let outcome = ready!(Pin::new(io).poll(context)).map_err(|error| status(request, &error));
-        Poll::Ready(Finished {
-            first: None,
-            completion: finish(request, *op, *received, outcome),
-        })
-    }
-}
-
-/// What a device was asked for, without more around it than it needs.
-enum DeviceIo {
-    Read(Io<Bytes>),
-    Write(Io<()>, Pass),
-    InParts(Io<Pieces>),
-}
-
-impl DeviceIo {
-    /// As [`Io::take_ready`].
-    fn take_ready(self) -> Result<Result<Pieces, BlockError>, Self> {
-        match self {
-            Self::Read(io) => io
-                .take_ready()
-                .map(|result| result.map(|bytes| smallvec![bytes]))
-                .map_err(Self::Read),
-            Self::Write(io, pass) => match io.take_ready() {
-                Ok(result) => Ok(result.map(|()| Pieces::new())),
-                Err(io) => Err(Self::Write(io, pass)),
-            },
-            Self::InParts(io) => io.take_ready().map_err(Self::InParts),
-        }
-    }
-}
-
-impl Future for DeviceIo {
-    type Output = Result<Pieces, BlockError>;
-
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        match &mut *self {
-            Self::Read(io) => Pin::new(io).poll(context).map_ok(|bytes| smallvec![bytes]),
-            Self::Write(io, _) => Pin::new(io).poll(context).map_ok(|()| Pieces::new()),
-            Self::InParts(io) => Pin::new(io).poll(context),
-        }
-    }
 }
 
 /// Starts a request. Reads and writes are with the device when this returns: writes enter the namespace in the order of

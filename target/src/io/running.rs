@@ -1,0 +1,97 @@
+//! Requests that their devices have not answered yet.
+//!
+//! A read or a write is a future of a known type, which whoever keeps many of them has a place for: all that it takes from the
+//! allocator is what its device does.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use futures_util::future::LocalBoxFuture;
+use smallvec::smallvec;
+use weft_block::{BlockError, Io};
+
+use super::{Finished, finish, status};
+use crate::controller::IoRequest;
+use crate::fused::Pass;
+use crate::metrics::Op;
+use crate::request::Pieces;
+
+/// A request in execution.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "the large one is what there are many of, and it saves a box for each"
+)]
+pub(crate) enum Running {
+    /// A read or a write, without a box: whoever keeps many of them has a place for each anyway.
+    InDevice(InDevice),
+    /// Anything that takes several steps.
+    InSteps(LocalBoxFuture<'static, Finished>),
+}
+
+/// A read or a write that its device has.
+pub(crate) struct InDevice {
+    pub(super) request: IoRequest,
+    pub(super) op: Op,
+    /// Bytes from the host.
+    pub(super) received: u64,
+    pub(super) io: DeviceIo,
+}
+
+impl Future for Running {
+    type Output = Finished;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Finished> {
+        let InDevice {
+            request,
+            op,
+            received,
+            io,
+        } = match &mut *self {
+            Self::InDevice(command) => command,
+            Self::InSteps(future) => return future.as_mut().poll(context),
+        };
+        let outcome = ready!(Pin::new(io).poll(context)).map_err(|error| status(request, &error));
+        Poll::Ready(Finished {
+            first: None,
+            completion: finish(request, *op, *received, outcome),
+        })
+    }
+}
+
+/// What a device was asked for, without more around it than it needs.
+pub(super) enum DeviceIo {
+    Read(Io<Bytes>),
+    Write(Io<()>, Pass),
+    InParts(Io<Pieces>),
+}
+
+impl DeviceIo {
+    /// As [`Io::take_ready`].
+    pub(super) fn take_ready(self) -> Result<Result<Pieces, BlockError>, Self> {
+        match self {
+            Self::Read(io) => io
+                .take_ready()
+                .map(|result| result.map(|bytes| smallvec![bytes]))
+                .map_err(Self::Read),
+            Self::Write(io, pass) => match io.take_ready() {
+                Ok(result) => Ok(result.map(|()| Pieces::new())),
+                Err(io) => Err(Self::Write(io, pass)),
+            },
+            Self::InParts(io) => io.take_ready().map_err(Self::InParts),
+        }
+    }
+}
+
+impl Future for DeviceIo {
+    type Output = Result<Pieces, BlockError>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        match &mut *self {
+            Self::Read(io) => Pin::new(io).poll(context).map_ok(|bytes| smallvec![bytes]),
+            Self::Write(io, _) => Pin::new(io).poll(context).map_ok(|()| Pieces::new()),
+            Self::InParts(io) => Pin::new(io).poll(context),
+        }
+    }
+}
