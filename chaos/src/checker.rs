@@ -21,6 +21,8 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 
+use foldhash::fast::FixedState;
+
 use crate::history::{Action, Block, Outcome, Record, Value};
 
 /// Operations on one block that may be pending at once: bits of a mask.
@@ -205,7 +207,7 @@ struct Search {
     /// Zeroes of unknown outcome invoked so far.
     zeroes: u32,
     /// Every state, with the fewest such zeroes it takes: the more are left, the more can still be explained.
-    states: HashMap<State, u32>,
+    states: HashMap<State, u32, FixedState>,
     /// Values before the last completion.
     possible: BTreeSet<Value>,
 }
@@ -216,7 +218,7 @@ impl Search {
             operations,
             slots: Vec::new(),
             zeroes: 0,
-            states: HashMap::from([((Value::Zero, 0), 0)]),
+            states: std::iter::once(((Value::Zero, 0), 0)).collect(),
             possible: BTreeSet::new(),
         }
     }
@@ -252,7 +254,7 @@ impl Search {
         let bit = 1_u128 << slot;
         self.possible = self.states.keys().map(|(value, _)| *value).collect();
         let mut done: Vec<(State, u32)> = Vec::new();
-        let mut reached: HashMap<State, u32> = HashMap::new();
+        let mut reached: HashMap<State, u32, FixedState> = HashMap::default();
         let mut open: Vec<(State, u32)> = std::mem::take(&mut self.states).into_iter().collect();
         while let Some((state, zeroes)) = open.pop() {
             if reached.get(&state).is_some_and(|fewest| *fewest <= zeroes) {

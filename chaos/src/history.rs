@@ -17,6 +17,9 @@ pub const BLOCK_BYTES: usize = 4096;
 /// Opens every block that a client wrote.
 const MAGIC: [u8; 8] = *b"WEFTCHAO";
 
+/// A block that nobody wrote.
+static ZEROES: [u8; BLOCK_BYTES] = [0; BLOCK_BYTES];
+
 /// A block of a volume of the run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Block {
@@ -123,20 +126,29 @@ pub fn write_text(history: &[Record], to: &mut impl Write) -> std::io::Result<()
 /// The bytes of a block that `client` writes with `version`.
 #[must_use]
 pub fn stamp(block: Block, client: u16, version: u32) -> Bytes {
-    stamped(block, client, version).to_vec().into()
+    Bytes::copy_from_slice(&stamped(block, client, version))
+}
+
+/// Client and version that a block names, whatever the rest of it holds.
+#[must_use]
+pub fn named(bytes: &[u8]) -> Option<(u16, u32)> {
+    if !bytes.starts_with(&MAGIC) {
+        return None;
+    }
+    let client = u16::from_le_bytes(bytes.get(18..20)?.try_into().ok()?);
+    let version = u32::from_le_bytes(bytes.get(20..24)?.try_into().ok()?);
+    Some((client, version))
 }
 
 /// What a read of `block` saw in `bytes`.
 #[must_use]
 pub fn observe(block: Block, bytes: &[u8]) -> Value {
-    if bytes.len() == BLOCK_BYTES && bytes.iter().all(|byte| *byte == 0) {
+    if bytes == ZEROES {
         return Value::Zero;
     }
-    let (Some(client), Some(version)) = (bytes.get(18..20), bytes.get(20..24)) else {
+    let Some((client, version)) = named(bytes) else {
         return Value::Foreign;
     };
-    let client = u16::from_le_bytes(client.try_into().expect("two bytes were taken"));
-    let version = u32::from_le_bytes(version.try_into().expect("four bytes were taken"));
     // The whole block is made again and compared: its place, and every byte of the stream.
     if stamped(block, client, version) == bytes {
         Value::Written { client, version }
@@ -145,24 +157,23 @@ pub fn observe(block: Block, bytes: &[u8]) -> Value {
     }
 }
 
-/// A header, and a stream that starts from it. Made for every block that is written, lands or is read: by far the most frequent
-/// thing that a simulated run does, so it allocates nothing.
+/// A header, and words that count from a start of its own, mixed. Made for every block that is written, lands or is read: by far the most
+/// frequent thing that a simulated run does, so it allocates nothing, and no word waits for the one before it.
 fn stamped(block: Block, client: u16, version: u32) -> [u8; BLOCK_BYTES] {
     let mut bytes = [0; BLOCK_BYTES];
+    let identity = u64::from(block.lba) << 32 | u64::from(version);
+    let who = u64::from(block.volume) << 16 | u64::from(client);
+    let first = (identity ^ who.rotate_left(24)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let mut count = first ^ first >> 32;
+    for word in bytes.chunks_exact_mut(8) {
+        count = count.wrapping_add(0xbf58_476d_1ce4_e5b9);
+        word.copy_from_slice(&(count ^ count >> 29).to_le_bytes());
+    }
     bytes[..8].copy_from_slice(&MAGIC);
     bytes[8..16].copy_from_slice(&u64::from(block.lba).to_le_bytes());
     bytes[16..18].copy_from_slice(&block.volume.to_le_bytes());
     bytes[18..20].copy_from_slice(&client.to_le_bytes());
     bytes[20..24].copy_from_slice(&version.to_le_bytes());
-    let identity = u64::from(block.lba) << 32 | u64::from(version);
-    let who = u64::from(block.volume) << 16 | u64::from(client);
-    let mut state = (identity ^ who.rotate_left(24)).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    for word in bytes[24..].chunks_exact_mut(8) {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        word.copy_from_slice(&state.to_le_bytes());
-    }
     bytes
 }
 

@@ -221,7 +221,7 @@ impl Nemesis {
 
     /// Waits until `step` is under way, and strikes somewhere in it.
     fn aim(self: &Rc<Self>, fault: Fault, step: Step, polls_left: u64) {
-        let met = self.cluster.steps.under_way().contains(&step);
+        let met = self.cluster.steps.is_under_way(step);
         let pause = self.between(1, if met { 6 } else { 3 });
         let nemesis = Rc::clone(self);
         self.cluster.world().after_polls(pause, move |_| {

@@ -119,18 +119,19 @@ impl Raft {
     pub(super) fn apply(&self, cluster: &Cluster, command: Command) -> Reply {
         self.applied.set(self.applied.get() + 1);
         let before = self.state.borrow().clone();
-        let what = format!("{command:?}");
+        let what = command.clone();
         let reply = self.state.borrow_mut().apply(command);
         let state = self.state.borrow();
-        cluster
-            .world()
-            .note(|| format!("raft {}: {what:.300} -> {reply:?}", self.applied.get()));
+        cluster.world().note(|| {
+            let what = format!("{what:?}");
+            format!("raft {}: {what:.300} -> {reply:?}", self.applied.get())
+        });
         let mut violations = invariants::violations(&state);
         violations.extend(invariants::violations_between(&before, &state));
         for violation in violations {
             cluster
                 .watch
-                .violation(format!("metadata after {what}: {violation}"));
+                .violation(format!("metadata after {what:?}: {violation}"));
         }
         if state.layouts != before.layouts || state.chunks != before.chunks {
             cluster.watch.layout_changed(&before, &state);

@@ -1,6 +1,6 @@
 //! Which protocol steps are under way, and which faults have met them: the coverage table.
 
-use std::cell::RefCell;
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::rc::Rc;
@@ -98,31 +98,32 @@ table_axis!(
     }
 );
 
-/// Steps under way.
+/// Steps under way: how many of each.
 #[derive(Default)]
-pub(super) struct Steps(RefCell<BTreeMap<Step, u32>>);
+pub(super) struct Steps([Cell<u32>; Step::ALL.len()]);
 
 /// A step under way, until dropped.
 pub(super) struct Under(Rc<Steps>, Step);
 
 impl Steps {
     pub(super) fn enter(self: &Rc<Self>, step: Step) -> Under {
-        *self.0.borrow_mut().entry(step).or_default() += 1;
+        self.0[step as usize].update(|count| count + 1);
         Under(Rc::clone(self), step)
     }
 
+    pub(super) fn is_under_way(&self, step: Step) -> bool {
+        self.0[step as usize].get() > 0
+    }
+
     pub(super) fn under_way(&self) -> Vec<Step> {
-        let steps = self.0.borrow();
-        let active = steps.iter().filter(|(_, count)| **count > 0);
-        active.map(|(step, _)| *step).collect()
+        let all = Step::ALL.iter().copied();
+        all.filter(|step| self.is_under_way(*step)).collect()
     }
 }
 
 impl Drop for Under {
     fn drop(&mut self) {
-        if let Some(count) = self.0.0.borrow_mut().get_mut(&self.1) {
-            *count -= 1;
-        }
+        self.0.0[self.1 as usize].update(|count| count - 1);
     }
 }
 

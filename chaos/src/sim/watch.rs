@@ -10,9 +10,11 @@
 //! It keeps the history of the hosts as well, for [`crate::checker`].
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::rc::Rc;
 
 use bytes::Bytes;
+use foldhash::fast::FixedState;
 use weft_metadata::state::ClusterState;
 use weft_metadata::state::map::Owner;
 use weft_proto::band::Band;
@@ -22,7 +24,7 @@ use weft_volume::error::VolumeError;
 use weft_volume::format::header::{HeaderKey, StripeHeader};
 use weft_volume::testing::world::Landed;
 
-use crate::history::{BLOCK_BYTES, Block, Outcome, Record, Value, observe};
+use crate::history::{BLOCK_BYTES, Block, Outcome, Record, Value, named, observe};
 
 /// 4 KiB blocks in a MiB.
 const BLOCKS_PER_MIB: u64 = 256;
@@ -43,10 +45,10 @@ pub(super) struct Watch {
     acknowledgements: Cell<u64>,
     stale: Cell<bool>,
     holders: RefCell<BTreeMap<(DriveId, u32), Holder>>,
-    rows: RefCell<BTreeMap<(BandId, u8, u32), u64>>,
-    stripes: RefCell<BTreeMap<StripeKey, Shards>>,
+    rows: RefCell<HashMap<(BandId, u8, u32), u64, FixedState>>,
+    stripes: RefCell<HashMap<StripeKey, Shards, FixedState>>,
     /// The stripes whose data shards hold what a write wrote to a block.
-    places: RefCell<BTreeMap<(Block, u16, u32), Vec<StripeKey>>>,
+    places: RefCell<HashMap<(Block, u16, u32), Vec<StripeKey>, FixedState>>,
 }
 
 type StripeKey = (VolumeId, Epoch, StripeNumber, BandId);
@@ -57,13 +59,14 @@ struct Holder {
     mib: u32,
     writer: IncarnationId,
     /// `None` in quarantine.
-    band: Option<(Band, u8)>,
+    band: Option<(Rc<Band>, u8)>,
 }
 
 #[derive(Default)]
 struct Shards {
-    landed: BTreeSet<u8>,
-    needed: usize,
+    /// A bit for each: a stripe has at most twenty.
+    landed: u32,
+    needed: u32,
 }
 
 /// Where an open operation's records are.
@@ -167,7 +170,8 @@ impl Watch {
 
     // Redundancy.
 
-    /// A write was acknowledged by its engine: every block of it must lie in a stripe that is complete.
+    /// A write was acknowledged by its engine: every block of it must lie in a stripe that is complete. The bytes are the command's own,
+    /// so their names are enough; what landed was compared byte by byte.
     pub(super) fn acknowledged(&self, volume: VolumeId, range: LbaRange, bytes: &Bytes) {
         self.acknowledgements.set(self.acknowledgements.get() + 1);
         for (lba, bytes) in (range.start.0..).zip(bytes.chunks(BLOCK_BYTES)) {
@@ -175,14 +179,14 @@ impl Watch {
                 volume: (volume.0 - 1) as u16,
                 lba: lba as u32,
             };
-            let Value::Written { client, version } = observe(block, bytes) else {
+            let Some((client, version)) = named(bytes) else {
                 continue;
             };
             let places = self.places.borrow();
             let stripes = self.stripes.borrow();
             let complete = places.get(&(block, client, version)).is_some_and(|keys| {
                 let mut found = keys.iter().filter_map(|key| stripes.get(key));
-                found.any(|shards| shards.landed.len() >= shards.needed)
+                found.any(|shards| shards.landed.count_ones() >= shards.needed)
             });
             if !complete {
                 self.violation(format!(
@@ -222,11 +226,12 @@ impl Watch {
         }
         let mut holders = BTreeMap::new();
         for record in state.layouts.values().flat_map(|layout| layout.bands.values()) {
+            let band = Rc::new(record.band.clone());
             for (column, chunk) in (0..).zip(&record.band.columns) {
                 let holder = Holder {
                     mib: record.band.chunk_size.mib(),
                     writer: record.writer,
-                    band: Some((record.band.clone(), column)),
+                    band: Some((Rc::clone(&band), column)),
                 };
                 holders.insert((chunk.drive, chunk.offset_mib), holder);
             }
@@ -337,8 +342,8 @@ impl Watch {
         let key = (header.volume, header.epoch, header.stripe, header.band);
         let mut stripes = self.stripes.borrow_mut();
         let shards = stripes.entry(key).or_default();
-        shards.needed = usize::from(header.shape.w) + usize::from(header.geometry.m);
-        shards.landed.insert(part.index);
+        shards.needed = u32::from(header.shape.w) + u32::from(header.geometry.m);
+        shards.landed |= 1 << part.index;
         if part.index >= header.shape.w {
             return;
         }
@@ -362,12 +367,18 @@ impl Watch {
     }
 }
 
-/// Tells bytes apart; nobody here looks for collisions.
+/// Tells bytes apart; nobody here looks for collisions. Of whole blocks, four words at a time, so that no multiplication waits for the one
+/// before it.
 fn hash(bytes: &[u8]) -> u64 {
-    let mut hash = 0x9e37_79b9_7f4a_7c15_u64;
-    for word in bytes.chunks_exact(8) {
-        let word = u64::from_le_bytes(word.try_into().expect("eight bytes"));
-        hash = (hash ^ word).wrapping_mul(0xff51_afd7_ed55_8ccd).rotate_left(29);
+    let (blocks, rest) = bytes.as_chunks::<32>();
+    debug_assert!(rest.is_empty(), "bytes of blocks");
+    let mut lanes = [1_u64, 2, 3, 4].map(|lane| lane.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    for block in blocks {
+        for (lane, word) in lanes.iter_mut().zip(block.as_chunks::<8>().0) {
+            let mixed = (*lane ^ u64::from_le_bytes(*word)).wrapping_mul(0xff51_afd7_ed55_8ccd);
+            *lane = mixed.rotate_left(29);
+        }
     }
-    hash
+    let mix = |hash: u64, lane: u64| (hash ^ lane).wrapping_mul(0xff51_afd7_ed55_8ccd).rotate_left(29);
+    lanes.into_iter().fold(0, mix)
 }

@@ -856,21 +856,28 @@ impl BlockDevice for Handle {
     }
 
     fn write(&self, start: Lba, data: Vec<Bytes>, durability: Durability) -> Io<()> {
-        let mut bytes = match <[Bytes; 1]>::try_from(data) {
-            Ok([bytes]) => bytes,
-            Err(pieces) => Bytes::from(pieces.concat()),
-        };
-        if bytes.len() % BLOCK_BYTES != 0 {
+        let length: usize = data.iter().map(Bytes::len).sum();
+        if !length.is_multiple_of(BLOCK_BYTES) {
             return refused(BlockError::InvalidLength {
-                bytes: bytes.len() as u64,
+                bytes: length as u64,
                 block_bytes: BLOCK_BYTES as u32,
             });
         }
-        let count = (bytes.len() / BLOCK_BYTES) as u64;
+        let count = (length / BLOCK_BYTES) as u64;
         if let Err(error) = self.drive.check_transfer(LbaRange { start, count }) {
             return refused(error);
         }
-        let blocks = (0..count).map(|_| Some(bytes.split_to(BLOCK_BYTES))).collect();
+        let whole = data.iter().all(|piece| piece.len().is_multiple_of(BLOCK_BYTES));
+        let pieces = if whole {
+            data
+        } else {
+            vec![Bytes::from(data.concat())]
+        };
+        let blocks = |mut piece: Bytes| {
+            let count = piece.len() / BLOCK_BYTES;
+            (0..count).map(move |_| Some(piece.split_to(BLOCK_BYTES)))
+        };
+        let blocks = pieces.into_iter().flat_map(blocks).collect();
         self.drive.write(self.incarnation, start.0, blocks, durability)
     }
 

@@ -12,7 +12,7 @@
 //! What it does not do: threads, sockets, real time. A task that spins without waiting hangs the test.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::future::Future;
 use std::pin::Pin;
 use std::rc::{Rc, Weak};
@@ -21,6 +21,7 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
 use bytes::Bytes;
+use foldhash::fast::FixedState;
 use futures_util::future::LocalBoxFuture;
 use weft_proto::id::{DriveId, IncarnationId};
 
@@ -55,6 +56,10 @@ struct Task {
     incarnation: IncarnationId,
     /// `None` while it is being polled.
     future: Option<LocalBoxFuture<'static, ()>>,
+    /// Puts it among the woken ones: made once, since a task is polled hundreds of times.
+    waker: Waker,
+    /// Whether it is among those that can run.
+    ready: bool,
     polls: u64,
 }
 
@@ -126,7 +131,7 @@ struct Core {
     now: Timestamp,
     /// Draws the order of tasks. Devices and incarnations have streams of their own.
     rng: Rng,
-    tasks: BTreeMap<TaskId, Task>,
+    tasks: HashMap<TaskId, Task, FixedState>,
     task_next: TaskId,
     ready: Vec<TaskId>,
     events: BTreeMap<(Timestamp, u64), (Option<IncarnationId>, Event)>,
@@ -141,6 +146,8 @@ struct Core {
     interruptions: BTreeMap<u64, Event>,
     paused: usize,
     digest: u64,
+    /// What was woken and is being sorted in; empty between two steps.
+    woken: Vec<TaskId>,
 }
 
 impl Core {
@@ -190,7 +197,7 @@ impl World {
             core: RefCell::new(Core {
                 now: Timestamp(1_000_000_000),
                 rng: Rng::new(seed).fork(1),
-                tasks: BTreeMap::new(),
+                tasks: HashMap::default(),
                 task_next: 1,
                 ready: Vec::new(),
                 events: BTreeMap::new(),
@@ -204,6 +211,7 @@ impl World {
                 interruptions: BTreeMap::new(),
                 paused: 0,
                 digest: seed,
+                woken: Vec::new(),
             }),
             woken: Arc::default(),
             drives: RefCell::default(),
@@ -279,13 +287,14 @@ impl World {
             if let Some(life) = core.lives.get_mut(&incarnation) {
                 life.dead = true;
             }
-            let ids: Vec<TaskId> = core
+            let mut ids: Vec<TaskId> = core
                 .tasks
                 .iter()
                 .filter(|(_, task)| task.incarnation == incarnation)
                 .map(|(id, _)| *id)
                 .collect();
-            core.ready.retain(|id| !ids.contains(id));
+            ids.sort_unstable();
+            core.ready.retain(|id| ids.binary_search(id).is_err());
             ids.iter().filter_map(|id| core.tasks.remove(id)).collect()
         };
         // Outside of the borrow: what a task owns may call back when it is dropped.
@@ -545,9 +554,14 @@ impl World {
         let next = {
             let mut guard = self.core.borrow_mut();
             let core = &mut *guard;
-            let woken = std::mem::take(&mut *self.woken.lock().unwrap_or_else(PoisonError::into_inner));
-            for id in woken {
-                if core.tasks.contains_key(&id) && !core.ready.contains(&id) {
+            std::mem::swap(
+                &mut core.woken,
+                &mut *self.woken.lock().unwrap_or_else(PoisonError::into_inner),
+            );
+            for id in core.woken.drain(..) {
+                if let Some(task) = core.tasks.get_mut(&id)
+                    && !std::mem::replace(&mut task.ready, true)
+                {
                     core.ready.push(id);
                 }
             }
@@ -557,13 +571,15 @@ impl World {
                 core.digest(id);
                 let task = core.tasks.get_mut(&id).expect("only live tasks are ready");
                 task.polls += 1;
-                task.future.take().map(|future| (id, future))
+                task.ready = false;
+                let waker = task.waker.clone();
+                task.future.take().map(|future| (id, future, waker))
             } else {
                 None
             }
         };
-        if let Some((id, future)) = next {
-            self.poll(id, future);
+        if let Some((id, future, waker)) = next {
+            self.poll(id, future, &waker);
             self.interrupt();
             return true;
         }
@@ -597,12 +613,8 @@ impl World {
         }
     }
 
-    fn poll(&self, id: TaskId, mut future: LocalBoxFuture<'static, ()>) {
-        let waker = Waker::from(Arc::new(TaskWaker {
-            id,
-            woken: Arc::clone(&self.woken),
-        }));
-        let poll = future.as_mut().poll(&mut Context::from_waker(&waker));
+    fn poll(&self, id: TaskId, mut future: LocalBoxFuture<'static, ()>, waker: &Waker) {
+        let poll = future.as_mut().poll(&mut Context::from_waker(waker));
         let ended = {
             let mut core = self.core.borrow_mut();
             match (poll, core.tasks.get_mut(&id)) {
@@ -622,9 +634,9 @@ impl World {
 
     fn describe_tasks(&self) -> String {
         let core = self.core.borrow();
-        let tasks: Vec<String> = core
-            .tasks
-            .iter()
+        let tasks: BTreeMap<_, _> = core.tasks.iter().collect();
+        let tasks: Vec<String> = tasks
+            .into_iter()
             .map(|(id, task)| format!("task {id} of {} (polled {} times)", task.incarnation, task.polls))
             .collect();
         format!(
@@ -644,9 +656,15 @@ impl World {
         }
         let id = core.task_next;
         core.task_next += 1;
+        let waker = TaskWaker {
+            id,
+            woken: Arc::clone(&self.woken),
+        };
         let task = Task {
             incarnation,
             future: Some(future),
+            waker: Waker::from(Arc::new(waker)),
+            ready: true,
             polls: 0,
         };
         core.tasks.insert(id, task);
@@ -722,6 +740,7 @@ impl Drop for World {
     fn drop(&mut self) {
         // Tasks and events first, while the rest still stands.
         let tasks = std::mem::take(&mut self.core.get_mut().tasks);
+        let tasks: BTreeMap<_, _> = tasks.into_iter().collect();
         drop(tasks);
         let events = std::mem::take(&mut self.core.get_mut().events);
         drop(events);
