@@ -26,10 +26,13 @@
 //!   may go to one part in twelve unless `maxslewrate` says less (by their manuals, not tried here).
 
 pub mod checker;
+#[cfg(feature = "agents")]
 pub mod clients;
 pub mod guest;
 pub mod history;
 pub mod isolation;
+#[cfg(feature = "agents")]
 pub mod mirror;
+#[cfg(feature = "agents")]
 pub mod nemesis;
 pub mod sim;

@@ -51,7 +51,7 @@ fn main() -> ExitCode {
     };
     #[cfg(feature = "deliberate-bugs")]
     if let Some(bug) = &arguments.bug {
-        return hunt(bug, seeds);
+        return hunt(bug, seeds, arguments.trace);
     }
     let mut total = run(&arguments, seeds);
     total.print();
@@ -96,7 +96,7 @@ fn run(arguments: &Arguments, seeds: std::ops::Range<u64>) -> Total {
 
 /// Plants bugs, and tells how many seeds it takes to find each.
 #[cfg(feature = "deliberate-bugs")]
-fn hunt(wanted: &str, seeds: std::ops::Range<u64>) -> ExitCode {
+fn hunt(wanted: &str, seeds: std::ops::Range<u64>, trace: bool) -> ExitCode {
     use weft_proto::deliberate::Bug;
 
     // A planted bug may break what asserts protect: a panic counts as found, and need not be seen.
@@ -107,7 +107,7 @@ fn hunt(wanted: &str, seeds: std::ops::Range<u64>) -> ExitCode {
     let (mut hunted, mut missed) = (0, 0);
     for bug in bugs {
         hunted += 1;
-        match sim::hunt(*bug, seeds.clone()) {
+        match sim::hunt(*bug, seeds.clone(), trace) {
             Some(found) => println!(
                 "{:<26} {:>6} seeds  {:.150}",
                 format!("{bug:?}"),

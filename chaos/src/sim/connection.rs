@@ -20,7 +20,8 @@ use weft_volume::testing::answer::{Answer, Giver, answer};
 
 use super::association::Kind;
 use super::cluster::Cluster;
-use super::front::HostCommand;
+use super::front::{HostCommand, What};
+use super::host::FIRST_HOST;
 use super::network::Message;
 use super::process::Process;
 
@@ -81,6 +82,13 @@ impl Socket {
 
     pub(super) fn is_reset(&self) -> bool {
         self.reset.get()
+    }
+
+    /// Whether a write or TRIM lies there, of a host itself.
+    fn holds_write_of_host(&self) -> bool {
+        let changes = |request: &Request| matches!(request, Request::Command(command) if !matches!(command.what, What::Read));
+        let arrived = self.arrived.borrow();
+        self.sender.0 >= FIRST_HOST && arrived.values().any(|(request, _)| changes(request))
     }
 }
 
@@ -291,6 +299,13 @@ impl Ends {
         let mut sockets = self.sockets.borrow_mut();
         sockets.retain(|socket| socket.strong_count() > 0);
         sockets.push(Rc::downgrade(socket));
+    }
+
+    /// Whether a write of a host was sent to this process and has not been read.
+    pub(super) fn hold_write_of_host(&self) -> bool {
+        let sockets = self.sockets.borrow();
+        let mut living = sockets.iter().filter_map(Weak::upgrade);
+        living.any(|socket| socket.holds_write_of_host())
     }
 
     pub(super) fn add_connection(&self, connection: &Rc<Connection>) {

@@ -17,7 +17,7 @@ use super::cluster::Cluster;
 use super::front::{HostCommand, What};
 use super::process::Process;
 use super::steps::Step;
-use crate::history::{Action, BLOCK_BYTES, Block, Outcome, Record, Value, observe, stamp};
+use crate::history::{Action, BLOCK_BYTES, Block, Outcome, Record, Value, observe, stamp_into};
 
 /// After this a host holds a command to be lost.
 pub(super) const COMMAND_LIMIT: Duration = Duration::from_secs(2);
@@ -154,9 +154,9 @@ impl Host {
         };
         let _under = self.cluster.steps.enter(wide);
         let version = self.cluster.watch.next_version();
-        let mut bytes = BytesMut::with_capacity(range.count as usize * BLOCK_BYTES);
-        for lba in lbas(range) {
-            bytes.extend_from_slice(&stamp(Block { volume, lba }, self.client, version));
+        let mut bytes = BytesMut::zeroed(range.count as usize * BLOCK_BYTES);
+        for (lba, bytes) in lbas(range).zip(bytes.chunks_exact_mut(BLOCK_BYTES)) {
+            stamp_into(bytes, Block { volume, lba }, self.client, version);
         }
         let value = Value::Written {
             client: self.client,

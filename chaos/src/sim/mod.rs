@@ -156,15 +156,15 @@ pub struct FoundBug {
     pub how: String,
 }
 
-/// Plants `bug` and runs seeds until something is wrong.
+/// Plants `bug` and runs seeds until something is wrong, with everything that happens printed if `trace` says so.
 #[cfg(feature = "deliberate-bugs")]
 #[must_use]
-pub fn hunt(bug: weft_proto::deliberate::Bug, seeds: std::ops::Range<u64>) -> Option<FoundBug> {
+pub fn hunt(bug: weft_proto::deliberate::Bug, seeds: std::ops::Range<u64>, trace: bool) -> Option<FoundBug> {
     use std::panic::{AssertUnwindSafe, catch_unwind};
 
     weft_proto::deliberate::plant(Some(bug));
     let found = (1..).zip(seeds).find_map(|(count, seed)| {
-        let how = match catch_unwind(AssertUnwindSafe(|| run(seed, false))) {
+        let how = match catch_unwind(AssertUnwindSafe(|| run(seed, trace))) {
             Ok(outcome) => outcome.failures.into_iter().next()?,
             Err(panic) => match panic.downcast_ref::<String>() {
                 Some(message) => format!("an assertion: {message}"),

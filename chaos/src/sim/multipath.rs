@@ -25,7 +25,7 @@ use super::steps::Step;
 use crate::history::Action;
 
 /// What agents report, `COMMAND_QUIESCE` of `node/src/agent/route.rs`.
-const COMMAND_QUIESCE: Duration = Duration::from_secs(1);
+pub(super) const COMMAND_QUIESCE: Duration = Duration::from_secs(1);
 /// Between two attempts of a command that was refused as not begun.
 const REFUSED_PAUSE: Duration = Duration::from_millis(10);
 

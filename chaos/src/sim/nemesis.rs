@@ -3,6 +3,8 @@
 //! With a drive that is damaged for good, what else is hurt at the same time stays within m: more would be a loss that nobody
 //! promises to survive. Without one, anything may happen at once; then the volumes freeze, and must go on when it is over.
 
+mod stranded;
+
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -89,6 +91,7 @@ impl Nemesis {
             });
         }
         self.schedule_deletions(&operator, &client);
+        self.schedule_stranding();
         if plan.joins {
             let node = NodeId(plan.nodes + 1);
             let at = Duration::from_millis(self.between(1_000, length));

@@ -45,6 +45,8 @@ pub(super) struct Plan {
     pub(super) lanes: u64,
     /// Keep Alive Timeout of such a host.
     pub(super) kato: Duration,
+    /// Whether a write of such a host is left in the socket of a server that stands still.
+    pub(super) strands: bool,
 }
 
 /// Blocks that one task of a host with several paths has for itself in each volume.
@@ -98,6 +100,7 @@ impl Plan {
             multipath: rng.between(0, 2) as u16,
             lanes: rng.between(1, 4),
             kato: Duration::from_millis([1_000, 2_000, 5_000][rng.index(3)]),
+            strands: rng.chance(1, 2),
         }
     }
 
