@@ -48,9 +48,11 @@ pub(super) struct Watch {
     rows: RefCell<HashMap<(BandId, u8, u32), u64, FixedState>>,
     stripes: RefCell<HashMap<StripeKey, Shards, FixedState>>,
     /// The stripes whose data shards hold what a write wrote to a block.
-    places: RefCell<HashMap<(Block, u16, u32), Vec<StripeKey>, FixedState>>,
+    places: RefCell<Places>,
 }
 
+/// By block, client and version.
+type Places = HashMap<(Block, u16, u32), Vec<StripeKey>, FixedState>;
 type StripeKey = (VolumeId, Epoch, StripeNumber, BandId);
 
 /// Who may write to a chunk.
