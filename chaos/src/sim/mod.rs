@@ -143,6 +143,12 @@ pub fn run(seed: u64, trace: bool) -> Outcome {
         failures,
     };
     cluster.dismantle();
+    let left = (Rc::downgrade(&cluster), Rc::downgrade(&world));
+    drop((hosts, cluster, world));
+    debug_assert!(
+        left.0.strong_count() == 0 && left.1.strong_count() == 0,
+        "something of seed {seed} outlives it"
+    );
     outcome
 }
 
