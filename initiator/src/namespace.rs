@@ -451,7 +451,6 @@ fn some_at_a_time(mut next: impl FnMut() -> Option<Started> + 'static) -> Io<()>
     })
 }
 
-/// A command that was started, and what came of it.
 /// A command on its way. Its answer is checked for success and counted when it is polled.
 struct Started {
     answer: Answer,
