@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use futures_util::FutureExt;
-use futures_util::future::{LocalBoxFuture, Shared};
+use futures_util::future::{LocalBoxFuture, Shared, WeakShared};
 
 use crate::entry::MapEntry;
 
@@ -18,15 +18,28 @@ use super::cache::{Cache, CacheStats};
 use super::format::{FormatError, MapIdentity, Page, damaged};
 use super::store::{MapError, PageStore};
 
-type Reading = Shared<LocalBoxFuture<'static, Result<Page, MapError>>>;
+type ReadPage = LocalBoxFuture<'static, Result<Page, MapError>>;
+
+/// A read in flight, until it is over or nobody waits for it any more.
+struct UnderWay {
+    pages: Rc<Pages>,
+    id: PageId,
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.pages.reading.borrow_mut().remove(&self.id);
+    }
+}
 
 /// Where map blocks are read from.
 pub(crate) struct Pages {
     pub(crate) identity: MapIdentity,
     pub(crate) store: Rc<dyn PageStore>,
     cache: RefCell<Cache>,
-    /// Reads in flight, so that many lookups of one block are one read.
-    reading: RefCell<BTreeMap<PageId, Reading>>,
+    /// Reads in flight, so that many lookups of one block are one read. The lookups own it: it refers to this, so one that nobody
+    /// waits for any more would keep the whole map in memory.
+    reading: RefCell<BTreeMap<PageId, WeakShared<ReadPage>>>,
     moved: RefCell<BTreeMap<PageId, MapEntry>>,
     /// Counts the changes after which a block read before may point to a place that is gone.
     layout: Cell<u64>,
@@ -111,26 +124,32 @@ impl Pages {
         if let Some(page) = self.cached(id) {
             return Ok(page);
         }
-        let found = self.reading.borrow().get(&id).cloned();
-        let reading = found.unwrap_or_else(|| {
-            let pages = Rc::clone(self);
-            let reading = async move {
-                let layout = pages.layout.get();
-                let result = pages.read(id, place).await.map(|page| page.kept());
-                pages.reading.borrow_mut().remove(&id);
-                // An index block that was rewritten meanwhile must not come back into the cache.
-                if let Ok(page) = &result
-                    && pages.layout.get() == layout
-                {
-                    pages.cache.borrow_mut().insert(id, page.clone());
-                }
-                result
-            };
-            let reading = reading.boxed_local().shared();
-            self.reading.borrow_mut().insert(id, reading.clone());
-            reading
-        });
+        let found = self.reading.borrow().get(&id).and_then(WeakShared::upgrade);
+        let reading = found.unwrap_or_else(|| self.begin_reading(id, place));
         reading.await
+    }
+
+    fn begin_reading(self: &Rc<Self>, id: PageId, place: MapEntry) -> Shared<ReadPage> {
+        let under_way = UnderWay {
+            pages: Rc::clone(self),
+            id,
+        };
+        let reading = async move {
+            let pages = &under_way.pages;
+            let layout = pages.layout.get();
+            let result = pages.read(id, place).await.map(|page| page.kept());
+            // An index block that was rewritten meanwhile must not come back into the cache.
+            if let Ok(page) = &result
+                && pages.layout.get() == layout
+            {
+                pages.cache.borrow_mut().insert(id, page.clone());
+            }
+            result
+        };
+        let reading = reading.boxed_local().shared();
+        let shared = reading.downgrade().expect("it was not polled yet");
+        self.reading.borrow_mut().insert(id, shared);
+        reading
     }
 
     /// The block, past the cache: for a merge, which reads every block once.
@@ -240,5 +259,59 @@ mod tests {
         let place = place(crc(&page(7)));
         let read = pages.page(id(7), place).now_or_never().expect("nothing waits");
         assert_eq!(read.map(|page| page.children().len()), Ok(1));
+    }
+    /// A drive whose answers never come.
+    struct Silent;
+
+    impl PageStore for Silent {
+        fn append(
+            &self,
+            _blocks: Vec<MapBlock>,
+        ) -> LocalBoxFuture<'static, Result<Vec<MapEntry>, BlockError>> {
+            unreachable!("nothing is written")
+        }
+
+        fn read(&self, _lba: Lba, _place: MapEntry) -> LocalBoxFuture<'static, Result<Bytes, BlockError>> {
+            std::future::pending().boxed_local()
+        }
+
+        fn read_around(
+            &self,
+            _lba: Lba,
+            _place: MapEntry,
+        ) -> LocalBoxFuture<'static, Result<Bytes, BlockError>> {
+            std::future::pending().boxed_local()
+        }
+    }
+
+    /// Found by the simulator: seed 126, in which an owner was fenced under a read of its map.
+    #[test]
+    fn a_read_that_nobody_waits_for_keeps_nothing_in_memory() {
+        let pages = Rc::new(Pages::new(IDENTITY, Rc::new(Silent), 1 << 20));
+        let place = MapEntry {
+            band: BandId(1),
+            row: 1,
+            column: 0,
+            start: 0,
+            w: 1,
+            skipped: ColumnSet::NONE,
+            sequence: Sequence {
+                epoch: Epoch(1),
+                counter: 20,
+            },
+            crc: 9,
+        };
+        let id = |position| PageId {
+            run: 1,
+            level: 0,
+            position,
+        };
+        for position in 0..3 {
+            assert!(pages.page(id(position), place).now_or_never().is_none());
+        }
+        assert_eq!(pages.reading.borrow().len(), 0, "abandoned reads are forgotten");
+        let left = Rc::downgrade(&pages);
+        drop(pages);
+        assert_eq!(left.strong_count(), 0, "and keep nothing");
     }
 }
