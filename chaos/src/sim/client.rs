@@ -60,6 +60,10 @@ impl Client {
     async fn try_once(&self, request: Request, limit: Duration) -> Option<Response> {
         let to = self.guess.get();
         let network = &self.cluster.network;
+        if network.is_cut_from_metadata(self.process.node) {
+            self.process.sleep(limit).await;
+            return None;
+        }
         if network.is_bad() || network.chance(1, REPEATED_ONE_IN) {
             self.cluster.repeat(&self.process, to, request.clone());
         }

@@ -262,6 +262,7 @@ impl Nemesis {
             Fault::Messages => self.messages(),
             Fault::Partition => self.partition(false),
             Fault::OneWay => self.partition(true),
+            Fault::NoMetadata => self.no_metadata(),
             Fault::Drift => self.drift(),
         };
         if let Some(whom) = struck {
@@ -454,6 +455,18 @@ impl Nemesis {
             }
         });
         Some(first)
+    }
+
+    /// One that owns a volume goes on with it: hosts and drives reach it, nobody tells it that it has been succeeded. What stops it
+    /// is the drives alone.
+    fn no_metadata(self: &Rc<Self>) -> Option<NodeId> {
+        let duration = self.some_time(300, 6_000);
+        let node = self.victim(duration)?;
+        self.cluster.network.cut_from_metadata(node);
+        self.later(node, duration, move |cluster| {
+            cluster.network.mend_to_metadata(node)
+        });
+        Some(node)
     }
 
     fn drift(&self) -> Option<NodeId> {

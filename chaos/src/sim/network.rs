@@ -34,6 +34,8 @@ pub(super) enum NoAnswer {
 pub(super) struct Network {
     rng: RefCell<Rng>,
     cuts: RefCell<BTreeSet<(NodeId, NodeId)>>,
+    /// Their requests to metadata are lost: control traffic often has a network of its own.
+    without_metadata: RefCell<BTreeSet<NodeId>>,
     /// One message in so many is lost, late by far, or asked for twice; 0 for none.
     pub(super) bad_one_in: Cell<u64>,
 }
@@ -49,6 +51,7 @@ impl Network {
         Self {
             rng: RefCell::new(rng),
             cuts: RefCell::default(),
+            without_metadata: RefCell::default(),
             bad_one_in: Cell::new(0),
         }
     }
@@ -61,14 +64,28 @@ impl Network {
         self.cuts.borrow_mut().remove(&(from, to));
     }
 
+    pub(super) fn cut_from_metadata(&self, node: NodeId) {
+        self.without_metadata.borrow_mut().insert(node);
+    }
+
+    pub(super) fn mend_to_metadata(&self, node: NodeId) {
+        self.without_metadata.borrow_mut().remove(&node);
+    }
+
+    pub(super) fn is_cut_from_metadata(&self, node: NodeId) -> bool {
+        self.without_metadata.borrow().contains(&node)
+    }
+
     pub(super) fn mend_all(&self) {
         self.cuts.borrow_mut().clear();
+        self.without_metadata.borrow_mut().clear();
         self.bad_one_in.set(0);
     }
 
     /// Whether anything but delays is to be expected of it.
     pub(super) fn is_troubled(&self) -> bool {
-        self.bad_one_in.get() > 0 || !self.cuts.borrow().is_empty()
+        let cut = !self.cuts.borrow().is_empty() || !self.without_metadata.borrow().is_empty();
+        cut || self.bad_one_in.get() > 0
     }
 
     pub(super) fn is_cut(&self, from: NodeId, to: NodeId) -> bool {

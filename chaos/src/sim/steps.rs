@@ -93,6 +93,8 @@ table_axis!(
         Partition = "partition",
         /// One side does not reach the other.
         OneWay = "one-way",
+        /// A server has no way to metadata, and to everything else it has.
+        NoMetadata = "no metadata",
         /// A clock goes wrong by half a percent.
         Drift = "drift",
     }
