@@ -21,14 +21,14 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tonic::transport::{Channel, Endpoint};
-use weft_proto::band::{Band, EpochGrant, RootUpdate};
+use weft_proto::band::{Band, EpochGrant, Replacement, RootUpdate};
 use weft_proto::grpc::metadata as grpc;
 use weft_proto::grpc::metadata::metadata_client::MetadataClient as Stub;
 use weft_proto::id::{BandId, Epoch, IncarnationId, StripeNumber, VolumeId};
 
 use crate::envelope::{self, EnvelopeError, Kind};
 use crate::leader::HEARTBEAT;
-use crate::propose::BandRequest;
+use crate::propose::{BandRequest, ReplacementRequest};
 use crate::state::{ClusterMap, Command, Refusal, Reply};
 use crate::wire::{Answer, Proposed, Query, Status};
 
@@ -133,6 +133,17 @@ impl MetadataClient {
     pub async fn grant_bands(&self, request: BandRequest) -> Result<Vec<Band>, ClientError> {
         match self.send(Proposed::Bands(request)).await? {
             Reply::Bands(bands) => Ok(bands),
+            _ => Err(ClientError::Unexpected),
+        }
+    }
+
+    /// Asks for a fresh chunk to rebuild a column into, wherever placement puts it.
+    ///
+    /// # Errors
+    /// As [`MetadataClient::propose`]; [`Refusal::BandConflict`] and [`Refusal::NoSuchBand`] among the refusals.
+    pub async fn grant_replacement(&self, request: ReplacementRequest) -> Result<Replacement, ClientError> {
+        match self.send(Proposed::Replacement(request)).await? {
+            Reply::Replacement(replacement) => Ok(replacement),
             _ => Err(ClientError::Unexpected),
         }
     }

@@ -6,8 +6,11 @@ use std::collections::BTreeSet;
 use openraft::raft::{AppendEntriesRequest, VoteRequest};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use weft_proto::band::{ChunkSize, Geometry};
-use weft_proto::id::{ClusterId, DriveId, DriveUuid, Epoch, HostId, IncarnationId, NodeId, PoolId, VolumeId};
+use weft_proto::band::{ChunkAddress, ChunkSize, Geometry, Replacement, RootPointer, RootUpdate};
+use weft_proto::id::{
+    BandId, ClusterId, DriveId, DriveUuid, Epoch, HostId, IncarnationId, NodeId, PoolId, StripeNumber,
+    VolumeId,
+};
 
 use crate::envelope::{self, Kind};
 use crate::raft::TypeConfig;
@@ -98,7 +101,7 @@ thread_local! {
     };
 }
 
-/// A cluster of three with a pool, and a volume that is owned.
+/// A cluster of three with a pool, and a volume that is served and rebuilt.
 fn commands() -> Vec<Command> {
     let mut commands = vec![Command::Init {
         id: ClusterId([1; 16]),
@@ -170,6 +173,67 @@ fn commands() -> Vec<Command> {
             geometry: Geometry { k: 2, m: 1 },
             drives: drives.into_iter().collect(),
         }],
+    });
+    commands.push(Command::FinishTakeover {
+        update: RootUpdate {
+            volume: VolumeId(1),
+            epoch: Epoch(1),
+            expected_version: 0,
+            root: RootPointer {
+                band: BandId(1),
+                row: 0,
+                start: 0,
+                w: 1,
+                d: 1,
+                stripe: StripeNumber(1),
+            },
+            freed: Vec::new(),
+            unsettled: Vec::new(),
+        },
+        recovered: None,
+        ended_at: StripeNumber(0),
+    });
+    // A column of its only band is replaced, on the drive where it was, and is about to be once more.
+    for (request, version) in [(2, 0), (3, 1)] {
+        commands.push(Command::GrantReplacement {
+            volume: VolumeId(1),
+            epoch: Epoch(1),
+            request,
+            band: BandId(1),
+            column: 2,
+            version,
+            drive: DriveId(3),
+        });
+        commands.push(Command::InstallReplacement {
+            volume: VolumeId(1),
+            epoch: Epoch(1),
+            replacement: Replacement {
+                request: 2,
+                band: BandId(1),
+                column: 2,
+                version: 0,
+                chunk: ChunkAddress {
+                    drive: DriveId(3),
+                    offset_mib: 2,
+                },
+            },
+            settled: false,
+        });
+    }
+    commands.push(Command::ReturnReplacement {
+        volume: VolumeId(1),
+        epoch: Epoch(1),
+        replacement: Replacement {
+            request: 4,
+            band: BandId(1),
+            column: 1,
+            version: 1,
+            chunk: ChunkAddress {
+                drive: DriveId(3),
+                offset_mib: 4,
+            },
+        },
+        settled: true,
     });
     commands
 }

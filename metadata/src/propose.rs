@@ -176,5 +176,8 @@ fn registrants(drive: &Drive) -> u32 {
     u32::try_from(registered.count()).unwrap_or(u32::MAX)
 }
 
+mod replacement;
 #[cfg(test)]
 mod tests;
+
+pub use replacement::{ReplacementRequest, propose_replacement};

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use weft_proto::band::{Band, EpochGrant};
 use weft_proto::id::{DriveId, NodeId, PoolId, VolumeId};
 
-use crate::propose::BandRequest;
+use crate::propose::{BandRequest, ReplacementRequest};
 use crate::state::reserve::PoolSpace;
 use crate::state::{ClusterMap, ClusterState, Command};
 
@@ -17,6 +17,8 @@ pub(crate) enum Proposed {
     Command(Box<Command>),
     /// Bands wherever the leader's placement puts them.
     Bands(BandRequest),
+    /// A chunk for the rebuild of a column wherever the leader's placement puts it.
+    Replacement(ReplacementRequest),
 }
 
 /// A linearizable read.

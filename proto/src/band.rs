@@ -158,6 +158,22 @@ pub struct Band {
     pub columns: Vec<ChunkAddress>,
 }
 
+/// A fresh chunk for one attempt to rebuild one column of a band: granted, written, and then installed in the column's place by
+/// compare-and-swap on the band's version, or never used again by its sender.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Replacement {
+    /// Drawn by whoever asked; names the attempt.
+    pub request: u64,
+    /// The band.
+    pub band: BandId,
+    /// Which of its columns.
+    pub column: u8,
+    /// The band's version that it replaces a chunk of.
+    pub version: u64,
+    /// Where the column shall lie.
+    pub chunk: ChunkAddress,
+}
+
 /// Rows in flight per band where the grant says nothing else (design section 4).
 pub const WINDOW_ROWS_DEFAULT: u32 = 256;
 

@@ -131,3 +131,42 @@ fn host_writes_are_offered_no_more_than_the_reserve_leaves() {
     assert!(free_mib >= reserve_mib && free_mib - reserve_mib < 16);
     assert!(propose_bands(&cluster.state, &request(volume, 8, Purpose::Internal)).is_ok());
 }
+
+#[test]
+fn a_column_is_rebuilt_on_another_drive_apart_from_the_others() {
+    let mut cluster = Checked::cluster(5, 256, geometry(2, 2));
+    let volume = cluster.volume("v");
+    let band = cluster.serve(volume, 1);
+    let wanted = ReplacementRequest {
+        volume,
+        epoch: Epoch(1),
+        request: 99,
+        band: band.id,
+        column: 3,
+        version: 0,
+    };
+    let command = propose_replacement(&cluster.state, &wanted).unwrap();
+    let Reply::Replacement(granted) = cluster.accept(command) else {
+        panic!("no chunk");
+    };
+    let taken = |drive| band.columns.iter().any(|chunk| chunk.drive == drive);
+    assert!(
+        !taken(granted.chunk.drive),
+        "the fifth node's drive, not the lost one"
+    );
+    // Asked for again when that node is down: the answer is on record.
+    let home = cluster.state.map.nodes[&weft_proto::id::NodeId(5)]
+        .incarnation
+        .unwrap();
+    cluster.accept(Command::MarkDead { incarnation: home });
+    let again = propose_replacement(&cluster.state, &wanted).unwrap();
+    assert_eq!(cluster.accept(again), Reply::Replacement(granted));
+    let other = ReplacementRequest {
+        request: 100,
+        ..wanted
+    };
+    assert!(matches!(
+        propose_replacement(&cluster.state, &other),
+        Err(Refusal::TooFewDomains { needed: 4, .. })
+    ));
+}

@@ -18,7 +18,7 @@ use super::driver::Event;
 use crate::envelope::{self, Kind};
 use crate::propose;
 use crate::raft::{Proposal, TypeConfig};
-use crate::state::{Command, Refusal, Reply};
+use crate::state::{ClusterState, Command, Refusal, Reply};
 use crate::store::Shared;
 use crate::wire::{Answer, Proposed, Query, Status};
 
@@ -64,17 +64,17 @@ impl ClientService {
         }
     }
 
-    /// Proposes bands from the state as it is, again where it has moved on in the meantime.
-    async fn write_bands(
+    /// Proposes bands or chunks from the state as it is, again where it has moved on in the meantime.
+    async fn write_placed(
         &self,
-        request: &propose::BandRequest,
+        place: impl Fn(&ClusterState) -> Result<Command, Refusal>,
     ) -> Result<Result<Reply, GrpcStatus>, Redirected> {
         let mut attempts = 0;
         loop {
             attempts += 1;
             // A proposal is made from the leader's own state: a follower's may be old, and its refusal with it.
             self.ensure_leader().await?;
-            let command = match self.shared.read(|state| propose::propose_bands(state, request)) {
+            let command = match self.shared.read(&place) {
                 Ok(command) => command,
                 Err(refusal) => return Ok(Ok(Reply::Refused(refusal))),
             };
@@ -184,7 +184,14 @@ impl grpc::metadata_server::Metadata for ClientService {
             .map_err(|error| GrpcStatus::invalid_argument(error.to_string()))?;
         let written = match &proposed {
             Proposed::Command(command) => self.write(Command::clone(command)).await,
-            Proposed::Bands(request) => self.write_bands(request).await,
+            Proposed::Bands(request) => {
+                self.write_placed(|state| propose::propose_bands(state, request))
+                    .await
+            }
+            Proposed::Replacement(request) => {
+                self.write_placed(|state| propose::propose_replacement(state, request))
+                    .await
+            }
         };
         let result = match written {
             Ok(reply) => grpc::propose_reply::Result::Reply(envelope::seal(Kind::PROPOSAL, &reply?)),

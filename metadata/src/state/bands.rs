@@ -1,6 +1,6 @@
 //! Bands: granted, returned, freed; roots: recorded by compare-and-swap.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use weft_proto::band::{Band, ChunkAddress, ChunkSize, Geometry, RootUpdate, WINDOW_ROWS_DEFAULT};
 use weft_proto::deliberate::{Bug, planted};
@@ -97,6 +97,7 @@ impl ClusterState {
                     band: band.clone(),
                     writer: owner.incarnation,
                     settled: false,
+                    replaced: BTreeMap::new(),
                 },
             );
         }
@@ -179,7 +180,7 @@ impl ClusterState {
         Ok(bands)
     }
 
-    fn release(&mut self, chunk: ChunkAddress, size: ChunkSize) {
+    pub(super) fn release(&mut self, chunk: ChunkAddress, size: ChunkSize) {
         if let Some(chunks) = self.chunks_mut(chunk.drive) {
             let released = chunks.space.release(chunk.offset_mib, size);
             debug_assert!(released, "a chunk is held by one band, which gives it back once");
@@ -280,26 +281,25 @@ impl ClusterState {
     /// Takes a band out of the directory; its chunks are free, or in quarantine where a write of its writer may
     /// still be under way.
     pub(super) fn free_band(&mut self, id: VolumeId, band: BandId, unsettled: &[ChunkAddress]) {
-        let Some(BandRecord {
-            band,
-            writer,
-            settled,
-        }) = self.layout_mut(id).bands.remove(&band)
-        else {
+        let Some(record) = self.layout_mut(id).bands.remove(&band) else {
             return;
         };
-        for chunk in band.columns {
-            let settled = settled && !unsettled.contains(&chunk) || planted(Bug::NoQuarantine);
-            if settled || self.map.is_fenced(writer, chunk.drive) {
-                self.release(chunk, band.chunk_size);
+        self.give_up_replacements(id, |replacement| replacement.band == band);
+        let size = record.band.chunk_size;
+        for (column, chunk) in (0u8..).zip(&record.band.columns) {
+            if record.unsettled_writer(column).is_none() && !unsettled.contains(chunk) {
+                self.release(*chunk, size);
             } else {
-                self.quarantine(chunk, band.chunk_size, writer);
+                self.quarantine(*chunk, size, record.writer_of(column));
             }
         }
     }
 
-    fn quarantine(&mut self, chunk: ChunkAddress, size: ChunkSize, writer: IncarnationId) {
-        if let Some(chunks) = self.chunks_mut(chunk.drive) {
+    /// Keeps a chunk from reuse until `writer` is fenced on its drive; free at once where it is.
+    pub(super) fn quarantine(&mut self, chunk: ChunkAddress, size: ChunkSize, writer: IncarnationId) {
+        if self.map.is_fenced(writer, chunk.drive) || planted(Bug::NoQuarantine) {
+            self.release(chunk, size);
+        } else if let Some(chunks) = self.chunks_mut(chunk.drive) {
             chunks
                 .quarantine
                 .insert(chunk.offset_mib, Quarantined { size, writer });

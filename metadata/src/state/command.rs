@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
-use weft_proto::band::{Band, ChunkSize, Geometry, RootUpdate};
+use weft_proto::band::{Band, ChunkSize, Geometry, Replacement, RootUpdate};
 use weft_proto::id::{
     BandId, ClusterId, DriveId, DriveUuid, Epoch, HostId, IncarnationId, NodeId, PoolId, StripeNumber,
     VolumeId,
@@ -158,6 +158,46 @@ pub enum Command {
         epoch: Epoch,
         /// Which.
         bands: Vec<BandId>,
+    },
+    /// Grants a fresh chunk for an attempt to rebuild one column of a band. Replies [`Reply::Replacement`]. An earlier attempt's
+    /// chunk for the same column is given up.
+    GrantReplacement {
+        /// Whose band.
+        volume: VolumeId,
+        /// The owner's.
+        epoch: Epoch,
+        /// Drawn by the owner: the same request is answered with the same chunk.
+        request: u64,
+        /// Which band.
+        band: BandId,
+        /// Which column of it.
+        column: u8,
+        /// The version of the band that the owner knows.
+        version: u64,
+        /// Where placement proposes the chunk.
+        drive: DriveId,
+    },
+    /// Puts a rebuilt chunk in its column's place, by compare-and-swap on the band's version. Replies [`Reply::Band`].
+    InstallReplacement {
+        /// Whose band.
+        volume: VolumeId,
+        /// The owner's.
+        epoch: Epoch,
+        /// As granted. Every write that was sent to its chunk has completed, durably, and no other will be sent.
+        replacement: Replacement,
+        /// Whether every write that this owner sent to the chunk that is replaced has completed too.
+        settled: bool,
+    },
+    /// Gives back the chunk of an attempt that ended without an installation.
+    ReturnReplacement {
+        /// Whose band.
+        volume: VolumeId,
+        /// The owner's.
+        epoch: Epoch,
+        /// As granted.
+        replacement: Replacement,
+        /// Whether every write that was sent to it has completed; otherwise it waits for the writer's fence.
+        settled: bool,
     },
     /// Records a checkpoint and frees bands. Replies [`Reply::Root`].
     PublishRoot {
@@ -316,6 +356,10 @@ pub enum Reply {
     Volume(VolumeId),
     /// To [`Command::GrantBands`].
     Bands(Vec<Band>),
+    /// To [`Command::GrantReplacement`].
+    Replacement(Replacement),
+    /// To [`Command::InstallReplacement`]: the band as it is now.
+    Band(Band),
     /// To [`Command::PublishRoot`] and [`Command::FinishTakeover`].
     Root {
         /// Of the root that was recorded.
@@ -470,6 +514,32 @@ pub enum Refusal {
     /// A band that this volume does not have, or that this command does not apply to.
     #[error("band {0} is not the volume's to use in this way")]
     NoSuchBand(BandId),
+    /// The band is not at the version that was expected: a column of it was replaced in the meantime.
+    #[error("version {expected} of band {band} expected, {current} found")]
+    BandConflict {
+        /// Which.
+        band: BandId,
+        /// The caller's.
+        expected: u64,
+        /// The band's.
+        current: u64,
+    },
+    /// A band without this column.
+    #[error("band {band} has no column {column}")]
+    NoSuchColumn {
+        /// Which.
+        band: BandId,
+        /// Asked for.
+        column: u8,
+    },
+    /// The chunk of an attempt that was given up: the next one takes a fresh chunk.
+    #[error("the attempt to rebuild column {column} of band {band} was given up")]
+    NoSuchReplacement {
+        /// Which.
+        band: BandId,
+        /// Its column.
+        column: u8,
+    },
     /// No space for the purpose asked.
     #[error("no space left in the pool: {free_mib} MiB free, {reserve_mib} MiB of it reserved")]
     NoSpace {

@@ -22,6 +22,7 @@ pub fn violations(state: &ClusterState) -> Vec<Violation> {
         phases_agree_with_epochs,
         the_root_lies_in_a_band_of_the_volume,
         quarantine_waits_for_somebody,
+        replacements_belong_to_the_owner_and_a_column,
         identifiers_are_below_the_next,
         a_node_is_up_while_its_incarnation_is_live,
         the_dead_are_on_record_somewhere,
@@ -45,7 +46,7 @@ pub fn violations_between(before: &ClusterState, after: &ClusterState) -> Vec<Vi
     .collect()
 }
 
-/// A chunk is held by one band or is in quarantine, never both, and overlaps no other.
+/// A chunk is held by one band, by one attempt of a rebuild or is in quarantine, never two of these, and overlaps no other.
 #[must_use]
 pub fn chunks_are_allocated_once(state: &ClusterState) -> Vec<Violation> {
     let mut found = Vec::new();
@@ -67,7 +68,13 @@ pub fn chunks_are_allocated_once(state: &ClusterState) -> Vec<Violation> {
             .iter()
             .map(|(offset, chunk)| (*drive, *offset, chunk.size, "quarantine".to_owned()))
     });
-    for (drive, offset, size, holder) in in_bands.chain(in_quarantine) {
+    let layouts = state.layouts.values();
+    let in_rebuilds = layouts.flat_map(|layout| &layout.replacements).map(|granted| {
+        let chunk = granted.replacement.chunk;
+        let holder = format!("a rebuild of band {}", granted.replacement.band);
+        (chunk.drive, chunk.offset_mib, granted.size, holder)
+    });
+    for (drive, offset, size, holder) in in_bands.chain(in_quarantine).chain(in_rebuilds) {
         let known = state
             .chunks
             .get(&drive)
@@ -86,7 +93,7 @@ pub fn chunks_are_allocated_once(state: &ClusterState) -> Vec<Violation> {
     found
 }
 
-/// Each allocator's total is the sum of its chunks and of what bands and quarantine hold.
+/// Each allocator's total is the sum of its chunks and of what bands, rebuilds and quarantine hold.
 #[must_use]
 pub fn space_accounting_agrees(state: &ClusterState) -> Vec<Violation> {
     let mut held: BTreeMap<DriveId, u64> = BTreeMap::new();
@@ -94,6 +101,9 @@ pub fn space_accounting_agrees(state: &ClusterState) -> Vec<Violation> {
         for chunk in &record.band.columns {
             *held.entry(chunk.drive).or_default() += u64::from(record.band.chunk_size.mib());
         }
+    }
+    for granted in state.layouts.values().flat_map(|layout| &layout.replacements) {
+        *held.entry(granted.replacement.chunk.drive).or_default() += u64::from(granted.size.mib());
     }
     for (drive, chunks) in &state.chunks {
         *held.entry(*drive).or_default() += chunks.quarantined_mib();
@@ -104,7 +114,7 @@ pub fn space_accounting_agrees(state: &ClusterState) -> Vec<Violation> {
         let held = held.get(drive).copied().unwrap_or(0);
         if counted != total || held != total {
             found.push(format!(
-                "{drive} has {total} MiB allocated, {counted} in slabs, {held} in bands and quarantine"
+                "{drive} has {total} MiB allocated, {counted} in slabs, {held} in bands, rebuilds and quarantine"
             ));
         }
     }
@@ -230,6 +240,52 @@ pub fn quarantine_waits_for_somebody(state: &ClusterState) -> Vec<Violation> {
                 found.push(format!(
                     "{drive}+{offset} MiB waits for {}, which is fenced",
                     chunk.writer
+                ));
+            }
+        }
+    }
+    found
+}
+
+/// A chunk granted to a rebuild is for a column that there is, one for each, of the volume's owner, and not of a version to come.
+#[must_use]
+pub fn replacements_belong_to_the_owner_and_a_column(state: &ClusterState) -> Vec<Violation> {
+    let mut found = Vec::new();
+    for (id, layout) in &state.layouts {
+        let owner = state.map.volumes.get(id).and_then(|volume| volume.phase.owner());
+        let mut columns = BTreeSet::new();
+        for granted in &layout.replacements {
+            let wanted = &granted.replacement;
+            let fits = layout.bands.get(&wanted.band).is_some_and(|record| {
+                wanted.version <= record.band.version
+                    && wanted.column < record.band.geometry.n()
+                    && granted.size == record.band.chunk_size
+            });
+            if !fits || !columns.insert((wanted.band, wanted.column)) {
+                found.push(format!(
+                    "{id} has a chunk for {wanted:?}, which no column waits for"
+                ));
+            }
+            if owner.is_none_or(|owner| owner.incarnation != granted.writer) {
+                found.push(format!(
+                    "{} rebuilds a band of {id}, which it does not own",
+                    granted.writer
+                ));
+            }
+        }
+        for record in layout.bands.values() {
+            let last = record
+                .replaced
+                .values()
+                .map(|replaced| replaced.installed.version + 1)
+                .max();
+            let shown = record.replaced.iter().all(|(column, replaced)| {
+                record.band.columns.get(usize::from(*column)) == Some(&replaced.installed.chunk)
+            });
+            if !shown || last.unwrap_or(0) != record.band.version {
+                found.push(format!(
+                    "band {} at version {} does not show its replaced columns",
+                    record.band.id, record.band.version
                 ));
             }
         }

@@ -1,13 +1,13 @@
 //! The band directory: where volumes lie, and which chunks of which drive are taken.
 //!
-//! Only the voters hold it. A chunk is free, held by exactly one band, or in quarantine: freed while a write of its
-//! former writer may still be under way, and kept from reuse until that incarnation is fenced on the drive
-//! (design section 3, invariant 3).
+//! Only the voters hold it. A chunk is free, held by exactly one band, granted to one attempt of a rebuild, or in quarantine:
+//! freed while a write of its former writer may still be under way, and kept from reuse until that incarnation is fenced on
+//! the drive (design section 3, invariant 3).
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
-use weft_proto::band::{Band, ChunkSize, RootPointer};
+use weft_proto::band::{Band, ChunkSize, Replacement, RootPointer};
 use weft_proto::id::{BandId, Epoch, IncarnationId, StripeNumber};
 
 use super::space::DriveSpace;
@@ -28,6 +28,20 @@ pub struct VolumeLayout {
     pub ended: Vec<(Epoch, StripeNumber)>,
     /// Requests for bands answered in the current epoch, oldest first.
     pub answered: Vec<(u64, Vec<BandId>)>,
+    /// Fresh chunks granted to rebuilds of the current epoch and not installed yet; at most one for each column.
+    #[serde(default)]
+    pub replacements: Vec<GrantedReplacement>,
+}
+
+/// A fresh chunk that an attempt to rebuild a column may write to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GrantedReplacement {
+    /// As granted.
+    pub replacement: Replacement,
+    /// Of its chunk.
+    pub size: ChunkSize,
+    /// The only incarnation that was ever allowed to write to it.
+    pub writer: IncarnationId,
 }
 
 /// A band and who wrote it.
@@ -35,10 +49,37 @@ pub struct VolumeLayout {
 pub struct BandRecord {
     /// As granted, with the chunks as they are now.
     pub band: Band,
-    /// The only incarnation that was ever allowed to write to it.
+    /// The only incarnation that was ever allowed to write to it, but for replaced columns.
     pub writer: IncarnationId,
     /// Whether every write ever sent to it is known to have completed: its epoch was handed over cleanly.
     pub settled: bool,
+    /// Columns that a rebuild has replaced.
+    #[serde(default)]
+    pub replaced: BTreeMap<u8, Replaced>,
+}
+
+/// The last installation of a column's chunk. Every write ever sent to it had completed by then: an attempt that cannot say so is
+/// not installed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Replaced {
+    /// The only incarnation that was ever allowed to write to the chunk.
+    pub writer: IncarnationId,
+    /// What was installed, by which a repeated command is known.
+    pub installed: Replacement,
+}
+
+impl BandRecord {
+    /// Who may have a write to `column`'s chunk under way: `None` if every one is known to have completed.
+    pub(super) fn unsettled_writer(&self, column: u8) -> Option<IncarnationId> {
+        (!self.settled && !self.replaced.contains_key(&column)).then_some(self.writer)
+    }
+
+    /// The only incarnation that was ever allowed to write to `column`'s chunk.
+    pub(super) fn writer_of(&self, column: u8) -> IncarnationId {
+        self.replaced
+            .get(&column)
+            .map_or(self.writer, |replaced| replaced.writer)
+    }
 }
 
 /// The chunks of one drive.

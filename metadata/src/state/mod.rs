@@ -6,7 +6,7 @@
 //!
 //! - [`map`]: what every agent follows; [`layout`] and [`space`]: what only voters hold;
 //! - [`command`]: what can happen, what is answered and why it is refused;
-//! - `nodes`, `volumes`, `ownership`, `bands`: how each command is applied;
+//! - `nodes`, `volumes`, `ownership`, `bands`, `rebuild`: how each command is applied;
 //! - [`reserve`]: the space that host writes never get;
 //! - [`invariants`]: what is true after every command, each as one function.
 //!
@@ -25,6 +25,7 @@ pub mod space;
 mod bands;
 mod nodes;
 mod ownership;
+mod rebuild;
 #[cfg(test)]
 pub(crate) mod tests;
 mod volumes;
@@ -196,6 +197,37 @@ impl ClusterState {
                 proposals,
             } => self.grant_bands(volume, epoch, request, purpose, chunk_size, &proposals),
             Command::ReturnBands { volume, epoch, bands } => self.return_bands(volume, epoch, &bands),
+            Command::GrantReplacement {
+                volume,
+                epoch,
+                request,
+                band,
+                column,
+                version,
+                drive,
+            } => self.grant_replacement(
+                volume,
+                epoch,
+                rebuild::Wanted {
+                    request,
+                    band,
+                    column,
+                    version,
+                },
+                drive,
+            ),
+            Command::InstallReplacement {
+                volume,
+                epoch,
+                replacement,
+                settled,
+            } => self.install_replacement(volume, epoch, &replacement, settled),
+            Command::ReturnReplacement {
+                volume,
+                epoch,
+                replacement,
+                settled,
+            } => self.return_replacement(volume, epoch, &replacement, settled),
             Command::PublishRoot { update } => self.publish_root(&update),
             Command::BeginTakeover {
                 node,

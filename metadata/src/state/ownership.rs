@@ -115,6 +115,8 @@ impl ClusterState {
         recover: Option<Epoch>,
     ) -> Epoch {
         self.layout_mut(id).answered.clear();
+        // What the former epoch's rebuilds were writing counts no more, and is not known to have ended.
+        self.give_up_replacements(id, |_| true);
         let Some(volume) = self.map.volumes.get_mut(&id) else {
             unreachable!("the caller has just found volume {id}");
         };

@@ -271,6 +271,12 @@ impl ClusterState {
         for band in bands {
             self.free_band(id, band, &[]);
         }
+        debug_assert!(
+            self.layouts
+                .get(&id)
+                .is_none_or(|layout| layout.replacements.is_empty()),
+            "a replacement goes with its band"
+        );
         self.layouts.remove(&id);
         self.touched.volumes.insert(id);
         self.map.volumes.remove(&id);

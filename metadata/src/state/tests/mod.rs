@@ -2,6 +2,7 @@
 
 mod ownership;
 mod random;
+mod rebuild;
 mod space;
 mod topology;
 

@@ -1,6 +1,6 @@
 //! Seeded random commands, with every invariant after each; and the same commands again, which lead to the same state.
 
-use weft_proto::band::ChunkSize;
+use weft_proto::band::{ChunkSize, Replacement};
 use weft_proto::id::{BandId, DriveId, Epoch, IncarnationId, NodeId, StripeNumber, VolumeId};
 
 use super::super::ClusterState;
@@ -33,33 +33,45 @@ const NODES: u64 = 5;
 
 #[test]
 fn random_commands_keep_every_invariant() {
-    let (mut granted, mut recorded) = (0, 0);
+    let mut done = Done::default();
     for seed in 0..20 {
-        let (grants, roots) = run(seed);
-        granted += grants;
-        recorded += roots;
+        run(seed, &mut done);
     }
+    let Done {
+        grants,
+        roots,
+        replacements,
+        installed,
+    } = done;
     assert!(
-        granted > 200 && recorded > 200,
-        "they did little: {granted} grants, {recorded} roots"
+        grants > 200 && roots > 200 && replacements > 100 && installed > 50,
+        "they did little: {grants} grants, {roots} roots, {installed} of {replacements} replacements installed"
     );
 }
 
-/// Answers how many grants and roots were accepted.
-fn run(seed: u64) -> (u32, u32) {
+/// What was accepted.
+#[derive(Default)]
+struct Done {
+    grants: u32,
+    roots: u32,
+    replacements: u32,
+    installed: u32,
+}
+
+fn run(seed: u64, done: &mut Done) {
     println!("seed {seed}");
     let mut random = Seeded(seed);
     let mut cluster = Checked::cluster(NODES as u32, 200, geometry(2, 1));
     let start = cluster.state.clone();
     let mut history = Vec::new();
-    let mut granted = 0;
-    let mut finished = 0;
     for step in 0..1000 {
         let command = draw(&mut random, &cluster.state, step);
         history.push(command.clone());
         match cluster.apply(command) {
-            Reply::Bands(_) => granted += 1,
-            Reply::Root { .. } => finished += 1,
+            Reply::Bands(_) => done.grants += 1,
+            Reply::Root { .. } => done.roots += 1,
+            Reply::Replacement(_) => done.replacements += 1,
+            Reply::Band(_) => done.installed += 1,
             _ => {}
         }
     }
@@ -73,7 +85,6 @@ fn run(seed: u64) -> (u32, u32) {
     ciborium::into_writer(&cluster.state, &mut stored).unwrap();
     let read: ClusterState = ciborium::from_reader(stored.as_slice()).unwrap();
     assert_eq!(read, cluster.state, "seed {seed}: the stored form differs");
-    (granted, finished)
 }
 
 fn draw(random: &mut Seeded, state: &ClusterState, step: u64) -> Command {
@@ -103,7 +114,7 @@ fn draw(random: &mut Seeded, state: &ClusterState, step: u64) -> Command {
         0 => BandId(1),
         count => bands[random.below(count as u64) as usize],
     };
-    match random.below(24) {
+    match random.below(30) {
         0 => Command::CreateVolume(new_volume(&"v".repeat(1 + random.below(6) as usize))),
         // A life that registers with every drive, on a node that is down, mostly.
         1..=4 => {
@@ -223,6 +234,7 @@ fn draw(random: &mut Seeded, state: &ClusterState, step: u64) -> Command {
             unsettled: bands.iter().copied().filter(|_| random.one_in(3)).collect(),
             to: node,
         },
+        24..=29 => rebuild(random, state, volume, epoch, some_band, step),
         22 => match random.below(6) {
             0 => Command::DeleteVolume { volume },
             1 => Command::FinishDelete {
@@ -244,5 +256,58 @@ fn draw(random: &mut Seeded, state: &ClusterState, step: u64) -> Command {
                 _ => DriveState::Online,
             },
         },
+    }
+}
+
+/// A grant for some column of some band, or the end of an attempt that is under way or was.
+fn rebuild(
+    random: &mut Seeded,
+    state: &ClusterState,
+    volume: VolumeId,
+    epoch: Epoch,
+    some_band: impl Fn(&mut Seeded) -> BandId,
+    step: u64,
+) -> Command {
+    let layout = state.layouts.get(&volume);
+    let granted: Vec<Replacement> = layout
+        .map(|layout| {
+            layout
+                .replacements
+                .iter()
+                .map(|granted| granted.replacement)
+                .collect()
+        })
+        .unwrap_or_default();
+    let settled = random.one_in(2);
+    if !granted.is_empty() && !random.one_in(3) {
+        let replacement = granted[random.below(granted.len() as u64) as usize];
+        return if random.one_in(4) {
+            Command::ReturnReplacement {
+                volume,
+                epoch,
+                replacement,
+                settled,
+            }
+        } else {
+            Command::InstallReplacement {
+                volume,
+                epoch,
+                replacement,
+                settled,
+            }
+        };
+    }
+    let band = some_band(random);
+    let version = layout
+        .and_then(|layout| layout.bands.get(&band))
+        .map_or(0, |record| record.band.version);
+    Command::GrantReplacement {
+        volume,
+        epoch,
+        request: step,
+        band,
+        column: random.below(3) as u8,
+        version: version.saturating_sub(u64::from(random.one_in(12))),
+        drive: DriveId(1 + random.below(NODES) as u32),
     }
 }
