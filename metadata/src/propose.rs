@@ -55,11 +55,11 @@ pub fn propose_bands(state: &ClusterState, request: &BandRequest) -> Result<Comm
         .ok_or(Refusal::NoSuchPool(volume.pool))?;
     let space = state.pool_space(pool);
     let no_space = Refusal::NoSpace {
-        free_mib: space.free_mib,
+        free_mib: space.free_reach_mib,
         reserve_mib: space.reserve_mib(),
     };
     let available_mib = match request.purpose {
-        Purpose::User => space.free_mib.saturating_sub(space.reserve_mib()),
+        Purpose::User => space.free_reach_mib.saturating_sub(space.reserve_mib()),
         Purpose::Internal => space.free_mib,
     };
     let topology = topology(state, owner.incarnation);

@@ -1,7 +1,7 @@
 //! Which drives hold a band: pure functions over failure domains and free capacity.
 //!
 //! - [`propose`]: bands onto drives, a batch at a time; [`propose_replacement`]: a fresh drive for one column.
-//! - [`capacity`]: what a pool holds of one geometry, and what it keeps back.
+//! - [`depth_mib`]: how much of unequal domains bands can reach at all.
 //!
 //! It promises:
 //! - The columns of a band lie in distinct failure domains of the policy's level. Where domains are scarce k
@@ -18,14 +18,14 @@
 //!
 //! Design section 6; `docs/design/placement.md`.
 
-mod capacity;
+mod depth;
 mod propose;
 mod request;
 mod spread;
 mod survivable;
 mod topology;
 
-pub use capacity::{Capacity, EngineNeed, Reserve, capacity};
+pub use depth::depth_mib;
 pub use propose::{propose, propose_replacement};
 pub use request::{Placement, Policy, Refusal, Request, WouldFit};
 pub use survivable::Survivable;

@@ -93,7 +93,7 @@ pub fn propose_replacement(state: &ClusterState, request: &ReplacementRequest) -
         .map(|drive| grant(request, drive))
         .map_err(|refusal| match refusal {
             placement::Refusal::NoSpace { .. } => Refusal::NoSpace {
-                free_mib: space.free_mib,
+                free_mib: space.free_reach_mib,
                 reserve_mib: space.reserve_mib(),
             },
             placement::Refusal::TooFewDomains { in_service, .. } => Refusal::TooFewDomains {

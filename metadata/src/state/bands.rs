@@ -64,9 +64,13 @@ impl ClusterState {
             Purpose::User => space.reserve_mib(),
             Purpose::Internal => 0,
         };
-        if space.free_mib < needed_mib + kept_mib {
+        let free_mib = match purpose {
+            Purpose::User => space.free_reach_mib,
+            Purpose::Internal => space.free_mib,
+        };
+        if free_mib < needed_mib + kept_mib {
             return Err(Refusal::NoSpace {
-                free_mib: space.free_mib,
+                free_mib: space.free_reach_mib,
                 reserve_mib: space.reserve_mib(),
             });
         }

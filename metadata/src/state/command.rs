@@ -541,9 +541,11 @@ pub enum Refusal {
         column: u8,
     },
     /// No space for the purpose asked.
-    #[error("no space left in the pool: {free_mib} MiB free, {reserve_mib} MiB of it reserved")]
+    #[error(
+        "no space left in the pool: its bands reach {free_mib} MiB of what is free, {reserve_mib} MiB are reserved"
+    )]
     NoSpace {
-        /// On drives in service.
+        /// On drives in service, as far as bands of the pool's width reach it.
         free_mib: u64,
         /// Kept for rebuild, compaction and takeover.
         reserve_mib: u64,

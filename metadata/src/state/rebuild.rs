@@ -63,7 +63,7 @@ impl ClusterState {
         // Redundancy comes first: the reserve is there for it.
         if space.free_mib < u64::from(size.mib()) {
             return Err(Refusal::NoSpace {
-                free_mib: space.free_mib,
+                free_mib: space.free_reach_mib,
                 reserve_mib: space.reserve_mib(),
             });
         }

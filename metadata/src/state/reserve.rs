@@ -1,11 +1,13 @@
 //! The space of a pool, and the part of it that host writes never get.
 //!
 //! A full pool must still be able to compact, take over, checkpoint and rebuild: otherwise it could never be
-//! emptied again (design section 4, "Space").
+//! emptied again (design section 4, "Space"). So the reserve is counted in what bands can reach: a pool whose domains are filled
+//! unevenly, because one of them was away for a while or is larger, may have free space that no band of k + m columns can use.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+use weft_placement::depth_mib;
 use weft_proto::band::{ChunkSize, Geometry};
 
 use super::ClusterState;
@@ -18,8 +20,13 @@ const INTERNAL_BANDS_PER_VOLUME: u64 = 4;
 /// of 4 KiB, before the old one can be freed: one part in 273 at most. The rest is for what lives in the third to fifth band that
 /// a volume of many bands empties before any is freed.
 const SHARE: u64 = 160;
-/// The engine's own part is at most one in so many of the capacity. Guessed.
+/// The engine's own part is at most one in so many of the capacity, but for the takeovers below. Guessed.
 const INTERNAL_SHARE_MAX: u64 = 10;
+/// Bands of the smallest chunks that each volume needs, however many volumes there are: one that was open when its owner died, and
+/// one for its successor's root. A volume that finds none is not served, not even for reads.
+const TAKEOVER_BANDS_PER_VOLUME: u64 = 2;
+/// Those take at most one part in so many of the capacity. Guessed.
+const TAKEOVER_SHARE_MAX: u64 = 2;
 
 /// A pool with less than one part in so many left to hosts is tight, or with less than two bands for each volume: with one, whether
 /// it was told before hosts were refused hung on how sizes divide. Early enough for idle volumes to give up their garbage
@@ -32,8 +39,12 @@ const TIGHT_SHARE: u64 = 128;
 pub struct PoolSpace {
     /// Chunk areas.
     pub capacity_mib: u64,
+    /// Of them, what bands as wide as the pool's reach when it is empty.
+    pub reach_mib: u64,
     /// Neither taken nor in quarantine.
     pub free_mib: u64,
+    /// Of that, what bands as wide as the pool's reach.
+    pub free_reach_mib: u64,
     /// In quarantine.
     pub quarantined_mib: u64,
     /// Distinct failure domains.
@@ -57,8 +68,8 @@ impl PoolSpace {
     /// hysteresis.
     #[must_use]
     pub fn is_tight(&self, was: bool) -> bool {
-        let usable = self.capacity_mib.saturating_sub(self.reserve_mib());
-        let left = self.free_mib.saturating_sub(self.reserve_mib());
+        let usable = self.reach_mib.saturating_sub(self.reserve_mib());
+        let left = self.free_reach_mib.saturating_sub(self.reserve_mib());
         let two_bands_each = self.internal_reserve_mib / (INTERNAL_BANDS_PER_VOLUME / 2);
         let tight = two_bands_each.max(usable / TIGHT_SHARE);
         usable > 0 && left < if was { tight * 4 / 3 } else { tight }
@@ -67,22 +78,30 @@ impl PoolSpace {
     /// What hosts could store in an empty pool of this shape, in full stripes of the pool's geometry, in bytes.
     #[must_use]
     pub fn usable_bytes(&self) -> u64 {
-        let raw = self.capacity_mib.saturating_sub(self.reserve_mib()) << 20;
+        let raw = self.reach_mib.saturating_sub(self.reserve_mib()) << 20;
         raw / u64::from(self.geometry.n()) * u64::from(self.geometry.k)
     }
 }
 
 /// MiB of raw capacity that a pool keeps for what its volumes' engines write on their own account. `chunks` are the largest that
-/// each volume takes.
+/// each volume takes, `reach_mib` is what bands reach of an empty pool.
 #[must_use]
 pub fn internal_reserve_mib(
     chunks: impl IntoIterator<Item = ChunkSize>,
     geometry: Geometry,
-    capacity_mib: u64,
+    reach_mib: u64,
 ) -> u64 {
-    let chunks_mib: u64 = chunks.into_iter().map(|chunk| u64::from(chunk.mib())).sum();
-    let wished_mib = chunks_mib * u64::from(geometry.n()) * INTERNAL_BANDS_PER_VOLUME;
-    (wished_mib + capacity_mib / SHARE).min(capacity_mib / INTERNAL_SHARE_MAX)
+    let n = u64::from(geometry.n());
+    let (mut chunks_mib, mut volumes) = (0, 0);
+    for chunk in chunks {
+        chunks_mib += u64::from(chunk.mib());
+        volumes += 1;
+    }
+    let wished_mib = chunks_mib * n * INTERNAL_BANDS_PER_VOLUME + reach_mib / SHARE;
+    let takeover_mib = volumes * n * TAKEOVER_BANDS_PER_VOLUME * u64::from(ChunkSize::Mib1.mib());
+    wished_mib
+        .min(reach_mib / INTERNAL_SHARE_MAX)
+        .max(takeover_mib.min(reach_mib / TAKEOVER_SHARE_MAX))
 }
 
 impl ClusterState {
@@ -108,8 +127,9 @@ impl ClusterState {
     /// The pool's space now.
     #[must_use]
     pub fn pool_space(&self, pool: &Pool) -> PoolSpace {
-        let mut capacity_by_domain: BTreeMap<Domain, u64> = BTreeMap::new();
-        let (mut free_mib, mut quarantined_mib) = (0, 0);
+        // Capacity and what is free of it.
+        let mut by_domain: BTreeMap<Domain, (u64, u64)> = BTreeMap::new();
+        let mut quarantined_mib = 0;
         for drive in self.map.drives.values() {
             if !self.map.in_service(drive) || !pool.classes.contains(&drive.class) {
                 continue;
@@ -117,36 +137,57 @@ impl ClusterState {
             let Some(chunks) = self.chunks.get(&drive.id) else {
                 continue;
             };
-            *capacity_by_domain
-                .entry(self.map.domain(drive, pool.domain))
-                .or_default() += chunks.space.capacity_mib();
-            free_mib += chunks.space.free_mib();
+            let domain = by_domain.entry(self.map.domain(drive, pool.domain)).or_default();
+            domain.0 += chunks.space.capacity_mib();
+            domain.1 += chunks.space.free_mib();
             quarantined_mib += chunks.quarantined_mib();
         }
-        let capacity_mib: u64 = capacity_by_domain.values().sum();
+        let capacities = || by_domain.values().map(|domain| domain.0);
+        let free = || by_domain.values().map(|domain| domain.1);
+        // Short of domains, bands are narrower.
+        let n = pool.geometry.n();
+        let width = u8::try_from(by_domain.len()).map_or(n, |domains| domains.min(n));
+        let depth_mib_empty = depth_mib(capacities(), width);
+        let reach_mib = depth_mib_empty * u64::from(width);
         let chunks = self
             .map
             .volumes
             .values()
             .filter(|volume| volume.pool == pool.id)
             .map(|volume| ChunkSize::for_volume(volume.size_bytes, volume.geometry));
-        let n = u64::from(pool.geometry.n());
-        let internal_reserve_mib = internal_reserve_mib(chunks, pool.geometry, capacity_mib);
+        let internal_reserve_mib = internal_reserve_mib(chunks, pool.geometry, reach_mib);
         // Losing the largest domain d needs room for its chunks on the others: free − free(d) ≥ taken(d), which is
-        // free ≥ capacity(d). With only n domains there is nowhere to rebuild to and nothing to keep.
-        let rebuild_reserve_mib = if capacity_by_domain.len() as u64 > n {
-            capacity_by_domain.values().copied().max().unwrap_or(0)
+        // free ≥ capacity(d), or as much of it as bands can take. With only n domains there is nowhere to rebuild to and nothing to keep.
+        let rebuild_reserve_mib = if by_domain.len() > usize::from(n) {
+            capacities().max().unwrap_or(0).min(depth_mib_empty)
         } else {
             0
         };
         PoolSpace {
-            capacity_mib,
-            free_mib,
+            capacity_mib: capacities().sum(),
+            reach_mib,
+            free_mib: free().sum(),
+            free_reach_mib: depth_mib(free(), width) * u64::from(width),
             quarantined_mib,
-            domains: u32::try_from(capacity_by_domain.len()).unwrap_or(u32::MAX),
+            domains: u32::try_from(by_domain.len()).unwrap_or(u32::MAX),
             rebuild_reserve_mib,
             internal_reserve_mib,
             geometry: pool.geometry,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_volume_of_a_small_pool_can_be_taken_over() {
+        let geometry = Geometry { k: 4, m: 2 };
+        let reserve = |volumes| internal_reserve_mib(vec![ChunkSize::Mib1; volumes], geometry, 6 * 64);
+        assert_eq!(reserve(1), 6 * 4 + 2, "four bands, and one part in 160");
+        assert_eq!(reserve(2), 38, "a tenth");
+        assert_eq!(reserve(10), 10 * 2 * 6, "two bands each");
+        assert_eq!(reserve(100), 6 * 32, "half of it");
     }
 }

@@ -96,9 +96,13 @@ impl World {
         let columns = u64::from(self.geometry.n());
         let state = self.state.borrow();
         let capacity_mib = state.space.capacity_mib() * columns;
+        let free_mib = state.space.free_mib() * columns;
         PoolSpace {
             capacity_mib,
-            free_mib: state.space.free_mib() * columns,
+            // All drives are filled alike.
+            reach_mib: capacity_mib,
+            free_mib,
+            free_reach_mib: free_mib,
             quarantined_mib: 0,
             domains: u32::from(self.geometry.n()),
             // With as many drives as columns there is nowhere to rebuild to.

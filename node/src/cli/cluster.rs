@@ -93,13 +93,21 @@ impl Session {
                 number("volumes")
             );
             for pool in status["pools"].as_array().into_iter().flatten() {
+                let number = |name: &str| pool[name].as_u64().unwrap_or_default();
+                // Drives that are filled unevenly, or of unequal size.
+                let stranded = number("free_bytes") - number("free_in_reach_bytes");
                 lines += &format!(
-                    "pool     {} {}: {} raw, {} free, {} usable\n",
+                    "pool     {} {}: {} raw, {} free{}, {} usable\n",
                     pool["name"].as_str().unwrap_or_default(),
                     pool["ec"].as_str().unwrap_or_default(),
-                    bytes(pool["raw_bytes"].as_u64().unwrap_or_default()),
-                    bytes(pool["free_bytes"].as_u64().unwrap_or_default()),
-                    bytes(pool["usable_bytes"].as_u64().unwrap_or_default()),
+                    bytes(number("raw_bytes")),
+                    bytes(number("free_bytes")),
+                    if stranded > number("raw_bytes") / 20 {
+                        format!(" ({} of it on too few domains for a band)", bytes(stranded))
+                    } else {
+                        String::new()
+                    },
+                    bytes(number("usable_bytes")),
                 );
             }
             lines
@@ -139,6 +147,7 @@ impl Session {
                 "domains": pool.domains,
                 "raw_bytes": pool.capacity_mib << 20,
                 "free_bytes": pool.free_mib << 20,
+                "free_in_reach_bytes": pool.free_reach_mib << 20,
                 "quarantined_bytes": pool.quarantined_mib << 20,
                 "reserved_bytes": pool.reserve_mib() << 20,
                 "usable_bytes": pool.usable_bytes(),

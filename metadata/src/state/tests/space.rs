@@ -4,6 +4,7 @@ use weft_proto::band::ChunkSize;
 use weft_proto::id::{DriveId, Epoch, IncarnationId, NodeId};
 
 use super::super::command::{BandProposal, Command, Purpose, Refusal, Reply};
+use super::super::map::DriveState;
 use super::{Checked, geometry};
 
 #[test]
@@ -105,6 +106,56 @@ fn host_writes_leave_the_reserve_and_the_engine_may_use_it() {
         fullest(&mut cluster, volume, Purpose::Internal),
         Reply::Bands(_)
     ));
+}
+
+/// Found by the simulator with drives of 12 MiB (seed 1010): a server was away while hosts wrote, the others were filled, and
+/// what was free lay where the engines' own bands could not use it.
+#[test]
+fn hosts_leave_a_reserve_that_bands_can_reach() {
+    let mut cluster = Checked::cluster(3, 96, geometry(2, 1));
+    let volume = cluster.volume("v");
+    cluster.serve(volume, 1);
+    let pool = cluster.state.map.pools[&weft_proto::id::PoolId(1)].clone();
+    cluster.accept(Command::SetDriveState {
+        drive: DriveId(3),
+        state: DriveState::Failed,
+    });
+    let grant =
+        |request, purpose, geometry: weft_proto::band::Geometry, drives: Vec<u32>| Command::GrantBands {
+            volume,
+            epoch: Epoch(1),
+            request,
+            purpose,
+            chunk_size: ChunkSize::Mib1,
+            proposals: vec![BandProposal {
+                geometry,
+                drives: drives.into_iter().map(DriveId).collect(),
+            }],
+        };
+    let fill = |cluster: &mut Checked, geometry, drives: &[u32]| loop {
+        let request = cluster.state.next.band + 1000;
+        match cluster.apply(grant(request, Purpose::User, geometry, drives.to_vec())) {
+            Reply::Bands(_) => {}
+            Reply::Refused(Refusal::NoSpace { .. }) => break,
+            reply => panic!("{reply:?}"),
+        }
+    };
+    // As wide as two domains allow, until nothing is left to hosts; then the third one is back, empty.
+    fill(&mut cluster, geometry(1, 1), &[1, 2]);
+    cluster.accept(Command::SetDriveState {
+        drive: DriveId(3),
+        state: DriveState::Online,
+    });
+    fill(&mut cluster, geometry(2, 1), &[1, 2, 3]);
+    let space = cluster.state.pool_space(&pool);
+    assert!(
+        space.free_mib > 80 + space.reserve_mib(),
+        "free on the third: {space:?}"
+    );
+    assert!(space.free_reach_mib >= space.reserve_mib(), "{space:?}");
+    for request in 0..4 {
+        cluster.accept(grant(request, Purpose::Internal, geometry(2, 1), vec![1, 2, 3]));
+    }
 }
 
 /// One band of 64 MiB chunks on the two emptiest drives.
