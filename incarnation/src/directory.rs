@@ -8,10 +8,10 @@ use std::time::Duration;
 use futures_util::FutureExt as _;
 use futures_util::future::LocalBoxFuture;
 use weft_metadata::client::ClientError;
-use weft_metadata::propose::BandRequest;
+use weft_metadata::propose::{BandRequest, ReplacementRequest};
 use weft_metadata::state::Command;
 use weft_metadata::state::command::{Purpose, Refusal, Reply};
-use weft_proto::band::{Band, ChunkSize, RootUpdate};
+use weft_proto::band::{Band, ChunkSize, Replacement, RootUpdate};
 use weft_proto::id::{BandId, Epoch, StripeNumber, VolumeId};
 use weft_volume::seams::{BandPurpose, Directory, DirectoryError, Env, Timestamp};
 
@@ -43,8 +43,13 @@ impl RaftDirectory {
     }
 
     fn propose(&self, command: Command) -> impl Future<Output = Result<Reply, DirectoryError>> + use<> {
+        let reply = self.ask(command);
+        async move { reply.await.map_err(directory_error) }
+    }
+
+    fn ask(&self, command: Command) -> impl Future<Output = Result<Reply, Refusal>> + use<> {
         let (metadata, env) = (Rc::clone(&self.metadata), Rc::clone(&self.env));
-        async move { insist(&*metadata, &*env, command).await.map_err(directory_error) }
+        async move { insist(&*metadata, &*env, command).await }
     }
 }
 
@@ -134,6 +139,80 @@ impl Directory for RaftDirectory {
         .boxed_local()
     }
 
+    fn grant_replacement(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        band: BandId,
+        column: u8,
+        version: u64,
+    ) -> LocalBoxFuture<'static, Result<Replacement, DirectoryError>> {
+        let (metadata, env) = (Rc::clone(&self.metadata), Rc::clone(&self.env));
+        let request = ReplacementRequest {
+            volume,
+            epoch,
+            request: self.env.random_u64(),
+            band,
+            column,
+            version,
+        };
+        async move {
+            loop {
+                match metadata.grant_replacement(request).await {
+                    Ok(replacement) => return Ok(replacement),
+                    // The state moved on between the proposal and its commit.
+                    Err(ClientError::Refused(Refusal::ProposalConflict { .. })) => {}
+                    Err(ClientError::Refused(refusal)) => return Err(replacement_error(band, refusal)),
+                    Err(error) => tracing::debug!(%error, "no chunk yet, asking again"),
+                }
+                sleep(&*env, RETRY).await;
+            }
+        }
+        .boxed_local()
+    }
+
+    fn install_replacement(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        replacement: Replacement,
+        settled: bool,
+    ) -> LocalBoxFuture<'static, Result<Band, DirectoryError>> {
+        let reply = self.ask(Command::InstallReplacement {
+            volume,
+            epoch,
+            replacement,
+            settled,
+        });
+        async move {
+            match reply.await {
+                Ok(Reply::Band(band)) => Ok(band),
+                Ok(other) => {
+                    tracing::error!(?other, "an installation was answered with something else");
+                    Err(DirectoryError::Unavailable)
+                }
+                Err(refusal) => Err(replacement_error(replacement.band, refusal)),
+            }
+        }
+        .boxed_local()
+    }
+
+    fn return_replacement(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        replacement: Replacement,
+        settled: bool,
+    ) -> LocalBoxFuture<'static, Result<(), DirectoryError>> {
+        let reply = self.propose(Command::ReturnReplacement {
+            volume,
+            epoch,
+            replacement,
+            settled,
+        });
+        async move { reply.await.map(drop) }.boxed_local()
+    }
+
     fn return_bands(
         &self,
         volume: VolumeId,
@@ -152,6 +231,16 @@ fn root_version(reply: Reply) -> Result<u64, DirectoryError> {
             tracing::error!(?other, "a root was answered with something else");
             Err(DirectoryError::Unavailable)
         }
+    }
+}
+
+/// What a refusal means to the rebuild of a column of `band`.
+fn replacement_error(band: BandId, refusal: Refusal) -> DirectoryError {
+    match refusal {
+        Refusal::BandConflict { .. } | Refusal::NoSuchBand(_) | Refusal::NoSuchReplacement { .. } => {
+            DirectoryError::BandChanged { band }
+        }
+        other => directory_error(other),
     }
 }
 

@@ -5,9 +5,9 @@ use std::time::Duration;
 use futures_util::FutureExt as _;
 use futures_util::future::LocalBoxFuture;
 use weft_metadata::client::{ClientError, MetadataClient};
-use weft_metadata::propose::BandRequest;
+use weft_metadata::propose::{BandRequest, ReplacementRequest};
 use weft_metadata::state::{Command, Refusal, Reply};
-use weft_proto::band::{Band, EpochGrant};
+use weft_proto::band::{Band, EpochGrant, Replacement};
 use weft_proto::id::VolumeId;
 use weft_volume::seams::Env;
 
@@ -25,6 +25,8 @@ pub trait Metadata {
     fn propose(&self, command: Command) -> Answer<Reply>;
     /// Asks for fresh bands, wherever placement puts them. May answer fewer than asked for.
     fn grant_bands(&self, request: BandRequest) -> Answer<Vec<Band>>;
+    /// Asks for a fresh chunk to rebuild a column into, wherever placement puts it.
+    fn grant_replacement(&self, request: ReplacementRequest) -> Answer<Replacement>;
     /// What the owner of the volume's new epoch needs; `None` unless the volume is recovering.
     fn epoch_grant(&self, volume: VolumeId) -> Answer<Option<EpochGrant>>;
     /// The volume's bands as they are now; `None` if there is no such volume.
@@ -40,6 +42,11 @@ impl Metadata for MetadataClient {
     fn grant_bands(&self, request: BandRequest) -> Answer<Vec<Band>> {
         let client = self.clone();
         async move { Self::grant_bands(&client, request).await }.boxed_local()
+    }
+
+    fn grant_replacement(&self, request: ReplacementRequest) -> Answer<Replacement> {
+        let client = self.clone();
+        async move { Self::grant_replacement(&client, request).await }.boxed_local()
     }
 
     fn epoch_grant(&self, volume: VolumeId) -> Answer<Option<EpochGrant>> {

@@ -1,7 +1,7 @@
 //! Why an engine could not be opened, or could not serve.
 
 use weft_block::BlockError;
-use weft_proto::id::{BandId, Epoch, StripeNumber};
+use weft_proto::id::{BandId, DriveId, Epoch, StripeNumber};
 use weft_proto::units::Lba;
 
 use crate::map::MapError;
@@ -48,6 +48,44 @@ pub enum VolumeError {
         /// The band.
         band: BandId,
     },
+    /// Only what takes no more appends is rebuilt.
+    #[error("{band} is not sealed")]
+    NotSealed {
+        /// The band.
+        band: BandId,
+    },
+    /// A band without this column.
+    #[error("{band} has no column {column}")]
+    NoSuchColumn {
+        /// The band.
+        band: BandId,
+        /// Asked for.
+        column: u8,
+    },
+    /// One column of a band is rebuilt at a time.
+    #[error("a column of {band} is being rebuilt")]
+    RebuildUnderWay {
+        /// The band.
+        band: BandId,
+    },
+    /// The band was freed, or a column of it replaced, while one was being rebuilt: nothing was installed.
+    #[error("{band} has changed meanwhile")]
+    BandChanged {
+        /// The band.
+        band: BandId,
+    },
+    /// The fresh chunk of a rebuild did not take a write: nothing was installed, and another attempt takes another chunk.
+    #[error("the fresh chunk on {drive} for column {column} of {band} was not written: {error}")]
+    ReplacementNotWritten {
+        /// The band.
+        band: BandId,
+        /// Its column.
+        column: u8,
+        /// Where the fresh chunk lies.
+        drive: DriveId,
+        /// What the drive said; [`BlockError::Unknown`] when it stalled.
+        error: BlockError,
+    },
     /// A block could be neither read nor reconstructed.
     #[error("block {lba} lost: {present} of {needed} shards readable")]
     BlockLost {
@@ -77,9 +115,15 @@ impl VolumeError {
     #[must_use]
     pub fn to_block(&self, lba: Lba) -> BlockError {
         match self {
-            Self::TooManyMissing { .. } | Self::Fenced | Self::Closed | Self::Directory(_) => {
-                BlockError::NotReady
-            }
+            Self::TooManyMissing { .. }
+            | Self::NotSealed { .. }
+            | Self::NoSuchColumn { .. }
+            | Self::RebuildUnderWay { .. }
+            | Self::BandChanged { .. }
+            | Self::ReplacementNotWritten { .. }
+            | Self::Fenced
+            | Self::Closed
+            | Self::Directory(_) => BlockError::NotReady,
             Self::Undecodable { .. }
             | Self::RootUnreadable { .. }
             | Self::UnknownBand { .. }

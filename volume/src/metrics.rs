@@ -68,6 +68,12 @@ pub const METRICS: &[Metric] = &[
         &[],
         "Blocks computed from other columns of their stripe.",
     ),
+    count(
+        REBUILT,
+        "bytes",
+        &[],
+        "Bytes of chunks that were rebuilt and installed.",
+    ),
     count(COMPACTED, "blocks", &[], "Live blocks that compaction moved."),
     count(
         CAPACITY_EXCEEDED,
@@ -115,6 +121,7 @@ const SUSPECT_DRIVES: &str = "weft_volume_suspect_drives";
 const MISMATCHES: &str = "weft_volume_checksum_mismatches_total";
 const REPAIRED: &str = "weft_volume_repaired_blocks_total";
 const RECONSTRUCTED: &str = "weft_volume_reconstructed_blocks_total";
+const REBUILT: &str = "weft_volume_rebuilt_bytes_total";
 const COMPACTED: &str = "weft_volume_compacted_blocks_total";
 const CAPACITY_EXCEEDED: &str = "weft_volume_capacity_exceeded_blocks_total";
 const CHECKPOINTS: &str = "weft_volume_checkpoints_total";
@@ -185,6 +192,7 @@ pub(crate) struct Counters {
     pub(crate) mismatches: Tally,
     pub(crate) repaired: Tally,
     pub(crate) reconstructed: Tally,
+    pub(crate) rebuilt: Tally,
     pub(crate) compacted: Tally,
     pub(crate) full: Tally,
     pub(crate) checkpoints: Tally,
@@ -222,6 +230,7 @@ impl Default for Counters {
             mismatches: tally(MISMATCHES),
             repaired: tally(REPAIRED),
             reconstructed: tally(RECONSTRUCTED),
+            rebuilt: tally(REBUILT),
             compacted: tally(COMPACTED),
             full: tally(CAPACITY_EXCEEDED),
             checkpoints: tally(CHECKPOINTS),

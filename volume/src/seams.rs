@@ -8,8 +8,8 @@ use std::rc::Rc;
 
 use futures_util::future::LocalBoxFuture;
 use weft_block::Device;
-use weft_proto::band::{Band, ChunkSize, RootUpdate};
-use weft_proto::id::{DriveId, Epoch, HostId, StripeNumber, VolumeId};
+use weft_proto::band::{Band, ChunkSize, Replacement, RootUpdate};
+use weft_proto::id::{BandId, DriveId, Epoch, HostId, StripeNumber, VolumeId};
 
 /// Nanoseconds on a monotonic clock with an arbitrary origin, the same for everything in one process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -80,12 +80,44 @@ pub trait Directory {
     /// The volume's bands as they are now: chunks may have been replaced by a rebuild.
     fn bands(&self, volume: VolumeId) -> LocalBoxFuture<'static, Result<Vec<Band>, DirectoryError>>;
 
+    /// Asks for a fresh chunk for an attempt to rebuild `column` of `band`, which the caller knows at `version`. A call after
+    /// [`DirectoryError::Unavailable`] is another attempt, with another chunk; the earlier one is given up.
+    fn grant_replacement(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        band: BandId,
+        column: u8,
+        version: u64,
+    ) -> LocalBoxFuture<'static, Result<Replacement, DirectoryError>>;
+
+    /// Puts a rebuilt chunk in its column's place, by compare-and-swap on the band's version; answers the band as it is then.
+    /// Every write that was sent to the chunk has completed, durably, and no other will be sent. `settled` says whether every
+    /// write of this epoch to the chunk that is replaced has completed too.
+    fn install_replacement(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        replacement: Replacement,
+        settled: bool,
+    ) -> LocalBoxFuture<'static, Result<Band, DirectoryError>>;
+
+    /// Gives back the chunk of an attempt that ends without an installation. `settled` says whether every write that was sent to
+    /// it has completed.
+    fn return_replacement(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        replacement: Replacement,
+        settled: bool,
+    ) -> LocalBoxFuture<'static, Result<(), DirectoryError>>;
+
     /// Returns bands that were granted and never written.
     fn return_bands(
         &self,
         volume: VolumeId,
         epoch: Epoch,
-        bands: Vec<weft_proto::id::BandId>,
+        bands: Vec<BandId>,
     ) -> LocalBoxFuture<'static, Result<(), DirectoryError>>;
 }
 
@@ -116,6 +148,12 @@ pub enum DirectoryError {
         expected: u64,
         /// The volume's.
         current: u64,
+    },
+    /// The band was freed, a column of it was replaced, or the attempt to rebuild it was given up: look again.
+    #[error("band {band} is not as it was expected to be")]
+    BandChanged {
+        /// Which.
+        band: BandId,
     },
     /// No space for the purpose asked.
     #[error("no space left in the pool")]

@@ -454,6 +454,59 @@ fn compaction() {
     });
 }
 
+/// Columns of sealed bands are rebuilt, on a drive that serves and on one that is dead, while a host writes and checkpoints
+/// free bands.
+#[test]
+fn rebuild_step() {
+    let mut cached = small();
+    cached.drive.volatile_write_cache = true;
+    cached.drive.tear_bytes = 512;
+    sweep("rebuild step", &cached, |host| rebuilds(host, None));
+    let broken = DriveId(2);
+    sweep_with_broken(
+        "rebuild step, dead drive",
+        &wide(),
+        |host| rebuilds(host, Some(DriveId(2))),
+        Some(broken),
+    );
+}
+
+fn rebuilds(host: Host, dead: Option<DriveId>) -> LocalBoxFuture<'static, ()> {
+    Box::pin(async move {
+        // Narrow stripes and wide ones, and a TRIM, until bands are sealed.
+        for lba in 0..12 {
+            host.put(lba, 1).await;
+        }
+        while host.engine.sealed_bands().len() < 3 {
+            join_all((0..4).map(|step| host.put(step * 64, 64))).await;
+        }
+        host.discard(16, 8).await;
+        if let Some(dead) = dead {
+            host.world().drive(dead).set_health(Health::Dead);
+            host.put(40, 3).await;
+        }
+        host.mark();
+        let rebuilding = async {
+            for band in host.engine.sealed_bands() {
+                let column = band
+                    .columns
+                    .iter()
+                    .position(|chunk| dead.is_none_or(|dead| chunk.drive == dead));
+                if let Some(column) = column {
+                    host.rebuild(band.id, column as u8).await;
+                }
+            }
+        };
+        let writing = async {
+            for step in 0..3 {
+                host.put(step * 50, 9).await;
+                host.checkpoint().await;
+            }
+        };
+        join(rebuilding, writing).await;
+    })
+}
+
 /// A volume with writes in flight moves: quiesced, handed over, opened by the next owner.
 fn move_away(fabric: &Fabric) -> Result<Owner, Stopped> {
     let owner = fabric.try_open()?.expect("drives and metadata are well");

@@ -11,10 +11,10 @@ use std::time::Duration;
 use futures_util::FutureExt as _;
 use weft_incarnation::metadata::{Answer, Metadata};
 use weft_metadata::client::ClientError;
-use weft_metadata::propose::BandRequest;
+use weft_metadata::propose::{BandRequest, ReplacementRequest};
 use weft_metadata::state::command::{Refusal, Reply};
 use weft_metadata::state::{ClusterMap, Command};
-use weft_proto::band::{Band, EpochGrant};
+use weft_proto::band::{Band, EpochGrant, Replacement};
 use weft_proto::id::{IncarnationId, MapVersion, NodeId, VolumeId};
 
 use super::cluster::Cluster;
@@ -173,6 +173,20 @@ impl Metadata for Service {
             };
             match reply.accepted()? {
                 Reply::Bands(bands) => Ok(bands),
+                _ => Err(ClientError::Unexpected),
+            }
+        }
+        .boxed_local()
+    }
+
+    fn grant_replacement(&self, request: ReplacementRequest) -> Answer<Replacement> {
+        let client = Rc::clone(&self.0);
+        async move {
+            let Response::Reply(reply) = client.ask(Request::GrantReplacement(request)).await else {
+                unreachable!("a request for a chunk is answered with a reply");
+            };
+            match reply.accepted()? {
+                Reply::Replacement(replacement) => Ok(replacement),
                 _ => Err(ClientError::Unexpected),
             }
         }

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 use weft_metadata::leader::LeaderCore;
-use weft_metadata::propose::{BandRequest, propose_bands};
+use weft_metadata::propose::{BandRequest, ReplacementRequest, propose_bands, propose_replacement};
 use weft_metadata::state::{ClusterMap, ClusterState, Command, Reply, invariants};
 use weft_proto::band::{Band, EpochGrant};
 use weft_proto::id::{IncarnationId, MapVersion, NodeId, VolumeId};
@@ -30,6 +30,7 @@ use super::steps::{Step, Under};
 pub(super) enum Request {
     Propose(Box<Command>),
     GrantBands(BandRequest),
+    GrantReplacement(ReplacementRequest),
     EpochGrant(VolumeId),
     Bands(VolumeId),
     /// The map, as soon as it is newer than this, or after a while.
@@ -343,6 +344,13 @@ impl Cluster {
             Request::Propose(command) => self.committed(&agent, term, *command).await,
             Request::GrantBands(wanted) => {
                 let proposed = propose_bands(&self.raft.state.borrow(), &wanted);
+                match proposed {
+                    Ok(command) => self.committed(&agent, term, command).await,
+                    Err(refusal) => Response::Reply(Reply::Refused(refusal)),
+                }
+            }
+            Request::GrantReplacement(wanted) => {
+                let proposed = propose_replacement(&self.raft.state.borrow(), &wanted);
                 match proposed {
                     Ok(command) => self.committed(&agent, term, command).await,
                     Err(refusal) => Response::Reply(Reply::Refused(refusal)),

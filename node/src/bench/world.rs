@@ -12,7 +12,7 @@ use weft_block::Device;
 use weft_metadata::state::reserve::{PoolSpace, internal_reserve_mib};
 use weft_metadata::state::space::DriveSpace;
 use weft_proto::band::{
-    Band, ChunkAddress, ChunkSize, EpochGrant, Geometry, RootUpdate, WINDOW_ROWS_DEFAULT,
+    Band, ChunkAddress, ChunkSize, EpochGrant, Geometry, Replacement, RootUpdate, WINDOW_ROWS_DEFAULT,
 };
 use weft_proto::id::{BandId, ClusterId, DriveId, Epoch, LayerId, StripeNumber, VolumeId};
 use weft_proto::units::MIB;
@@ -237,6 +237,39 @@ impl Directory for World {
     fn bands(&self, _: VolumeId) -> LocalBoxFuture<'static, Result<Vec<Band>, DirectoryError>> {
         let bands = self.state.borrow().granted.values().cloned().collect();
         ready(Ok(bands)).boxed_local()
+    }
+
+    fn grant_replacement(
+        &self,
+        _: VolumeId,
+        _: Epoch,
+        _: BandId,
+        _: u8,
+        _: u64,
+    ) -> LocalBoxFuture<'static, Result<Replacement, DirectoryError>> {
+        // Nothing is lost here, and there are no drives but those of the bands.
+        ready(Err(DirectoryError::NoSpace)).boxed_local()
+    }
+
+    fn install_replacement(
+        &self,
+        _: VolumeId,
+        _: Epoch,
+        replacement: Replacement,
+        _: bool,
+    ) -> LocalBoxFuture<'static, Result<Band, DirectoryError>> {
+        let band = replacement.band;
+        ready(Err(DirectoryError::BandChanged { band })).boxed_local()
+    }
+
+    fn return_replacement(
+        &self,
+        _: VolumeId,
+        _: Epoch,
+        _: Replacement,
+        _: bool,
+    ) -> LocalBoxFuture<'static, Result<(), DirectoryError>> {
+        ready(Ok(())).boxed_local()
     }
 
     fn return_bands(

@@ -239,6 +239,7 @@ impl Core {
     async fn evacuate(self: &Rc<Self>, band: &Rc<BandState>) -> Result<Evacuation, VolumeError> {
         let walk = Walk {
             from: 0,
+            until: band.rows,
             piece: WALK_PIECE_ROWS,
             window: None,
             verify: false,

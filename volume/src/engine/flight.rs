@@ -16,7 +16,7 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use weft_block::buffer::AlignedBuf;
 use weft_block::{BlockError, Durability, Io};
 use weft_erasure::Codec;
-use weft_proto::band::{Geometry, RootPointer};
+use weft_proto::band::{ChunkAddress, Geometry, RootPointer};
 use weft_proto::deliberate::{Bug, planted};
 use weft_proto::id::{DriveId, StripeNumber};
 use weft_proto::units::{BLOCK_BYTES, Lba};
@@ -48,7 +48,7 @@ struct Flight {
 }
 
 /// The answer of one column.
-type Answer = (u8, DriveId, Result<(), BlockError>);
+type Answer = (u8, ChunkAddress, Result<(), BlockError>);
 
 impl Core {
     /// Sends one stripe of `plan`'s shape with `work` in it.
@@ -226,8 +226,7 @@ impl Core {
                 None => Io::ready(Err(BlockError::NotReady)),
             };
             band.outstanding.set(band.outstanding.get() + 1);
-            let drive = chunk.drive;
-            writes.push(io.map(move |result| (column, drive, result)).boxed_local());
+            writes.push(io.map(move |result| (column, chunk, result)).boxed_local());
         }
         writes
     }
@@ -260,7 +259,7 @@ impl Core {
                 }
             };
             match event {
-                Event::Answer(Some((column, drive, result))) => {
+                Event::Answer(Some((column, chunk, result))) => {
                     let band = &flight.band;
                     band.outstanding.set(band.outstanding.get() - 1);
                     match result {
@@ -271,7 +270,8 @@ impl Core {
                             waiting.remove(&column);
                         }
                         Err(error) => {
-                            note_unknown(band, column, &error);
+                            note_unknown(band, chunk, &error);
+                            let drive = chunk.drive;
                             tracing::warn!(volume = %self.volume, %drive, stripe = %flight.number, %error, "shard not written");
                             self.drive_error(drive, &error);
                             // Whatever the error says of the drive, this column did not take the shard.
@@ -316,10 +316,10 @@ impl Core {
     fn drain(&self, band: Rc<BandState>, mut writes: FuturesUnordered<Io1>) {
         let changed = Rc::clone(&self.changed);
         self.spawn(async move {
-            while let Some((column, _, result)) = writes.next().await {
+            while let Some((_, chunk, result)) = writes.next().await {
                 band.outstanding.set(band.outstanding.get() - 1);
                 if let Err(error) = result {
-                    note_unknown(&band, column, &error);
+                    note_unknown(&band, chunk, &error);
                 }
             }
             changed.notify();
@@ -490,10 +490,10 @@ impl BlockWork {
     }
 }
 
-/// A write of unknown outcome may land at any time: the chunk must not be reused under it.
-fn note_unknown(band: &BandState, column: u8, error: &BlockError) {
+/// A write of unknown outcome may land at any time: the chunk that it was sent to must not be reused under it.
+fn note_unknown(band: &BandState, chunk: ChunkAddress, error: &BlockError) {
     if *error == BlockError::Unknown && !planted(Bug::ForgetUnsettled) {
-        band.unsettled.borrow_mut().extend(band.chunk(column));
+        band.unsettled.borrow_mut().insert(chunk);
     }
 }
 

@@ -23,6 +23,7 @@ mod lease;
 mod opening;
 mod pages;
 mod read;
+mod rebuild;
 mod recovery;
 mod scan;
 mod space;
@@ -31,7 +32,7 @@ mod supply;
 mod work;
 
 use std::cell::{Cell, OnceCell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 
@@ -56,6 +57,7 @@ use space::Space;
 use work::Copy;
 
 pub use opening::Opening;
+pub use rebuild::Rebuilt;
 pub use stats::Stats;
 
 /// Whether the engine serves.
@@ -108,6 +110,8 @@ pub(crate) struct Core {
     pub(crate) root: Cell<(u64, Option<RootPointer>)>,
     pub(crate) checkpoints: Checkpoints,
     pub(crate) space: Space,
+    /// Bands of which a column is being rebuilt.
+    pub(crate) rebuilding: RefCell<BTreeSet<BandId>>,
     pub(crate) counters: Counters,
 }
 
@@ -242,6 +246,27 @@ impl Engine {
         self.0.refresh_bands().await;
     }
 
+    /// Rebuilds one column of a sealed band into a fresh chunk on another drive, and has it take the column's place: every shard
+    /// that the other columns can prove, byte for byte. Reads go on, and use the new chunk afterwards. Only with the last step
+    /// does anything change; an error changes nothing, and the next attempt takes another chunk. It stops between two steps
+    /// when the engine does, and may be dropped: what it had asked for then waits for the end of the epoch.
+    ///
+    /// Which column when, and again after an error, is for whoever calls.
+    ///
+    /// # Errors
+    /// [`VolumeError::TooManyMissing`] and [`VolumeError::Undecodable`] when what the map refers to cannot be computed now;
+    /// [`VolumeError::BandChanged`] when the band was freed or rebuilt meanwhile; [`VolumeError::ReplacementNotWritten`];
+    /// [`VolumeError::Directory`] without a drive for it.
+    pub async fn rebuild(&self, band: BandId, column: u8) -> Result<Rebuilt, VolumeError> {
+        self.0.rebuild(band, column).await
+    }
+
+    /// The bands that take no more appends, as the engine knows them: what can be rebuilt.
+    #[must_use]
+    pub fn sealed_bands(&self) -> Vec<Band> {
+        self.0.sealed_bands()
+    }
+
     /// Says whether the pool has little space left: then dead blocks are not left lying until this volume itself is refused.
     pub fn set_tight(&self, tight: bool) {
         if self.0.space.tight.replace(tight) != tight {
@@ -306,6 +331,7 @@ impl Core {
             root: Cell::new((grant.root_version, grant.root)),
             checkpoints: Checkpoints::default(),
             space: Space::default(),
+            rebuilding: RefCell::default(),
             counters: Counters::default(),
         })
     }
@@ -399,9 +425,10 @@ impl Core {
                 self.fence();
                 Some(VolumeError::Fenced)
             }
-            DirectoryError::NoSpace | DirectoryError::TooFewDomains { .. } | DirectoryError::Unavailable => {
-                None
-            }
+            DirectoryError::BandChanged { .. }
+            | DirectoryError::NoSpace
+            | DirectoryError::TooFewDomains { .. }
+            | DirectoryError::Unavailable => None,
         }
     }
 

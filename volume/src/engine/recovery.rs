@@ -207,6 +207,7 @@ impl Core {
             let window = band.band.borrow().window_rows.clamp(1, band.rows);
             let walk = Walk {
                 from,
+                until: band.rows,
                 piece: window,
                 window: Some(window),
                 verify: true,

@@ -60,9 +60,11 @@ impl Found {
 pub(crate) struct Walk {
     /// First row.
     pub(crate) from: u32,
+    /// Headers are looked for up to this row, exclusive.
+    pub(crate) until: u32,
     /// Rows read at once.
     pub(crate) piece: u32,
-    /// Stop after this many rows without a shard; `None` walks to the end.
+    /// Stop after this many rows without a shard; `None` walks on to `until`.
     pub(crate) window: Option<u32>,
     /// Whether payloads are checked.
     pub(crate) verify: bool,
@@ -128,13 +130,14 @@ impl Core {
             .collect();
         let mut last_end = walk.from;
         let mut at = walk.from;
-        while at < band.rows
+        let rows = walk.until.min(band.rows);
+        while at < rows
             && walk
                 .window
                 .is_none_or(|window| at < last_end.saturating_add(window))
         {
             self.alive()?;
-            let end = at.saturating_add(walk.piece).min(band.rows);
+            let end = at.saturating_add(walk.piece).min(rows);
             let known = Known::default();
             let pieces = join_all(
                 cursors

@@ -43,6 +43,8 @@ pub struct Stats {
     pub repaired: u64,
     /// Blocks computed from other columns.
     pub reconstructed: u64,
+    /// Bytes of chunks that were rebuilt and installed.
+    pub rebuilt_bytes: u64,
     /// Blocks that compaction moved.
     pub compacted_blocks: u64,
     /// Host blocks refused with Capacity Exceeded.
@@ -92,6 +94,7 @@ impl Core {
             checksum_mismatches: counters.mismatches.get(),
             repaired: counters.repaired.get(),
             reconstructed: counters.reconstructed.get(),
+            rebuilt_bytes: counters.rebuilt.get(),
             compacted_blocks: counters.compacted.get(),
             capacity_exceeded: counters.full.get(),
             checkpoints: counters.checkpoints.get(),

@@ -10,7 +10,9 @@
 //!   ended or are fenced on its drive;
 //! - user bands leave the reserve alone;
 //! - roots change by compare-and-swap, and never lie in a band that is freed;
-//! - bands of a takeover that was not finished count for nothing.
+//! - bands of a takeover that was not finished count for nothing;
+//! - a chunk granted to a rebuild belongs to that attempt alone until it is installed, and nobody writes to it afterwards; what
+//!   is written to it is what its column held.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::{Rc, Weak};
@@ -19,13 +21,15 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
 use weft_proto::band::{
-    Band, ChunkAddress, ChunkSize, EpochGrant, Geometry, RootPointer, RootUpdate, WINDOW_ROWS_DEFAULT,
+    Band, ChunkAddress, ChunkSize, EpochGrant, Geometry, Replacement, RootPointer, RootUpdate,
+    WINDOW_ROWS_DEFAULT,
 };
 use weft_proto::id::{BandId, DriveId, Epoch, IncarnationId, LayerId, StripeNumber, VolumeId};
 
 use super::answer::{Giver, answer};
 use super::drive::{Health, SimDrive};
 use super::monitor::BLOCKS_PER_MIB;
+use super::rebuilds::{Attempt, Column};
 use super::rng::Rng;
 use super::world::{InFlight, World};
 use crate::seams::{BandPurpose, Directory, DirectoryError};
@@ -58,22 +62,24 @@ type Commit = Box<dyn FnOnce(&Rc<World>)>;
 
 /// The state, and the calls on their way to it.
 pub(super) struct Metadata {
-    rng: Rng,
+    pub(super) rng: Rng,
     spec: MetadataSpec,
     volumes: BTreeMap<VolumeId, Volume>,
-    bands: BTreeMap<BandId, Granted>,
+    pub(super) bands: BTreeMap<BandId, Granted>,
     band_next: u64,
+    /// Chunks granted to rebuilds and not installed.
+    pub(super) attempts: Vec<Attempt>,
     /// Allocated chunks by drive and first MiB: their size, and whose they are. Quarantined ones stay here.
-    chunks: BTreeMap<(DriveId, u32), (u32, BandId)>,
+    pub(super) chunks: BTreeMap<(DriveId, u32), (u32, BandId)>,
     /// Freed chunks that may still be written by an incarnation that is not fenced there.
-    quarantine: Vec<(ChunkAddress, IncarnationId)>,
+    pub(super) quarantine: Vec<(ChunkAddress, IncarnationId)>,
     /// Drives taken out of service by the operator.
-    out: BTreeSet<DriveId>,
+    pub(super) out: BTreeSet<DriveId>,
     calls: BTreeMap<u64, (IncarnationId, Commit)>,
     call_next: u64,
 }
 
-struct Volume {
+pub(super) struct Volume {
     layer: LayerId,
     /// The one that may command.
     epoch: Epoch,
@@ -89,13 +95,15 @@ struct Volume {
     ended: Vec<(Epoch, StripeNumber)>,
 }
 
-struct Granted {
-    band: Band,
-    owner: IncarnationId,
+pub(super) struct Granted {
+    pub(super) band: Band,
+    pub(super) owner: IncarnationId,
     /// Handed over with a write still under way.
-    unsettled: bool,
-    /// What was sent to each row of each column, for "a row is written once".
-    written: BTreeMap<(u8, u32), Bytes>,
+    pub(super) unsettled: bool,
+    /// What was sent to each row of each column, for "a row is written once", wherever the column lay then.
+    pub(super) written: BTreeMap<(u8, u32), Bytes>,
+    /// Columns that a rebuild has replaced, and who wrote what is there now.
+    pub(super) replaced: BTreeMap<u8, IncarnationId>,
 }
 
 impl Metadata {
@@ -106,6 +114,7 @@ impl Metadata {
             volumes: BTreeMap::new(),
             bands: BTreeMap::new(),
             band_next: 1,
+            attempts: Vec::new(),
             chunks: BTreeMap::new(),
             quarantine: Vec::new(),
             out: BTreeSet::new(),
@@ -114,7 +123,7 @@ impl Metadata {
         }
     }
 
-    fn volume(&mut self, id: VolumeId, epoch: Epoch) -> Result<&mut Volume, DirectoryError> {
+    pub(super) fn volume(&mut self, id: VolumeId, epoch: Epoch) -> Result<&mut Volume, DirectoryError> {
         let volume = self.volumes.get_mut(&id).ok_or(DirectoryError::NoSuchVolume)?;
         if volume.epoch != epoch {
             return Err(DirectoryError::Stale {
@@ -126,7 +135,7 @@ impl Metadata {
     }
 
     /// Whether some replaced owner of any volume may still write to `drive`.
-    fn awaits_fence(&self, drive: &SimDrive) -> bool {
+    pub(super) fn awaits_fence(&self, drive: &SimDrive) -> bool {
         let superseded: BTreeSet<IncarnationId> = self
             .volumes
             .values()
@@ -144,7 +153,7 @@ impl Metadata {
                 .any(|(chunk, owner)| chunk.drive == drive.id() && !drive.is_fenced(*owner)))
     }
 
-    fn release_quarantine(&mut self, world: &World) {
+    pub(super) fn release_quarantine(&mut self, world: &World) {
         let chunks = &mut self.chunks;
         self.quarantine.retain(|(chunk, writer)| {
             let released = world
@@ -157,7 +166,7 @@ impl Metadata {
         });
     }
 
-    fn free_mib(&self, drive: &SimDrive) -> u32 {
+    pub(super) fn free_mib(&self, drive: &SimDrive) -> u32 {
         let used: u32 = self
             .chunks
             .range((drive.id(), 0)..=(drive.id(), u32::MAX))
@@ -168,7 +177,7 @@ impl Metadata {
     }
 
     /// The first gap of `size` MiB, aligned to it past the label.
-    fn find_gap(&self, drive: &SimDrive, size: u32) -> Option<u32> {
+    pub(super) fn find_gap(&self, drive: &SimDrive, size: u32) -> Option<u32> {
         let mut at = 1;
         for ((_, offset), (taken, _)) in self.chunks.range((drive.id(), 0)..=(drive.id(), u32::MAX)) {
             if at + size <= *offset {
@@ -272,39 +281,63 @@ impl Metadata {
             owner,
             unsettled: false,
             written: BTreeMap::new(),
+            replaced: BTreeMap::new(),
         };
         self.bands.insert(band_id, granted);
         Ok(band)
     }
 
+    pub(super) fn serves(&self, id: VolumeId, epoch: Epoch) -> bool {
+        self.volumes
+            .get(&id)
+            .is_some_and(|volume| volume.serving == Some(epoch))
+    }
+
+    /// Who holds the volume's current epoch.
+    pub(super) fn owner(&self, id: VolumeId) -> Option<IncarnationId> {
+        let volume = self.volumes.get(&id)?;
+        volume.owners.get(&volume.epoch).copied()
+    }
+
     /// Gives the chunks of a band back; those that a dead or replaced writer may still reach go to quarantine.
     fn free_band(&mut self, world: &World, id: BandId, unsettled: &[ChunkAddress]) {
+        self.give_up(world, |attempt| attempt.replacement.band == id);
         let Some(granted) = self.bands.remove(&id) else {
             return;
         };
-        let size = granted.band.chunk_size.mib();
-        for chunk in &granted.band.columns {
-            let drive = world.drive(chunk.drive);
-            let may_be_written = granted.unsettled
-                || unsettled.contains(chunk)
-                || world.is_dead(granted.owner)
-                || self.is_superseded(granted.owner);
-            if may_be_written && !drive.is_fenced(granted.owner) {
-                self.quarantine.push((*chunk, granted.owner));
-                continue;
-            }
-            let start = u64::from(chunk.offset_mib) * BLOCKS_PER_MIB;
-            if !may_be_written && drive.has_writes_in_flight(start, u64::from(size) * BLOCKS_PER_MIB) {
-                world.violation(format!(
-                    "{id} is freed while a write to its chunk on {} is in flight",
-                    chunk.drive
-                ));
-            }
-            self.chunks.remove(&(chunk.drive, chunk.offset_mib));
+        for (column, chunk) in (0u8..).zip(&granted.band.columns) {
+            let (writer, ended) = self.writes_of(world, &granted, column);
+            let may_be_written = !ended || unsettled.contains(chunk);
+            self.free_chunk(world, *chunk, granted.band.chunk_size, writer, may_be_written);
         }
     }
 
-    fn is_superseded(&self, incarnation: IncarnationId) -> bool {
+    /// Gives one chunk back, or keeps it in quarantine where a write of `writer` may still reach it.
+    pub(super) fn free_chunk(
+        &mut self,
+        world: &World,
+        chunk: ChunkAddress,
+        size: ChunkSize,
+        writer: IncarnationId,
+        may_be_written: bool,
+    ) {
+        let drive = world.drive(chunk.drive);
+        if may_be_written && !drive.is_fenced(writer) {
+            self.quarantine.push((chunk, writer));
+            return;
+        }
+        let start = u64::from(chunk.offset_mib) * BLOCKS_PER_MIB;
+        let blocks = u64::from(size.mib()) * BLOCKS_PER_MIB;
+        if !may_be_written && drive.has_writes_in_flight(start, blocks) {
+            world.violation(format!(
+                "a chunk at {} MiB of {} is freed while a write to it is in flight",
+                chunk.offset_mib, chunk.drive
+            ));
+        }
+        self.chunks.remove(&(chunk.drive, chunk.offset_mib));
+    }
+
+    pub(super) fn is_superseded(&self, incarnation: IncarnationId) -> bool {
         self.volumes.values().any(|volume| {
             volume
                 .superseded
@@ -460,22 +493,22 @@ impl Metadata {
         else {
             return Err("no band has a chunk there".into());
         };
-        let Some(granted) = self.bands.get_mut(&id) else {
-            return Err(format!("{id} was freed"));
+        let chunk = ChunkAddress {
+            drive: drive.id(),
+            offset_mib,
         };
-        if granted.owner != sender {
-            return Err(format!("{id} was granted to {}", granted.owner));
+        if self.quarantine.contains(&(chunk, sender)) {
+            // Late, and that is what the quarantine is for.
+            return Ok(());
         }
         let first = start - u64::from(offset_mib) * BLOCKS_PER_MIB;
         if first + blocks.len() as u64 > u64::from(size) * BLOCKS_PER_MIB {
             return Err(format!("it ends past the chunk of {id}"));
         }
-        let column = granted
-            .band
-            .columns
-            .iter()
-            .position(|chunk| chunk.drive == drive.id());
-        let column = column.ok_or_else(|| format!("{id} has no column there"))? as u8;
+        let column = self.column_for(chunk, id, sender)?;
+        let Some(granted) = self.bands.get_mut(&id) else {
+            return Err(format!("{id} was freed"));
+        };
         for (row, bytes) in (first as u32..).zip(blocks) {
             let Some(bytes) = bytes else {
                 return Err(format!("row {row} of {id} is deallocated while it is granted"));
@@ -528,6 +561,7 @@ impl World {
     pub fn begin_takeover(&self, id: VolumeId, incarnation: IncarnationId) -> EpochGrant {
         let mut guard = self.metadata.borrow_mut();
         let metadata = &mut *guard;
+        metadata.give_up(self, |attempt| attempt.volume == id);
         let volume = metadata.volumes.get_mut(&id).expect("a volume that was created");
         let before = volume.epoch;
         if before.0 > 0 && !volume.ended.iter().any(|(ended, _)| *ended == before) {
@@ -582,6 +616,7 @@ impl World {
         let volume = metadata.volume(id, epoch)?;
         volume.ended.push((epoch, last));
         volume.serving = None;
+        metadata.give_up(self, |attempt| attempt.volume == id);
         for band in unsettled {
             if let Some(granted) = metadata.bands.get_mut(band) {
                 granted.unsettled = true;
@@ -787,6 +822,48 @@ impl Directory for SimDirectory {
     ) -> LocalBoxFuture<'static, Result<(), DirectoryError>> {
         self.call("return bands", move |metadata, world| {
             metadata.return_bands(world, volume, epoch, &bands)
+        })
+    }
+
+    fn grant_replacement(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        band: BandId,
+        column: u8,
+        version: u64,
+    ) -> LocalBoxFuture<'static, Result<Replacement, DirectoryError>> {
+        let wanted = Column {
+            band,
+            column,
+            version,
+        };
+        self.call("grant replacement", move |metadata, world| {
+            metadata.grant_replacement(world, volume, epoch, wanted)
+        })
+    }
+
+    fn install_replacement(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        replacement: Replacement,
+        settled: bool,
+    ) -> LocalBoxFuture<'static, Result<Band, DirectoryError>> {
+        self.call("install replacement", move |metadata, world| {
+            metadata.install_replacement(world, volume, epoch, replacement, settled)
+        })
+    }
+
+    fn return_replacement(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        replacement: Replacement,
+        settled: bool,
+    ) -> LocalBoxFuture<'static, Result<(), DirectoryError>> {
+        self.call("return replacement", move |metadata, world| {
+            metadata.return_replacement(world, volume, epoch, replacement, settled)
         })
     }
 }

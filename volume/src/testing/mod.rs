@@ -14,6 +14,7 @@ pub mod drive;
 pub mod lease;
 pub mod monitor;
 pub mod oracle;
+mod rebuilds;
 pub mod rng;
 pub mod world;
 

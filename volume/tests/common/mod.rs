@@ -11,7 +11,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use weft_block::{BlockDevice, BlockError, Durability};
 use weft_proto::band::{ChunkSize, Geometry};
-use weft_proto::id::{ClusterId, DriveId, IncarnationId, VolumeId};
+use weft_proto::id::{BandId, ClusterId, DriveId, IncarnationId, VolumeId};
 use weft_proto::units::{Lba, LbaRange};
 use weft_volume::engine::Engine;
 use weft_volume::error::VolumeError;
@@ -301,6 +301,22 @@ impl Host {
                 | VolumeError::Map(MapError::Store(BlockError::NotReady)),
             ) => std::future::pending().await,
             Err(error) => panic!("checkpoint: {error}"),
+        }
+    }
+
+    /// A rebuild that goes well, or ends by a name that drives and other owners can be the reason for.
+    pub async fn rebuild(&self, band: BandId, column: u8) -> bool {
+        match self.engine.rebuild(band, column).await {
+            Ok(_) => true,
+            Err(
+                VolumeError::BandChanged { .. }
+                | VolumeError::UnknownBand { .. }
+                | VolumeError::TooManyMissing { .. }
+                | VolumeError::ReplacementNotWritten { .. }
+                | VolumeError::Directory(_),
+            ) => false,
+            Err(VolumeError::Fenced | VolumeError::Closed) => std::future::pending().await,
+            Err(error) => panic!("rebuild of column {column} of {band}: {error}"),
         }
     }
 

@@ -2,6 +2,7 @@
 
 mod degraded;
 mod life;
+mod rebuild;
 mod space;
 
 use std::collections::BTreeMap;
