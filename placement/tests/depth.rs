@@ -32,7 +32,7 @@ fn stacked(mut space: Vec<u64>, columns: usize) -> u64 {
         let Some(chosen) = space.get_mut(..columns) else {
             return bands;
         };
-        if chosen.iter().any(|&mib| mib == 0) {
+        if chosen.contains(&0) {
             return bands;
         }
         for mib in chosen {
