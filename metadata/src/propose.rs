@@ -11,7 +11,7 @@ use weft_proto::band::ChunkSize;
 use weft_proto::id::{Epoch, IncarnationId, VolumeId};
 
 use crate::state::command::{BandProposal, Purpose};
-use crate::state::map::{Drive, Registration};
+use crate::state::map::{Drive, Owner, Pool, Registration, Volume};
 use crate::state::{ClusterState, Command, Refusal};
 
 /// What an owner asks for.
@@ -39,20 +39,7 @@ pub struct BandRequest {
 /// # Errors
 /// [`Refusal`] where not one band can be granted.
 pub fn propose_bands(state: &ClusterState, request: &BandRequest) -> Result<Command, Refusal> {
-    let volume = state
-        .map
-        .volumes
-        .get(&request.volume)
-        .ok_or(Refusal::NoSuchVolume(request.volume))?;
-    let owner = volume.phase.owner().ok_or(Refusal::Stale {
-        epoch: request.epoch,
-        current: volume.epoch,
-    })?;
-    let pool = state
-        .map
-        .pools
-        .get(&volume.pool)
-        .ok_or(Refusal::NoSuchPool(volume.pool))?;
+    let (volume, owner, pool) = asking(state, request.volume, request.epoch)?;
     let space = state.pool_space(pool);
     let no_space = Refusal::NoSpace {
         free_mib: space.free_reach_mib,
@@ -130,6 +117,21 @@ pub fn propose_bands(state: &ClusterState, request: &BandRequest) -> Result<Comm
         chunk_size: request.chunk_size,
         proposals,
     })
+}
+
+/// The volume, its owner and its pool, for an owner that asks in `epoch`. The command that is proposed is checked against the epoch.
+fn asking(state: &ClusterState, id: VolumeId, epoch: Epoch) -> Result<(&Volume, Owner, &Pool), Refusal> {
+    let map = &state.map;
+    let volume = map.volumes.get(&id).ok_or(Refusal::NoSuchVolume(id))?;
+    let owner = volume.phase.owner().ok_or(Refusal::Stale {
+        epoch,
+        current: volume.epoch,
+    })?;
+    let pool = map
+        .pools
+        .get(&volume.pool)
+        .ok_or(Refusal::NoSuchPool(volume.pool))?;
+    Ok((volume, owner, pool))
 }
 
 /// k of the first band, and 0 where there is none.

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use weft_placement::{self as placement, Policy};
 use weft_proto::id::{BandId, DriveId, Epoch, VolumeId};
 
-use super::topology;
+use super::{asking, topology};
 use crate::state::{ClusterState, Command, Refusal};
 
 /// What an owner asks for.
@@ -32,20 +32,7 @@ pub struct ReplacementRequest {
 /// # Errors
 /// [`Refusal`] where none can be granted.
 pub fn propose_replacement(state: &ClusterState, request: &ReplacementRequest) -> Result<Command, Refusal> {
-    let volume = state
-        .map
-        .volumes
-        .get(&request.volume)
-        .ok_or(Refusal::NoSuchVolume(request.volume))?;
-    let owner = volume.phase.owner().ok_or(Refusal::Stale {
-        epoch: request.epoch,
-        current: volume.epoch,
-    })?;
-    let pool = state
-        .map
-        .pools
-        .get(&volume.pool)
-        .ok_or(Refusal::NoSuchPool(volume.pool))?;
+    let (_, owner, pool) = asking(state, request.volume, request.epoch)?;
     let layout = state
         .layouts
         .get(&request.volume)
