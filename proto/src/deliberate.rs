@@ -63,10 +63,6 @@ pub enum Bug {
     RecordFailedFences,
     /// An incarnation whose registration is missing registers again.
     RegisterAgain,
-    /// A rebuilt chunk is installed whatever became of its band meanwhile.
-    InstallWithoutVersion,
-    /// A rebuilt chunk is installed before it is durable.
-    InstallBeforeDurable,
 }
 
 impl Bug {
@@ -100,8 +96,6 @@ impl Bug {
         Self::NoLeaseWait,
         Self::RecordFailedFences,
         Self::RegisterAgain,
-        Self::InstallWithoutVersion,
-        Self::InstallBeforeDurable,
     ];
 }
 

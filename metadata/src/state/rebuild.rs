@@ -16,7 +16,6 @@
 //! while it serves. `docs/design/rebuild-step.md` says what another rebuilder would take.
 
 use weft_proto::band::{ChunkAddress, Replacement};
-use weft_proto::deliberate::{Bug, planted};
 use weft_proto::id::{BandId, DriveId, Epoch, IncarnationId, VolumeId};
 
 use super::ClusterState;
@@ -105,7 +104,7 @@ impl ClusterState {
             // The answer was lost.
             return Ok(Reply::Band(record.band.clone()));
         }
-        if record.band.version != replacement.version && !planted(Bug::InstallWithoutVersion) {
+        if record.band.version != replacement.version {
             return Err(Refusal::BandConflict {
                 band,
                 expected: replacement.version,

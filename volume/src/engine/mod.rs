@@ -26,6 +26,7 @@ mod read;
 mod rebuild;
 mod recovery;
 mod scan;
+mod shard;
 mod space;
 mod stats;
 mod supply;

@@ -452,6 +452,13 @@ impl SimDrive {
         }
     }
 
+    /// Whether a loss of power now would take nothing that was written to these blocks.
+    #[must_use]
+    pub fn is_durable(&self, start: u64, count: u64) -> bool {
+        let state = self.state.borrow();
+        state.cache.range(start..start + count).next().is_none()
+    }
+
     /// Whether a write or deallocate of anybody that touches these blocks has been sent and has not ended.
     #[must_use]
     pub fn has_writes_in_flight(&self, start: u64, count: u64) -> bool {

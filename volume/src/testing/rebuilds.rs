@@ -1,7 +1,7 @@
 //! The simulated metadata service's rules for rebuilds: one chunk for each attempt, installed by compare-and-swap.
 //!
 //! Written apart from the product's state machine, so that both have to agree. What no correct engine does is a violation: to
-//! have a chunk installed with a write to it in flight, to say that writes have ended that have not, to write another
+//! have a chunk installed with a write to it in flight or before it is durable, to say that writes have ended that have not, to write another
 //! column's rows, or anything at all after the installation.
 
 use weft_proto::band::{Band, ChunkAddress, ChunkSize, Replacement};
@@ -163,6 +163,11 @@ impl Metadata {
             world.violation(format!(
                 "a chunk of {band} is installed while a write to it is in flight"
             ));
+        }
+        let start = u64::from(chunk.offset_mib) * BLOCKS_PER_MIB;
+        let blocks = u64::from(attempt.size.mib()) * BLOCKS_PER_MIB;
+        if !world.drive(chunk.drive).is_durable(start, blocks) {
+            world.violation(format!("a chunk of {band} is installed before it is durable"));
         }
         let granted = self.bands.get_mut(&band).expect("found above");
         granted.band.columns[usize::from(column)] = chunk;
