@@ -18,8 +18,8 @@
 //!   times what `node/src/agent` does over tokio, gRPC and NVMe/TCP: an agent's start, its session, the way of a host's command;
 //! - drives, wires, clocks and hosts: [`drive`], [`network`], [`connection`], [`process`], [`host`], [`multipath`], on [`weft_volume::testing`].
 //!
-//! What it does not do: rebuild of chunks, snapshots and tiers, which the product does not have yet; third-party drives; NVMe and Raft
-//! as bytes; a time of day that jumps, which nobody reads ("Clocks" at the top of the crate).
+//! What it does not do: a policy of rebuilds (an owner rebuilds some column now and then), snapshots and tiers, which the product does
+//! not have yet; third-party drives; NVMe and Raft as bytes; a time of day that jumps, which nobody reads ("Clocks" at the top of the crate).
 //!
 //! # What is checked
 //!

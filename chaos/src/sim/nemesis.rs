@@ -200,8 +200,9 @@ impl Nemesis {
     /// rare is aimed at. More deaths than redundancy covers are worst where what is left is believed. Where volumes are deleted, every
     /// third fault waits for that; where none is, nobody does.
     fn step_for(&self, fault: Fault) -> Step {
-        const RARE: [Step; 6] = [
+        const RARE: [Step; 7] = [
             Step::Compaction,
+            Step::Rebuild,
             Step::Fence,
             Step::Recover,
             Step::Finish,

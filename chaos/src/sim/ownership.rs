@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use weft_incarnation::ownership::{self, Observer, StepGuard};
 use weft_metadata::state::map::Owner;
-use weft_proto::id::{DriveId, Epoch, IncarnationId, VolumeId};
+use weft_proto::id::{BandId, DriveId, Epoch, IncarnationId, VolumeId};
 use weft_volume::engine::Engine;
 use weft_volume::error::VolumeError;
 
@@ -31,6 +31,9 @@ impl Observer for Watching {
         agent
             .process
             .spawn(Rc::clone(&agent).watch_compaction(volume, owner, engine.clone()));
+        agent
+            .process
+            .spawn(Rc::clone(&agent).rebuild_now_and_then(volume, owner, engine.clone()));
     }
 
     fn stopped(&self, volume: VolumeId) {
@@ -69,15 +72,63 @@ impl Observer for Watching {
 }
 
 impl Agent {
+    /// In place of a policy: some column of a sealed band is rebuilt, one on a drive that is out of service if there is any.
+    async fn rebuild_now_and_then(self: Rc<Self>, volume: VolumeId, owner: Owner, engine: Engine) {
+        let most = self.cluster.plan.rebuild_ms;
+        loop {
+            let pause = most / 2 + self.process.random() % most;
+            self.process.sleep(Duration::from_millis(pause)).await;
+            if !self.serves_under(volume, owner) || !self.cluster.is_working() {
+                return;
+            }
+            let columns: Vec<(BandId, u8, DriveId)> = engine
+                .sealed_bands()
+                .iter()
+                .flat_map(|band| {
+                    let columns = (0u8..).zip(&band.columns);
+                    columns
+                        .map(|(column, chunk)| (band.id, column, chunk.drive))
+                        .collect::<Vec<_>>()
+                })
+                .collect();
+            let map = self.map.borrow().clone();
+            let in_service = |drive: &DriveId| {
+                let found = map.drives.get(drive);
+                found.is_some_and(|drive| map.in_service(drive))
+            };
+            let lost = columns.iter().filter(|(_, _, drive)| !in_service(drive));
+            let lost: Vec<_> = lost.copied().collect();
+            let chosen = if lost.is_empty() { columns } else { lost };
+            if chosen.is_empty() {
+                continue;
+            }
+            let (band, column, _) = chosen[(self.process.random() % chosen.len() as u64) as usize];
+            let tolerated = self.cluster.is_tolerated();
+            let result = {
+                let _under = self.cluster.steps.enter(Step::Rebuild);
+                engine.rebuild(band, column).await
+            };
+            let world = self.cluster.world();
+            world.note(|| format!("{volume}: column {column} of {band} rebuilt: {result:?}"));
+            if let Err(error @ VolumeError::Undecodable { .. }) = &result
+                && tolerated
+                && self.cluster.is_tolerated()
+            {
+                self.cluster.watch.unreadable(volume, owner.epoch, error);
+            }
+        }
+    }
+
+    /// Whether the engine of this epoch still serves hosts.
+    fn serves_under(&self, volume: VolumeId, owner: Owner) -> bool {
+        let engines = self.engines.borrow();
+        engines.get(&volume).is_some_and(|(found, _)| *found == owner)
+    }
+
     async fn watch_compaction(self: Rc<Self>, volume: VolumeId, owner: Owner, engine: Engine) {
         let mut moved = 0;
         let mut under = None;
-        while self
-            .engines
-            .borrow()
-            .get(&volume)
-            .is_some_and(|(found, _)| *found == owner)
-        {
+        while self.serves_under(volume, owner) {
             let now = engine.stats().compacted_blocks;
             if now == moved {
                 under = None;

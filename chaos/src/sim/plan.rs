@@ -45,6 +45,8 @@ pub(super) struct Plan {
     pub(super) lanes: u64,
     /// Keep Alive Timeout of such a host.
     pub(super) kato: Duration,
+    /// Pause of an owner between two columns that it rebuilds, in milliseconds.
+    pub(super) rebuild_ms: u64,
     /// Whether a write of such a host is left in the socket of a server that stands still.
     pub(super) strands: bool,
 }
@@ -101,6 +103,7 @@ impl Plan {
             lanes: rng.between(1, 4),
             kato: Duration::from_millis([1_000, 2_000, 5_000][rng.index(3)]),
             strands: rng.chance(1, 2),
+            rebuild_ms: [50, 300, 1_500][rng.index(3)],
         }
     }
 

@@ -43,6 +43,8 @@ table_axis!(
         Checkpoint = "root",
         /// Live blocks are moved out of a band.
         Compaction = "compact",
+        /// A column is rebuilt.
+        Rebuild = "rebuild",
         /// An agent starts: incarnation, reservation, registrations.
         Register = "register",
         /// A dead incarnation is preempted.

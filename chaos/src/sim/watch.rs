@@ -1,7 +1,8 @@
 //! What is checked while a run goes on, whoever does what.
 //!
-//! - every write that lands on a drive lands in a chunk that a band of its sender holds, or that waits for its sender's
-//!   fence, and gives a row the bytes it gave it before, if it did;
+//! - every write that lands on a drive lands in a chunk that a band of its sender holds, that was granted to a rebuild of its
+//!   sender, or that waits for its sender's fence, and gives a row the bytes it gave it before, wherever the column lay then;
+//! - nothing lands in a chunk once a rebuild has installed it;
 //! - nothing lands of an incarnation after its fence on that drive was complete;
 //! - an acknowledged write has a stripe with full m, all w+m shards of which have landed;
 //! - an epoch is granted once, to one incarnation, and one process answers for it;
@@ -62,6 +63,18 @@ struct Holder {
     writer: IncarnationId,
     /// `None` in quarantine.
     band: Option<(Rc<Band>, u8)>,
+    state: Held,
+}
+
+/// What a chunk is held for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Held {
+    /// Stripes, or whatever lands late.
+    Written,
+    /// An attempt to rebuild a column.
+    Rebuilding,
+    /// A column that was rebuilt: read only.
+    Rebuilt,
 }
 
 #[derive(Default)]
@@ -230,12 +243,33 @@ impl Watch {
         for record in state.layouts.values().flat_map(|layout| layout.bands.values()) {
             let band = Rc::new(record.band.clone());
             for (column, chunk) in (0..).zip(&record.band.columns) {
+                let replaced = record.replaced.get(&column);
                 let holder = Holder {
                     mib: record.band.chunk_size.mib(),
-                    writer: record.writer,
+                    writer: replaced.map_or(record.writer, |replaced| replaced.writer),
                     band: Some((Rc::clone(&band), column)),
+                    state: if replaced.is_some() {
+                        Held::Rebuilt
+                    } else {
+                        Held::Written
+                    },
                 };
                 holders.insert((chunk.drive, chunk.offset_mib), holder);
+            }
+        }
+        for layout in state.layouts.values() {
+            for granted in &layout.replacements {
+                let wanted = granted.replacement;
+                let Some(record) = layout.bands.get(&wanted.band) else {
+                    continue;
+                };
+                let holder = Holder {
+                    mib: granted.size.mib(),
+                    writer: granted.writer,
+                    band: Some((Rc::new(record.band.clone()), wanted.column)),
+                    state: Held::Rebuilding,
+                };
+                holders.insert((wanted.chunk.drive, wanted.chunk.offset_mib), holder);
             }
         }
         for (drive, chunks) in &state.chunks {
@@ -244,6 +278,7 @@ impl Watch {
                     mib: quarantined.size.mib(),
                     writer: quarantined.writer,
                     band: None,
+                    state: Held::Written,
                 };
                 holders.insert((*drive, *offset_mib), holder);
             }
@@ -286,6 +321,12 @@ impl Watch {
         let Some((band, column)) = &holder.band else {
             return Ok(());
         };
+        if holder.state == Held::Rebuilt {
+            return Err(format!(
+                "column {column} of {} was rebuilt, and is only read",
+                band.id
+            ));
+        }
         let first = (start - u64::from(*offset_mib) * BLOCKS_PER_MIB) as u32;
         if first + blocks.len() as u32 > band.chunk_size.rows() {
             return Err(format!("it ends past the chunk of {}", band.id));
@@ -306,7 +347,8 @@ impl Watch {
                 ));
             }
         }
-        if landed.whole {
+        // A rebuilt shard adds nothing to what was acknowledged for its stripe.
+        if landed.whole && holder.state == Held::Written {
             self.shard_landed(state, band, *column, first, blocks);
         }
         Ok(())
