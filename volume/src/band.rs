@@ -41,6 +41,8 @@ pub(crate) struct BandState {
     pub(crate) outstanding: Cell<u32>,
     /// Chunks to which a write ended with an unknown outcome: not reused before this incarnation has been fenced there.
     pub(crate) unsettled: RefCell<BTreeSet<ChunkAddress>>,
+    /// A rebuild has asked for a column to be replaced and has no answer yet.
+    pub(crate) installing: Cell<bool>,
     /// Readers hold clones: a band is not freed under one.
     pub(crate) pin: Rc<()>,
     /// Compaction found nothing live in it.
@@ -88,6 +90,7 @@ impl BandState {
             }),
             band: RefCell::new(Rc::new(band)),
             outstanding: Cell::new(0),
+            installing: Cell::new(false),
             unsettled: RefCell::default(),
             pin: Rc::new(()),
             evacuated: Cell::new(false),

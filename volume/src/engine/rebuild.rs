@@ -278,6 +278,7 @@ impl Core {
         self.still_there(band, Some(&replacement))
             .map_err(Ended::Unasked)?;
         let old = band.chunk(replacement.column);
+        let _installing = Installing::begin(band);
         loop {
             // Of writes of earlier epochs the directory knows.
             let settled = band.band.borrow().epoch == self.epoch
@@ -366,6 +367,22 @@ impl BandState {
     /// Sealed, and every stripe of it closed.
     fn takes_no_more(&self) -> bool {
         self.phase.get() == Phase::Sealed && !self.writer.borrow().has_open_stripes()
+    }
+}
+
+/// An installation was asked for and has no answer yet: the old chunk may be somebody else's already.
+struct Installing(Rc<BandState>);
+
+impl Installing {
+    fn begin(band: &Rc<BandState>) -> Self {
+        band.installing.set(true);
+        Self(Rc::clone(band))
+    }
+}
+
+impl Drop for Installing {
+    fn drop(&mut self) {
+        self.0.installing.set(false);
     }
 }
 

@@ -115,10 +115,31 @@ impl Rows {
 
 impl Core {
     /// Every stripe of `band` with a readable header, by number. More than m unreachable columns are an error.
+    ///
+    /// A scan believes what is absent. A chunk that a rebuild has replaced may be somebody else's before a read of it that was under way
+    /// is answered, so a scan that met an installation is made again.
     pub(crate) async fn scan_band(
         self: &Rc<Self>,
         band: &Rc<BandState>,
         walk: Walk,
+    ) -> Result<BTreeMap<StripeNumber, Found>, VolumeError> {
+        loop {
+            while band.installing.get() {
+                self.alive()?;
+                self.sleep(self.settings.retry).await;
+            }
+            let version = band.band.borrow().version;
+            let found = self.scan_once(band, &walk).await?;
+            if band.band.borrow().version == version && !band.installing.get() {
+                return Ok(found);
+            }
+        }
+    }
+
+    async fn scan_once(
+        self: &Rc<Self>,
+        band: &Rc<BandState>,
+        walk: &Walk,
     ) -> Result<BTreeMap<StripeNumber, Found>, VolumeError> {
         let mut found: BTreeMap<StripeNumber, Found> = BTreeMap::new();
         let mut cursors: Vec<Cursor> = (0..band.geometry.n())
