@@ -1,10 +1,11 @@
 //! One column at a time into a fresh chunk: what is rebuilt, what is refused, and what an attempt leaves behind.
 
-use weft_proto::band::{Band, ChunkSize};
-use weft_proto::id::BandId;
+use weft_proto::band::{Band, ChunkAddress, ChunkSize};
+use weft_proto::id::{BandId, StripeNumber};
 
 use super::*;
 use crate::engine::Rebuilt;
+use crate::engine::scan::Walk;
 use crate::testing::monitor::assert_clean;
 
 fn mib1() -> Settings {
@@ -65,6 +66,34 @@ impl Fixture {
             .expect("a band that is there")
     }
 
+    /// The stripes that a scan of a band finds, with every column read at once from its first row to its last.
+    fn scan(&self, id: BandId) -> impl Future<Output = Vec<StripeNumber>> + use<> {
+        let core = Rc::clone(&self.engine.0);
+        async move {
+            let band = core.band(id).expect("a band of the engine");
+            let walk = Walk {
+                from: 0,
+                until: band.rows,
+                piece: band.rows,
+                window: None,
+                verify: false,
+            };
+            let found = core.scan_band(&band, walk).await.expect("scanned");
+            found.into_keys().collect()
+        }
+    }
+
+    /// What stands in a chunk is somebody else's.
+    fn overwrite(&self, chunk: ChunkAddress) {
+        let drive = self.world.drive(chunk.drive);
+        for row in 0..256 {
+            let block = u64::from(chunk.offset_mib) * 256 + row;
+            if drive.holds(block) {
+                drive.flip_bit(block, 5);
+            }
+        }
+    }
+
     /// Everything reads, whichever `count` of `drives` are dead.
     fn check_without(&self, drives: &[u32], count: usize) {
         let (Some((drive, others)), true) = (drives.split_first(), count > 0) else {
@@ -97,7 +126,7 @@ fn when_a_dead_drives_columns_are_rebuilt_m_further_drives_may_die() {
             band.columns[usize::from(*column)],
             now.columns[usize::from(*column)],
         );
-        let blocks = |chunk: weft_proto::band::ChunkAddress| u64::from(chunk.offset_mib) * 256;
+        let blocks = |chunk: ChunkAddress| u64::from(chunk.offset_mib) * 256;
         let (from, to) = (fixture.world.drive(old.drive), fixture.world.drive(new.drive));
         for row in 0..u64::from(band.chunk_size.rows()) {
             if from.holds(blocks(old) + row) {
@@ -293,4 +322,57 @@ fn an_attempt_that_is_dropped_or_outlived_by_its_epoch_changes_nothing() {
     fixture.rebuild(id, 0).expect("the next owner rebuilds it");
     fixture.check_all();
     assert_clean(&fixture.world);
+}
+
+/// Found by the simulator, seed 6301534: compaction emptied a band without having seen one stripe of it.
+#[test]
+fn a_scan_does_not_believe_a_chunk_whose_replacement_was_asked_for() {
+    let mut fixture = filled(3, Geometry { k: 1, m: 1 });
+    fixture.move_over();
+    let band = fixture.engine.sealed_bands().remove(0);
+    let whole = fixture.run(fixture.scan(band.id));
+    assert!(whole.len() > 1, "{whole:?}");
+    let (engine, id) = (fixture.engine.clone(), band.id);
+    let rebuilding = async move { engine.rebuild(id, 0).await };
+    let running = fixture.world.start(fixture.owner.incarnation, rebuilding);
+    while fixture.band(id).version == band.version {
+        fixture
+            .world
+            .run_for(std::time::Duration::from_micros(1))
+            .unwrap();
+    }
+    assert!(!running.is_done(), "installed, and the answer is under way");
+    fixture.overwrite(band.columns[0]);
+    fixture.set_health(band.columns[1].drive.0, Health::Dead);
+    assert_eq!(fixture.run(fixture.scan(id)), whole);
+    assert!(matches!(running.take(), Some(Ok(_))));
+}
+
+/// The same, with the read of the old chunk under way before.
+#[test]
+fn a_scan_that_met_an_installation_is_made_again() {
+    let mut fixture = filled(3, Geometry { k: 1, m: 1 });
+    fixture.move_over();
+    let band = fixture.engine.sealed_bands().remove(0);
+    let whole = fixture.run(fixture.scan(band.id));
+    let [old, other] = [band.columns[0], band.columns[1]];
+    // One column does not answer, and the other one late.
+    fixture.set_health(other.drive.0, Health::Dead);
+    fixture.world.drive(old.drive).set_slowness(1000);
+    let scan = fixture.scan(band.id);
+    let running = fixture.world.start(fixture.owner.incarnation, scan);
+    fixture
+        .world
+        .run_for(std::time::Duration::from_micros(5))
+        .unwrap();
+    fixture.world.drive(old.drive).set_slowness(1);
+    fixture.set_health(other.drive.0, Health::Serving);
+    fixture.rebuild(band.id, 0).expect("rebuilt");
+    assert!(!running.is_done(), "a read of the old chunk is under way");
+    fixture.overwrite(old);
+    fixture
+        .world
+        .run_for(std::time::Duration::from_millis(500))
+        .unwrap();
+    assert_eq!(running.take(), Some(whole));
 }
