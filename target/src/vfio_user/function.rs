@@ -61,6 +61,15 @@ pub(super) struct Function {
     enabling: bool,
     /// Waits for what former connections of the host left behind; `None` once there is nothing.
     dropped: Option<LocalBoxFuture<'static, bool>>,
+    closed: bool,
+}
+
+/// However it ends: a controller and its registry hold each other until it is closed. Commands that are dropped here count as
+/// ones that may yet land.
+impl Drop for Function {
+    fn drop(&mut self) {
+        self.close();
+    }
 }
 
 impl Function {
@@ -82,6 +91,7 @@ impl Function {
             interrupts: Interrupts::new(vectors),
             enabling: false,
             dropped,
+            closed: false,
             controller,
         }
     }
@@ -200,14 +210,20 @@ impl Function {
     }
 
     /// Ends everything; the commands in execution are to be waited for with [`Self::drain`].
-    pub(super) fn close(&mut self) -> usize {
-        self.engine.end();
-        self.engine.running()
+    pub(super) fn close(&mut self) {
+        if !std::mem::replace(&mut self.closed, true) {
+            self.engine.end();
+            self.controller.leave(0, self.engine.running());
+        }
     }
 
-    /// Waits until one more command has left the device; `false` if there is none.
-    pub(super) async fn drain(&mut self) -> bool {
-        self.engine.next_done().await
+    /// Waits until the last command has left the device, after [`Self::close`].
+    pub(super) async fn drain(&mut self) {
+        while self.engine.next_done().await {
+            if let Some(outstanding) = self.controller.outstanding() {
+                outstanding.finish_one();
+            }
+        }
     }
 
     // Regions.

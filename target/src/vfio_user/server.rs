@@ -50,7 +50,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// presented any more to the attachment's host loses its connection; it may come back when it is.
 ///
 /// Call it within a `LocalSet`, on the thread of the registry's devices. Dropping the future drops its connection and
-/// abandons its commands without waiting for them.
+/// abandons its commands without waiting for them: a guest of the same host that comes back to this registry would wait for them for ever.
 ///
 /// # Errors
 /// Never for what a client did; only if the listener itself is broken.
@@ -385,18 +385,11 @@ impl Connection {
     /// Closes the socket, then stays until the last command has left the device.
     async fn finish(self) {
         let Self {
-            stream,
-            controller,
-            mut function,
-            ..
+            stream, mut function, ..
         } = self;
-        controller.leave(0, function.close());
+        function.close();
         drop(stream);
-        while function.drain().await {
-            if let Some(outstanding) = controller.outstanding() {
-                outstanding.finish_one();
-            }
-        }
+        function.drain().await;
     }
 }
 

@@ -1,13 +1,17 @@
 //! What outlives what: commands and resets, doorbells in memory and in registers, guests and those beside them.
 
 use std::cell::RefCell;
+use std::rc::Rc;
 
 use weft_block::Device;
 use weft_block::faulty::{Fault, Faults, Faulty, Ops};
 use weft_block::memory::MemoryDrive;
+use weft_proto::id::HostId;
+use weft_target::vfio_user::unconnected::Unconnected;
+use weft_target::vfio_user::{Attachment, Doorbells};
 
 use crate::guest::{CC, CC_ENABLE, CSTS, DATA_AT, Guest, MIB, Queue, entry, set};
-use crate::{Server, namespace, nqn};
+use crate::{Server, namespace, nqn, registry};
 
 thread_local! {
     /// Of the device of the server on this thread.
@@ -217,4 +221,20 @@ fn a_guest_that_never_stops_asking_leaves_others_on_the_thread_their_turn() {
         }
         stop.store(true, std::sync::atomic::Ordering::Relaxed);
     });
+}
+
+/// Found by the fuzzer: half an hour of guests took all memory that it had.
+#[test]
+fn nothing_is_left_of_a_guest_that_was_dropped() {
+    let registry = registry(MemoryDrive::device(1 << 20));
+    let attachment = Attachment {
+        subsystem: nqn(),
+        hostnqn: "nqn.2014-08.org.nvmexpress:uuid:guest".parse().unwrap(),
+        hostid: HostId([7; 16]),
+        doorbells: Doorbells::Trapped,
+    };
+    drop(Unconnected::new(&registry, &attachment).unwrap());
+    let weak = Rc::downgrade(&registry);
+    drop(registry);
+    assert!(weak.upgrade().is_none());
 }

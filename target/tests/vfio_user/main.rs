@@ -53,6 +53,21 @@ fn namespace(nsid: u32, device: Device) -> NamespaceConfig {
     }
 }
 
+/// With one subsystem and one namespace.
+fn registry(device: Device) -> Rc<Registry> {
+    let registry = Registry::new(RegistryConfig::default());
+    let subsystem = SubsystemConfig {
+        nqn: nqn(),
+        serial: "serial-1".into(),
+        model: "Weft".into(),
+        hosts: AllowedHosts::Any,
+        namespaces_max: 4,
+    };
+    registry.add_subsystem(subsystem).unwrap();
+    registry.add_namespace(&nqn(), namespace(1, device)).unwrap();
+    registry
+}
+
 impl Server {
     fn start() -> Self {
         Self::with_device(|| MemoryDrive::device(64 << 20))
@@ -78,16 +93,7 @@ impl Server {
                 .build()
                 .unwrap();
             LocalSet::new().block_on(&runtime, async move {
-                let registry = Registry::new(RegistryConfig::default());
-                let subsystem = SubsystemConfig {
-                    nqn: nqn(),
-                    serial: "serial-1".into(),
-                    model: "Weft".into(),
-                    hosts: AllowedHosts::Any,
-                    namespaces_max: 4,
-                };
-                registry.add_subsystem(subsystem).unwrap();
-                registry.add_namespace(&nqn(), namespace(1, device())).unwrap();
+                let registry = registry(device());
                 let attachment = Attachment {
                     subsystem: nqn(),
                     hostnqn: "nqn.2014-08.org.nvmexpress:uuid:guest".parse().unwrap(),
