@@ -28,7 +28,8 @@ use weft_proto::id::{BandId, Epoch, IncarnationId, StripeNumber, VolumeId};
 
 use crate::envelope::{self, EnvelopeError, Kind};
 use crate::leader::HEARTBEAT;
-use crate::propose::{BandRequest, ReplacementRequest};
+use crate::propose::BandRequest;
+use crate::state::command::ReplacementRequest;
 use crate::state::{ClusterMap, Command, Refusal, Reply};
 use crate::wire::{Answer, Proposed, Query, Status};
 

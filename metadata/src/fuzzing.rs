@@ -15,7 +15,7 @@ use weft_proto::id::{
 use crate::envelope::{self, Kind};
 use crate::raft::TypeConfig;
 use crate::raft::types::{SnapshotMeta, Vote};
-use crate::state::command::{NewDrive, NewNode, NewPool, NewVolume};
+use crate::state::command::{NewDrive, NewNode, NewPool, NewVolume, ReplacementRequest};
 use crate::state::invariants::violations;
 use crate::state::layout::{DriveChunks, VolumeLayout};
 use crate::state::map::{DomainLevel, DriveClass, DriveHome, Presentation, Settings};
@@ -195,15 +195,16 @@ fn commands() -> Vec<Command> {
     });
     // A column of its only band is replaced, on the drive where it was, and is about to be once more.
     for (request, version) in [(2, 0), (3, 1)] {
-        commands.push(Command::GrantReplacement {
+        let request = ReplacementRequest {
             volume: VolumeId(1),
             epoch: Epoch(1),
             request,
             band: BandId(1),
             column: 2,
             version,
-            drive: DriveId(3),
-        });
+        };
+        let drive = DriveId(3);
+        commands.push(Command::GrantReplacement { request, drive });
         commands.push(Command::InstallReplacement {
             volume: VolumeId(1),
             epoch: Epoch(1),

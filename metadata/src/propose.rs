@@ -182,4 +182,4 @@ mod replacement;
 #[cfg(test)]
 mod tests;
 
-pub use replacement::{ReplacementRequest, propose_replacement};
+pub use replacement::propose_replacement;

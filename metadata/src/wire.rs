@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize};
 use weft_proto::band::{Band, EpochGrant};
 use weft_proto::id::{DriveId, NodeId, PoolId, VolumeId};
 
-use crate::propose::{BandRequest, ReplacementRequest};
+use crate::propose::BandRequest;
+use crate::state::command::ReplacementRequest;
 use crate::state::reserve::PoolSpace;
 use crate::state::{ClusterMap, ClusterState, Command};
 

@@ -63,6 +63,14 @@ pub enum Bug {
     RecordFailedFences,
     /// An incarnation whose registration is missing registers again.
     RegisterAgain,
+    /// A rebuilt chunk is installed although a shard of it was not written.
+    InstallDespiteError,
+    /// A shard is rebuilt from others whose payload was not compared with its checksum.
+    RebuildUnproven,
+    /// A chunk that was replaced is free although its writer's last writes are under way.
+    ReplacedChunkIsFree,
+    /// The chunk of an attempt that was given up is free although its writes are under way.
+    GivenUpChunkIsFree,
 }
 
 impl Bug {
@@ -96,6 +104,10 @@ impl Bug {
         Self::NoLeaseWait,
         Self::RecordFailedFences,
         Self::RegisterAgain,
+        Self::InstallDespiteError,
+        Self::RebuildUnproven,
+        Self::ReplacedChunkIsFree,
+        Self::GivenUpChunkIsFree,
     ];
 }
 

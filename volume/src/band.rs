@@ -27,6 +27,17 @@ pub(crate) enum Phase {
     Sealed,
 }
 
+/// How far the rebuild of a column is; one at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Rebuild {
+    /// None is under way.
+    None,
+    /// Its chunk is being asked for and filled: the band is as it was.
+    Filling,
+    /// The swap was asked for and has no answer yet: the old chunk may be somebody else's already.
+    Installing,
+}
+
 /// One band of the volume, of this epoch or an earlier one.
 pub(crate) struct BandState {
     pub(crate) id: BandId,
@@ -41,8 +52,7 @@ pub(crate) struct BandState {
     pub(crate) outstanding: Cell<u32>,
     /// Chunks to which a write ended with an unknown outcome: not reused before this incarnation has been fenced there.
     pub(crate) unsettled: RefCell<BTreeSet<ChunkAddress>>,
-    /// A rebuild has asked for a column to be replaced and has no answer yet.
-    pub(crate) installing: Cell<bool>,
+    pub(crate) rebuild: Cell<Rebuild>,
     /// Readers hold clones: a band is not freed under one.
     pub(crate) pin: Rc<()>,
     /// Compaction found nothing live in it.
@@ -90,7 +100,7 @@ impl BandState {
             }),
             band: RefCell::new(Rc::new(band)),
             outstanding: Cell::new(0),
-            installing: Cell::new(false),
+            rebuild: Cell::new(Rebuild::None),
             unsettled: RefCell::default(),
             pin: Rc::new(()),
             evacuated: Cell::new(false),

@@ -14,7 +14,8 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 use weft_metadata::leader::LeaderCore;
-use weft_metadata::propose::{BandRequest, ReplacementRequest, propose_bands, propose_replacement};
+use weft_metadata::propose::{BandRequest, propose_bands, propose_replacement};
+use weft_metadata::state::command::ReplacementRequest;
 use weft_metadata::state::{ClusterMap, ClusterState, Command, Reply, invariants};
 use weft_proto::band::{Band, EpochGrant};
 use weft_proto::id::{IncarnationId, MapVersion, NodeId, VolumeId};

@@ -2,29 +2,12 @@
 
 use std::collections::BTreeSet;
 
-use serde::{Deserialize, Serialize};
 use weft_placement::{self as placement, Policy};
-use weft_proto::id::{BandId, DriveId, Epoch, VolumeId};
+use weft_proto::id::DriveId;
 
 use super::{asking, topology};
+use crate::state::command::ReplacementRequest;
 use crate::state::{ClusterState, Command, Refusal};
-
-/// What an owner asks for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ReplacementRequest {
-    /// Whose band.
-    pub volume: VolumeId,
-    /// The owner's.
-    pub epoch: Epoch,
-    /// Drawn by the owner; a repeated request is answered with the same chunk. Seeds the choice too.
-    pub request: u64,
-    /// Which band.
-    pub band: BandId,
-    /// Which column of it.
-    pub column: u8,
-    /// The version of the band that the owner knows.
-    pub version: u64,
-}
 
 /// The command that grants a chunk where placement would put the column now: on another drive, apart from the band's other
 /// columns.
@@ -92,21 +75,6 @@ pub fn propose_replacement(state: &ClusterState, request: &ReplacementRequest) -
 }
 
 fn grant(request: &ReplacementRequest, drive: DriveId) -> Command {
-    let ReplacementRequest {
-        volume,
-        epoch,
-        request,
-        band,
-        column,
-        version,
-    } = *request;
-    Command::GrantReplacement {
-        volume,
-        epoch,
-        request,
-        band,
-        column,
-        version,
-        drive,
-    }
+    let request = *request;
+    Command::GrantReplacement { request, drive }
 }

@@ -5,6 +5,7 @@ use weft_proto::id::{Epoch, IncarnationId};
 
 use super::*;
 use crate::state::Reply;
+use crate::state::command::ReplacementRequest;
 use crate::state::tests::{Checked, geometry};
 
 fn request(volume: VolumeId, count: u32, purpose: Purpose) -> BandRequest {

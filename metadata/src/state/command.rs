@@ -162,18 +162,8 @@ pub enum Command {
     /// Grants a fresh chunk for an attempt to rebuild one column of a band. Replies [`Reply::Replacement`]. An earlier attempt's
     /// chunk for the same column is given up.
     GrantReplacement {
-        /// Whose band.
-        volume: VolumeId,
-        /// The owner's.
-        epoch: Epoch,
-        /// Drawn by the owner: the same request is answered with the same chunk.
-        request: u64,
-        /// Which band.
-        band: BandId,
-        /// Which column of it.
-        column: u8,
-        /// The version of the band that the owner knows.
-        version: u64,
+        /// For which column.
+        request: ReplacementRequest,
         /// Where placement proposes the chunk.
         drive: DriveId,
     },
@@ -335,6 +325,23 @@ pub enum Purpose {
     User,
     /// Compaction, takeover, checkpoints and TRIM records: may use it.
     Internal,
+}
+
+/// The column for which an owner asks for a fresh chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplacementRequest {
+    /// Whose band.
+    pub volume: VolumeId,
+    /// The owner's.
+    pub epoch: Epoch,
+    /// Drawn by the owner: the same request is answered with the same chunk. Seeds the choice too.
+    pub request: u64,
+    /// Which band.
+    pub band: BandId,
+    /// Which column of it.
+    pub column: u8,
+    /// The version of the band that the owner knows.
+    pub version: u64,
 }
 
 /// What a command answers.

@@ -197,25 +197,7 @@ impl ClusterState {
                 proposals,
             } => self.grant_bands(volume, epoch, request, purpose, chunk_size, &proposals),
             Command::ReturnBands { volume, epoch, bands } => self.return_bands(volume, epoch, &bands),
-            Command::GrantReplacement {
-                volume,
-                epoch,
-                request,
-                band,
-                column,
-                version,
-                drive,
-            } => self.grant_replacement(
-                volume,
-                epoch,
-                rebuild::Wanted {
-                    request,
-                    band,
-                    column,
-                    version,
-                },
-                drive,
-            ),
+            Command::GrantReplacement { request, drive } => self.grant_replacement(&request, drive),
             Command::InstallReplacement {
                 volume,
                 epoch,

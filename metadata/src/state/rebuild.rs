@@ -16,41 +16,32 @@
 //! while it serves. `docs/design/rebuild-step.md` says what another rebuilder would take.
 
 use weft_proto::band::{ChunkAddress, Replacement};
+use weft_proto::deliberate::{Bug, planted};
 use weft_proto::id::{BandId, DriveId, Epoch, IncarnationId, VolumeId};
 
 use super::ClusterState;
-use super::command::{Refusal, Reply};
+use super::command::{Refusal, ReplacementRequest, Reply};
 use super::layout::{BandRecord, GrantedReplacement, Replaced};
 use super::map::{Owner, Phase, Registration};
-
-/// A column for which a fresh chunk is asked.
-#[derive(Clone, Copy)]
-pub(super) struct Wanted {
-    pub(super) request: u64,
-    pub(super) band: BandId,
-    pub(super) column: u8,
-    /// Of the band, as the caller knows it.
-    pub(super) version: u64,
-}
 
 impl ClusterState {
     pub(super) fn grant_replacement(
         &mut self,
-        id: VolumeId,
-        epoch: Epoch,
-        wanted: Wanted,
+        wanted: &ReplacementRequest,
         drive: DriveId,
     ) -> Result<Reply, Refusal> {
-        let owner = self.serving_owner(id, epoch)?;
-        if let Some(answer) = self.granted_before(id, wanted) {
-            return Ok(Reply::Replacement(answer));
-        }
-        let Wanted {
+        let ReplacementRequest {
+            volume: id,
+            epoch,
             request,
             band,
             column,
             version,
-        } = wanted;
+        } = *wanted;
+        let owner = self.serving_owner(id, epoch)?;
+        if let Some(answer) = self.granted_before(wanted) {
+            return Ok(Reply::Replacement(answer));
+        }
         let record = self.band_at(id, band, version)?;
         let size = record.band.chunk_size;
         if usize::from(column) >= record.band.columns.len() {
@@ -124,7 +115,9 @@ impl ClusterState {
         let size = record.band.chunk_size;
         // The live owner knows how its own writes of this epoch have ended, and of nobody else's.
         let own = settled && record.writer == owner.incarnation && record.band.epoch == epoch;
-        let unsettled = record.unsettled_writer(column).filter(|_| !own);
+        let unsettled = record
+            .unsettled_writer(column)
+            .filter(|_| !own && !planted(Bug::ReplacedChunkIsFree));
 
         let layout = self.layout_mut(id);
         let granted = layout.replacements.remove(granted);
@@ -190,7 +183,11 @@ impl ClusterState {
         layout.replacements = kept;
         let ended: Vec<GrantedReplacement> = ended;
         for granted in ended {
-            self.quarantine(granted.replacement.chunk, granted.size, granted.writer);
+            if planted(Bug::GivenUpChunkIsFree) {
+                self.release(granted.replacement.chunk, granted.size);
+            } else {
+                self.quarantine(granted.replacement.chunk, granted.size, granted.writer);
+            }
         }
     }
 
@@ -206,8 +203,8 @@ impl ClusterState {
     }
 
     /// The chunk that answered this request before, while its attempt counts.
-    fn granted_before(&self, id: VolumeId, wanted: Wanted) -> Option<Replacement> {
-        let replacements = &self.layouts.get(&id)?.replacements;
+    fn granted_before(&self, wanted: &ReplacementRequest) -> Option<Replacement> {
+        let replacements = &self.layouts.get(&wanted.volume)?.replacements;
         replacements
             .iter()
             .map(|granted| granted.replacement)

@@ -33,7 +33,7 @@ mod supply;
 mod work;
 
 use std::cell::{Cell, OnceCell, RefCell};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 
@@ -111,8 +111,6 @@ pub(crate) struct Core {
     pub(crate) root: Cell<(u64, Option<RootPointer>)>,
     pub(crate) checkpoints: Checkpoints,
     pub(crate) space: Space,
-    /// Bands of which a column is being rebuilt.
-    pub(crate) rebuilding: RefCell<BTreeSet<BandId>>,
     pub(crate) counters: Counters,
 }
 
@@ -332,7 +330,6 @@ impl Core {
             root: Cell::new((grant.root_version, grant.root)),
             checkpoints: Checkpoints::default(),
             space: Space::default(),
-            rebuilding: RefCell::default(),
             counters: Counters::default(),
         })
     }

@@ -23,15 +23,16 @@ use bytes::Bytes;
 use futures_util::StreamExt as _;
 use weft_block::{BlockError, Durability};
 use weft_proto::band::{Band, Replacement};
+use weft_proto::deliberate::{Bug, planted};
 use weft_proto::id::BandId;
 use weft_proto::units::{BLOCK_BYTES, Lba};
 
 use super::scan::{Found, Walk};
 use super::{Core, Life};
-use crate::band::{BandState, Phase};
+use crate::band::{BandState, Phase, Rebuild};
 use crate::error::VolumeError;
 use crate::seams::DirectoryError;
-use crate::sync::{give_way, within};
+use crate::sync::{Reply, give_way, within};
 
 /// Rows whose stripes are looked for at once: bounds how many headers are held.
 const WINDOW_ROWS: u32 = 256;
@@ -60,22 +61,21 @@ struct Attempt {
 }
 
 /// A band's turn: one column of it is rebuilt at a time.
-struct Turn {
-    core: Rc<Core>,
-    band: BandId,
-}
+struct Turn(Rc<BandState>);
 
 impl Turn {
-    fn take(core: &Rc<Core>, band: BandId) -> Option<Self> {
-        let core = Rc::clone(core);
-        let taken = core.rebuilding.borrow_mut().insert(band);
-        taken.then_some(Self { core, band })
+    fn take(band: &Rc<BandState>) -> Option<Self> {
+        let free = band.rebuild.get() == Rebuild::None;
+        free.then(|| {
+            band.rebuild.set(Rebuild::Filling);
+            Self(Rc::clone(band))
+        })
     }
 }
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        self.core.rebuilding.borrow_mut().remove(&self.band);
+        self.0.rebuild.set(Rebuild::None);
     }
 }
 
@@ -98,7 +98,7 @@ impl Core {
         if column >= band.geometry.n() {
             return Err(VolumeError::NoSuchColumn { band: id, column });
         }
-        let _turn = Turn::take(self, id).ok_or(VolumeError::RebuildUnderWay { band: id })?;
+        let turn = Turn::take(&band).ok_or(VolumeError::RebuildUnderWay { band: id })?;
         let replacement = self.ask_for_replacement(&band, column).await?;
         let attempt = Attempt {
             replacement,
@@ -106,10 +106,30 @@ impl Core {
             settled: Cell::new(true),
             failed: RefCell::default(),
         };
-        let result = match self.fill(&band, &attempt).await {
-            Ok(()) => self.install(&band, &attempt).await,
+        let filled = self.fill(&band, &attempt).await;
+        let (core, reply) = (Rc::clone(self), Reply::new());
+        let answer = Rc::clone(&reply);
+        // Whoever waits for it: a swap that was asked for may yet be committed, and until that is known no scan believes the band.
+        self.spawn(async move {
+            let result = core.finish_rebuild(&band, &attempt, filled).await;
+            drop(turn);
+            answer.give(result);
+        });
+        reply.wait().await
+    }
+
+    /// Installs a chunk that was filled, or gives it back.
+    async fn finish_rebuild(
+        self: &Rc<Self>,
+        band: &Rc<BandState>,
+        attempt: &Attempt,
+        filled: Result<(), VolumeError>,
+    ) -> Result<Rebuilt, VolumeError> {
+        let result = match filled {
+            Ok(()) => self.install(band, attempt).await,
             Err(error) => Err(Ended::Unasked(error)),
         };
+        let (id, column) = (band.id, attempt.replacement.column);
         match result {
             Ok(()) => {
                 let done = attempt.done.get();
@@ -119,7 +139,7 @@ impl Core {
             }
             Err(Ended::Unasked(error)) => {
                 tracing::warn!(volume = %self.volume, band = %id, column, %error, "column not rebuilt");
-                self.give_back(&attempt).await;
+                self.give_back(attempt).await;
                 Err(error)
             }
             // Perhaps it is installed, or will be: its chunk is not this engine's to give back.
@@ -171,7 +191,9 @@ impl Core {
             // To the end in any case: a write that is left alone has no outcome.
             while shards.next().await.is_some() {}
             drop(shards);
-            if let Some(error) = attempt.failed.take() {
+            if let Some(error) = attempt.failed.take()
+                && !planted(Bug::InstallDespiteError)
+            {
                 return Err(error);
             }
             // Beside hosts' work, not in front of it.
@@ -278,7 +300,7 @@ impl Core {
         self.still_there(band, Some(&replacement))
             .map_err(Ended::Unasked)?;
         let old = band.chunk(replacement.column);
-        let _installing = Installing::begin(band);
+        band.rebuild.set(Rebuild::Installing);
         loop {
             // Of writes of earlier epochs the directory knows.
             let settled = band.band.borrow().epoch == self.epoch
@@ -305,7 +327,10 @@ impl Core {
                     self.alive().map_err(Ended::Asked)?;
                     self.sleep(self.settings.retry * 5).await;
                 }
-                Err(error) => return Err(Ended::Unasked(self.refused(error).await)),
+                Err(error) => {
+                    band.rebuild.set(Rebuild::Filling);
+                    return Err(Ended::Unasked(self.refused(error).await));
+                }
             }
         }
     }
@@ -367,22 +392,6 @@ impl BandState {
     /// Sealed, and every stripe of it closed.
     fn takes_no_more(&self) -> bool {
         self.phase.get() == Phase::Sealed && !self.writer.borrow().has_open_stripes()
-    }
-}
-
-/// An installation was asked for and has no answer yet: the old chunk may be somebody else's already.
-struct Installing(Rc<BandState>);
-
-impl Installing {
-    fn begin(band: &Rc<BandState>) -> Self {
-        band.installing.set(true);
-        Self(Rc::clone(band))
-    }
-}
-
-impl Drop for Installing {
-    fn drop(&mut self) {
-        self.0.installing.set(false);
     }
 }
 

@@ -17,7 +17,7 @@ use weft_proto::id::StripeNumber;
 use weft_proto::units::BLOCK_BYTES;
 
 use super::Core;
-use crate::band::BandState;
+use crate::band::{BandState, Rebuild};
 use crate::entry::{ColumnSet, MapEntry};
 use crate::error::VolumeError;
 use crate::format::checksum::{followed_by_block, payload_crc};
@@ -124,13 +124,13 @@ impl Core {
         walk: Walk,
     ) -> Result<BTreeMap<StripeNumber, Found>, VolumeError> {
         loop {
-            while band.installing.get() {
+            while band.rebuild.get() == Rebuild::Installing {
                 self.alive()?;
                 self.sleep(self.settings.retry).await;
             }
             let version = band.band.borrow().version;
             let found = self.scan_once(band, &walk).await?;
-            if band.band.borrow().version == version && !band.installing.get() {
+            if band.band.borrow().version == version && band.rebuild.get() != Rebuild::Installing {
                 return Ok(found);
             }
         }

@@ -260,6 +260,7 @@ mod tests {
         let read = pages.page(id(7), place).now_or_never().expect("nothing waits");
         assert_eq!(read.map(|page| page.children().len()), Ok(1));
     }
+
     /// A drive whose answers never come.
     struct Silent;
 

@@ -4,7 +4,7 @@ use weft_proto::band::{ChunkSize, Replacement};
 use weft_proto::id::{BandId, DriveId, Epoch, IncarnationId, NodeId, StripeNumber, VolumeId};
 
 use super::super::ClusterState;
-use super::super::command::{BandProposal, Command, Purpose, Reply};
+use super::super::command::{BandProposal, Command, Purpose, ReplacementRequest, Reply};
 use super::super::map::{DriveState, IncarnationState, NodeState, Phase};
 use super::{Checked, geometry, new_volume};
 
@@ -301,13 +301,14 @@ fn rebuild(
     let version = layout
         .and_then(|layout| layout.bands.get(&band))
         .map_or(0, |record| record.band.version);
-    Command::GrantReplacement {
+    let request = ReplacementRequest {
         volume,
         epoch,
         request: step,
         band,
         column: random.below(3) as u8,
         version: version.saturating_sub(u64::from(random.one_in(12))),
-        drive: DriveId(1 + random.below(NODES) as u32),
-    }
+    };
+    let drive = DriveId(1 + random.below(NODES) as u32);
+    Command::GrantReplacement { request, drive }
 }

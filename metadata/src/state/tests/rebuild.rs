@@ -3,7 +3,7 @@
 use weft_proto::band::{Band, ChunkAddress, Replacement};
 use weft_proto::id::{BandId, DriveId, Epoch, IncarnationId, NodeId, StripeNumber, VolumeId};
 
-use super::super::command::{Command, Refusal, Reply};
+use super::super::command::{Command, Refusal, ReplacementRequest, Reply};
 use super::{Checked, geometry};
 
 /// Five nodes, and a volume of 1+1 that node 1 serves; its band lies on the first two drives.
@@ -20,15 +20,16 @@ fn serving() -> (Checked, VolumeId, Band) {
 
 impl Checked {
     fn ask(&self, volume: VolumeId, request: u64, band: &Band, column: u8, drive: u32) -> Command {
-        Command::GrantReplacement {
+        let request = ReplacementRequest {
             volume,
             epoch: self.state.map.volumes[&volume].epoch,
             request,
             band: band.id,
             column,
             version: band.version,
-            drive: DriveId(drive),
-        }
+        };
+        let drive = DriveId(drive);
+        Command::GrantReplacement { request, drive }
     }
 
     fn replacement(

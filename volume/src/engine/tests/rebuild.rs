@@ -1,11 +1,13 @@
 //! One column at a time into a fresh chunk: what is rebuilt, what is refused, and what an attempt leaves behind.
 
+use futures_util::future::{Either, select};
 use weft_proto::band::{Band, ChunkAddress, ChunkSize};
 use weft_proto::id::{BandId, StripeNumber};
 
 use super::*;
 use crate::engine::Rebuilt;
 use crate::engine::scan::Walk;
+use crate::sync::Reply;
 use crate::testing::monitor::assert_clean;
 
 fn mib1() -> Settings {
@@ -346,6 +348,34 @@ fn a_scan_does_not_believe_a_chunk_whose_replacement_was_asked_for() {
     fixture.set_health(band.columns[1].drive.0, Health::Dead);
     assert_eq!(fixture.run(fixture.scan(id)), whole);
     assert!(matches!(running.take(), Some(Ok(_))));
+}
+
+/// The same, and nobody waits for the rebuild any more.
+#[test]
+fn a_rebuild_that_was_dropped_is_not_forgotten_once_it_asked() {
+    let mut fixture = filled(3, Geometry { k: 1, m: 1 });
+    fixture.move_over();
+    let band = fixture.engine.sealed_bands().remove(0);
+    let whole = fixture.run(fixture.scan(band.id));
+    let (engine, id) = (fixture.engine.clone(), band.id);
+    let dropped = Reply::new();
+    let drop_it = dropped.wait();
+    let rebuilding = async move {
+        let rebuild = std::pin::pin!(engine.rebuild(id, 0));
+        matches!(select(rebuild, drop_it).await, Either::Right(_))
+    };
+    let running = fixture.world.start(fixture.owner.incarnation, rebuilding);
+    while fixture.band(id).version == band.version {
+        fixture
+            .world
+            .run_for(std::time::Duration::from_micros(1))
+            .unwrap();
+    }
+    dropped.give(());
+    fixture.overwrite(band.columns[0]);
+    fixture.set_health(band.columns[1].drive.0, Health::Dead);
+    assert_eq!(fixture.run(fixture.scan(id)), whole);
+    assert_eq!(running.take(), Some(true), "dropped before its answer");
 }
 
 /// The same, with the read of the old chunk under way before.
