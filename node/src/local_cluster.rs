@@ -449,6 +449,11 @@ fn free_ports(address: Ipv4Addr) -> anyhow::Result<[SocketAddr; 4]> {
 
 impl Drop for Agents {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            // The logs go with their folder, and what failed may not fail again.
+            let logs = self.list.iter().map(|agent| agent.log_tail(40));
+            eprintln!("{}\n\n{}", self.threads(), logs.collect::<Vec<_>>().join("\n\n"));
+        }
         if self.options.keep {
             return;
         }
