@@ -7,6 +7,7 @@
 
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use tempfile::TempDir;
@@ -19,6 +20,10 @@ use weft_proto::nqn::Nqn;
 use weft_proto::units::{Lba, LbaRange};
 
 pub(crate) const HOSTNQN: &str = "nqn.2014-08.org.nvmexpress:uuid:7e570000-0000-4000-8000-000000000001";
+
+/// How long the host waits for an answer: as long as these tests wait for anything, whatever the machine does to seven agents
+/// on its two cores meanwhile.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A folder for one cluster, removed at the end; `WEFT_KEEP=1` keeps it with the agents' logs, for a look at what failed.
 pub(crate) fn folder() -> TempDir {
@@ -145,11 +150,11 @@ pub(crate) async fn connect(agents: &Agents, subnqn: &Nqn) -> Device {
         hostid: HostId([0x7e; 16]),
     };
     let connect = ConnectOptions::new(addresses[0], subnqn.clone(), host);
-    Rc::new(
-        Multipath::connect(MultipathOptions::new(connect, addresses, 1))
-            .await
-            .unwrap(),
-    )
+    let options = MultipathOptions {
+        retry_timeout: PATIENCE,
+        ..MultipathOptions::new(connect, addresses, 1)
+    };
+    Rc::new(Multipath::connect(options).await.unwrap())
 }
 
 /// Bytes of one command of these tests, in blocks.
