@@ -7,13 +7,14 @@ use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::sync::{Mutex, PoisonError};
 
-use crate::clients::VOLUME_BYTES;
 use crate::history::{BLOCK_BYTES, Block};
 
 /// See the module.
 #[derive(Debug)]
 pub struct Mirror {
     file: File,
+    /// Of each volume: they lie one after the other.
+    volume_bytes: u64,
     found: Mutex<Found>,
 }
 
@@ -26,13 +27,14 @@ struct Found {
 }
 
 impl Mirror {
-    /// An empty one, which nobody else sees.
+    /// An empty one, which nobody else sees, of volumes of `volume_bytes`.
     ///
     /// # Errors
     /// The file's.
-    pub fn new() -> std::io::Result<Self> {
+    pub fn new(volume_bytes: u64) -> std::io::Result<Self> {
         Ok(Self {
             file: tempfile::tempfile()?,
+            volume_bytes,
             found: Mutex::default(),
         })
     }
@@ -41,8 +43,8 @@ impl Mirror {
         change(&mut self.found.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn offset(block: Block) -> u64 {
-        u64::from(block.volume) * VOLUME_BYTES + u64::from(block.lba) * BLOCK_BYTES as u64
+    fn offset(&self, block: Block) -> u64 {
+        u64::from(block.volume) * self.volume_bytes + u64::from(block.lba) * BLOCK_BYTES as u64
     }
 
     fn fail(&self, block: Block, what: &str) {
@@ -53,7 +55,7 @@ impl Mirror {
     /// A write of a whole block was acknowledged.
     pub fn write(&self, block: Block, bytes: &[u8]) {
         self.with(|found| found.doubted.remove(&block));
-        if let Err(error) = self.file.write_all_at(bytes, Self::offset(block)) {
+        if let Err(error) = self.file.write_all_at(bytes, self.offset(block)) {
             self.fail(block, &format!("the mirror was not written: {error}"));
         }
     }
@@ -71,7 +73,7 @@ impl Mirror {
         self.with(|found| found.compared += 1);
         let mut expected = vec![0; BLOCK_BYTES];
         // Past the end of the file nothing was ever written.
-        match self.file.read_at(&mut expected, Self::offset(block)) {
+        match self.file.read_at(&mut expected, self.offset(block)) {
             Ok(_) if expected == bytes => {}
             Ok(_) => self.fail(block, "not what the mirror holds"),
             Err(error) => self.fail(block, &format!("the mirror was not read: {error}")),
@@ -91,7 +93,7 @@ mod tests {
 
     #[test]
     fn a_block_that_differs_is_told_and_one_in_doubt_is_not_compared() {
-        let mirror = Mirror::new().unwrap();
+        let mirror = Mirror::new(1 << 20).unwrap();
         let block = |lba| Block { volume: 1, lba };
         mirror.write(block(3), &[7; BLOCK_BYTES]);
         mirror.doubt(block(4));

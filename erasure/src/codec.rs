@@ -115,7 +115,7 @@ impl Codec {
         present: &[u8],
         want: &[u8],
     ) -> Result<Reconstruction, ReconstructError> {
-        Reconstruction::new(self, w, present.iter().copied(), want)
+        Reconstruction::new(self.kernel, self.m, w, present.iter().copied(), want)
     }
 
     /// One plan, one use: computes the shards `want` into `outputs`, in the same order, from `shards`, which are
@@ -134,7 +134,7 @@ impl Codec {
         outputs: &mut [&mut [u8]],
     ) -> Result<(), ReconstructError> {
         let present = shards.iter().map(|&(number, _)| number);
-        let plan = Reconstruction::new(self, w, present, want)?;
+        let plan = Reconstruction::new(self.kernel, self.m, w, present, want)?;
         let mut sources: [&[u8]; DATA_SHARDS_MAX] = [&[]; DATA_SHARDS_MAX];
         for (source, number) in sources.iter_mut().zip(plan.sources()) {
             if let Some((_, bytes)) = shards.iter().find(|(shard, _)| shard == number) {

@@ -4,7 +4,6 @@
 //! most 4 × 4 is inverted, never one of w × w. Everything has a fixed size; nothing is allocated.
 
 use crate::SHARDS_MAX;
-use crate::codec::Codec;
 use crate::coefficients::{COEFFICIENTS, DATA_SHARDS_MAX, PARITY_SHARDS_MAX, Row};
 use crate::field::{inverse, product};
 use crate::kernel::{Kernel, Mode};
@@ -36,7 +35,7 @@ pub enum ReconstructError {
     },
 }
 
-/// How to compute some shards from others, for any number of blocks. Made by [`Codec::reconstruction`].
+/// How to compute some shards from others, for any number of blocks. Made by [`Codec::reconstruction`](crate::Codec::reconstruction).
 #[derive(Clone, Debug)]
 pub struct Reconstruction {
     kernel: Kernel,
@@ -49,8 +48,10 @@ pub struct Reconstruction {
 }
 
 impl Reconstruction {
+    /// Of a stripe of `w` data and `m` parity shards, computed with `kernel`.
     pub(crate) fn new(
-        codec: Codec,
+        kernel: Kernel,
+        m: u8,
         w: u8,
         present: impl Iterator<Item = u8> + Clone,
         want: &[u8],
@@ -58,7 +59,7 @@ impl Reconstruction {
         if !(1..=DATA_SHARDS_MAX).contains(&usize::from(w)) {
             return Err(ReconstructError::UnsupportedWidth { w });
         }
-        let shards = w + codec.m();
+        let shards = w + m;
         let mut named = present.clone().chain(want.iter().copied());
         if let Some(shard) = named.find(|&shard| shard >= shards) {
             return Err(ReconstructError::NoSuchShard { shard, shards });
@@ -95,7 +96,7 @@ impl Reconstruction {
             wanted += 1;
         }
         Ok(Self {
-            kernel: codec.kernel(),
+            kernel,
             sources,
             w,
             rows,

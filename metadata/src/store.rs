@@ -447,7 +447,7 @@ impl Snapshots {
 
 /// Judges bytes as the envelope of a snapshot or of a stored part, by `survives`.
 #[cfg(fuzzing)]
-pub(crate) fn fuzz(kind: u8, survives: &mut crate::fuzzing::Judge<'_>) {
+pub(crate) fn fuzz(kind: u8, survives: &mut crate::fuzzing::judge::Judge<'_>) {
     match kind {
         0 => survives.judge::<SnapshotBody>(Kind::SNAPSHOT),
         1 => survives.judge::<MapPart>(Kind::PART),

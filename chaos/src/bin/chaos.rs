@@ -129,7 +129,7 @@ fn torment(args: &Args, folder: &std::path::Path, began: Instant) -> anyhow::Res
         began,
         stop: AtomicBool::new(false),
         answered: AtomicU64::new(0),
-        mirror: Mirror::new()?,
+        mirror: Mirror::new(VOLUME_BYTES)?,
     });
     let until = Instant::now() + Duration::from_secs_f64(args.minutes * 60.0);
     let mut nemesis = Nemesis::new(agents, &volumes, args.seed, began, until, tools);

@@ -172,7 +172,7 @@ impl Pool {
         output.note(format!(
             "{percent} % full: {} bands of {:.0} blocks, {:.0} % of them live, {:.0} % of the drives taken; the model writes a block {amplification:.2} \
              times at {stripe_cost:.2} drive bytes; the engine {cost:.2} in all ({:.2} payload, {:.2} copied by compaction, \
-             {:.2} parity, {:.2} headers, {:.2} map), {} checkpoints; {}",
+             {:.2} parity, {:.2} headers, {:.2} map), {:.0} blocks in a band; {} checkpoints; {}",
             self.bands,
             band_blocks,
             self.live_blocks as f64 * 100.0 / log,
@@ -182,6 +182,12 @@ impl Pool {
             per_user(|stats| stats.drive_parity_bytes),
             per_user(|stats| stats.drive_header_bytes),
             per_user(|stats| stats.drive_map_bytes),
+            (per_user(|stats| stats.drive_user_bytes)
+                + per_user(|stats| stats.drive_copy_bytes)
+                + per_user(|stats| stats.drive_map_bytes))
+                * user
+                / BLOCK_BYTES as f64
+                / (self.after.bands_granted - self.before.bands_granted).max(1) as f64,
             self.after.checkpoints - self.before.checkpoints,
             stripes.histograms(),
         ));

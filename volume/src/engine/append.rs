@@ -2,7 +2,7 @@
 //!
 //! A stripe is formed when a slot of the pipeline is free, from everything that waits: at depth 1 that is one
 //! block and m copies of it, at depth it is k wide. Of the shapes that carry the blocks, the one that
-//! writes the fewest rows per block is taken, and of equal ones the narrowest.
+//! takes the fewest rows of its band per block is taken, and of equal ones the one that writes fewer.
 //!
 //! Order: what waits is taken first come, first served, so a stripe never holds an older version of a block than
 //! an earlier stripe of the same stream did, re-appended stripes aside.
@@ -336,7 +336,9 @@ fn waiting(stream: &Stream) -> (usize, usize) {
     (blocks, zeroes)
 }
 
-/// The shape that costs the fewest rows per block. `None` when not even one row is free.
+/// The shape that takes the fewest rows of the band per block: those it writes, and its part of those beside it that are too
+/// few columns for another such stripe, since the next one starts below them. A row that is lost costs a full pool as much as
+/// one that is written. `None` when not even one row is free.
 pub(crate) fn plan(
     band: &BandState,
     skipped: ColumnSet,
@@ -357,7 +359,7 @@ pub(crate) fn plan(
     let blocks = blocks.min(BLOCKS_MAX);
     let healthy = band.geometry.n() - skipped.count();
     let w_max = band.geometry.k.min(healthy.checked_sub(m)?);
-    let mut best: Option<(u64, Plan)> = None;
+    let mut best: Option<((u64, u64), Plan)> = None;
     for w in 1..=w_max {
         let room = writer.room(w + m, skipped).unwrap_or(0).min(transfer);
         let d = room.saturating_sub(1).min((blocks as u32).div_ceil(u32::from(w)));
@@ -365,9 +367,11 @@ pub(crate) fn plan(
             continue;
         }
         let carried = blocks.min(d as usize * usize::from(w));
-        // Rows per block, as a fraction in 2^16ths.
-        let rows = u64::from(d + 1) * u64::from(w + m);
-        let cost = (rows << 16) / carried as u64;
+        // Per block, in 2^16ths. So many stripes of this width stand side by side.
+        let abreast = healthy / (w + m);
+        let per_block = |columns: u64| (u64::from(d + 1) * columns << 16) / carried as u64;
+        let taken = per_block(u64::from(healthy)) / u64::from(abreast);
+        let cost = (taken, per_block(u64::from(w + m)));
         let plan = Plan {
             w,
             d,
@@ -415,10 +419,20 @@ mod tests {
     #[test]
     fn stripes_widen_with_what_waits() {
         assert_eq!(shape(1), (1, 1));
-        assert_eq!(shape(2), (2, 1));
-        assert_eq!(shape(4), (2, 2));
+        assert_eq!(shape(4), (4, 1));
         assert_eq!(shape(32), (4, 8));
         assert_eq!(shape(128), (4, 32));
+    }
+
+    #[test]
+    fn rows_that_no_other_stripe_can_use_are_counted() {
+        // Two columns would be left beside two rows of w = 2; two stripes of w = 1 stand side by side.
+        assert_eq!(shape(2), (1, 2));
+        // 60 rows are written either way, and w = 3 leaves a column of 12.
+        assert_eq!(shape(33), (4, 9));
+        // Nobody could use the rows beside w = 3, but w = 4 takes them too, and fills them with zeroes.
+        assert_eq!(shape(3), (3, 1));
+        assert_eq!(shape(6), (3, 2));
     }
 
     #[test]

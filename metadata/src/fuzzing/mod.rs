@@ -1,17 +1,18 @@
 //! Doors for the fuzzer, which exist only in its builds (`--cfg fuzzing`): the log's records and everything that comes in an
 //! envelope. `fuzz/` at the top of the repository uses them; each function panics on a finding.
 
+pub(crate) mod judge;
+
 use std::collections::BTreeSet;
 
 use openraft::raft::{AppendEntriesRequest, VoteRequest};
-use serde::Serialize;
-use serde::de::DeserializeOwned;
 use weft_proto::band::{ChunkAddress, ChunkSize, Geometry, Replacement, RootPointer, RootUpdate};
 use weft_proto::id::{
     BandId, ClusterId, DriveId, DriveUuid, Epoch, HostId, IncarnationId, NodeId, PoolId, StripeNumber,
     VolumeId,
 };
 
+use self::judge::Judge;
 use crate::envelope::{self, Kind};
 use crate::raft::TypeConfig;
 use crate::raft::types::{SnapshotMeta, Vote};
@@ -36,38 +37,10 @@ pub fn raft_log_seeds() -> Vec<(bool, Vec<u8>)> {
     crate::log::fuzzing::seeds()
 }
 
-/// Judges one input as an envelope of a type that its caller names.
-#[derive(Debug)]
-pub(crate) struct Judge<'a> {
-    bytes: &'a [u8],
-    /// Whether they are an envelope; otherwise its body.
-    sealed: bool,
-}
-
-impl Judge<'_> {
-    /// Whatever opens is sealed and opened to the same bytes.
-    pub(crate) fn judge<T: Serialize + DeserializeOwned>(&mut self, kind: Kind) {
-        let _ = self.open::<T>(kind);
-    }
-
-    fn open<T: Serialize + DeserializeOwned>(&mut self, kind: Kind) -> Option<T> {
-        let opened = if self.sealed {
-            envelope::open::<T>(kind, self.bytes).ok()
-        } else {
-            envelope::open::<T>(kind, &envelope::wrap(kind, self.bytes)).ok()
-        };
-        let value = opened?;
-        let once = envelope::seal(kind, &value);
-        let again: T = envelope::open(kind, &once).expect("what was sealed opens");
-        assert!(envelope::seal(kind, &again) == once, "the same after sealing");
-        Some(value)
-    }
-}
-
 /// Opens an envelope, or a body that is put into one; `kind` says what it should hold. A command that opens is applied to a
 /// small cluster, whose invariants must hold afterwards.
 pub fn envelope(kind: u8, bytes: &[u8], sealed: bool) {
-    let mut judge = Judge { bytes, sealed };
+    let mut judge = Judge::new(bytes, sealed);
     match kind % 11 {
         kind @ 0..=2 => crate::store::fuzz(kind, &mut judge),
         3 => judge.judge::<DriveChunks>(Kind::PART),
