@@ -54,6 +54,8 @@ impl Nemesis {
         if plan.faults.contains(&Fault::Drift) {
             self.cluster.drift_ppm.set(5_000);
         }
+        let operator = Process::start(&world, NodeId(FIRST_HOST + 900));
+        let client = Client::new(&self.cluster, &operator);
         for _ in 0..plan.fault_count {
             if plan.faults.is_empty() {
                 break;
@@ -61,6 +63,7 @@ impl Nemesis {
             let fault = plan.faults[self.rng.borrow_mut().index(plan.faults.len())];
             let at = Duration::from_micros(self.rng.borrow_mut().between(500_000, length * 1_000));
             let nemesis = Rc::clone(self);
+            let (operator, client) = (operator.clone(), Rc::clone(&client));
             world.at(world.now().after(at), None, move |world| {
                 if nemesis.rng.borrow_mut().chance(1, 4) {
                     // Between any two awaits of anybody, not only where time passes.
@@ -68,6 +71,9 @@ impl Nemesis {
                     world.after_polls(polls, move |_| nemesis.strike(fault));
                 } else {
                     let step = nemesis.step_for(fault);
+                    if step == Step::Move {
+                        nemesis.request_move(&operator, &client, Duration::ZERO);
+                    }
                     let polls = if step == Step::Delete {
                         AIM_POLLS_DELETE
                     } else {
@@ -77,18 +83,9 @@ impl Nemesis {
                 }
             });
         }
-        let operator = Process::start(&world, NodeId(FIRST_HOST + 900));
-        let client = Client::new(&self.cluster, &operator);
         for _ in 0..self.between(0, 4) {
-            let at = Duration::from_millis(self.between(2_000, length));
-            let volume = VolumeId(self.between(1, u64::from(plan.volumes)));
-            let to = self.any_node();
-            let (client, process) = (Rc::clone(&client), operator.clone());
-            operator.spawn(async move {
-                process.sleep(at).await;
-                let to = Some(to);
-                let _ = client.propose(Command::RequestMove { volume, to }).await;
-            });
+            let after = self.some_time(2_000, length);
+            self.request_move(&operator, &client, after);
         }
         self.schedule_deletions(&operator, &client);
         self.schedule_stranding();
@@ -106,6 +103,17 @@ impl Nemesis {
                 }
             });
         }
+    }
+
+    /// The operator moves some volume to some node.
+    fn request_move(&self, operator: &Process, client: &Rc<Client>, after: Duration) {
+        let volume = VolumeId(self.between(1, u64::from(self.cluster.plan.volumes)));
+        let to = Some(self.any_node());
+        let (client, process) = (Rc::clone(client), operator.clone());
+        operator.spawn(async move {
+            process.sleep(after).await;
+            let _ = client.propose(Command::RequestMove { volume, to }).await;
+        });
     }
 
     /// Volumes that come and go: written until they are deleted, and for a moment longer, while others take their chunks.
@@ -197,16 +205,17 @@ impl Nemesis {
     }
 
     /// The step that a fault is aimed at. Hosts' commands are under way nearly all the time and are met without aiming, so what is
-    /// rare is aimed at. More deaths than redundancy covers are worst where what is left is believed. Where volumes are deleted, every
+    /// rare is aimed at; a move is asked for. More deaths than redundancy covers are worst where what is left is believed. Where volumes are deleted, every
     /// third fault waits for that; where none is, nobody does.
     fn step_for(&self, fault: Fault) -> Step {
-        const RARE: [Step; 7] = [
+        const RARE: [Step; 8] = [
             Step::Compaction,
             Step::Rebuild,
             Step::Fence,
             Step::Recover,
             Step::Finish,
             Step::LeaseWait,
+            Step::Move,
             Step::NoLeader,
         ];
         let mut rng = self.rng.borrow_mut();
