@@ -369,7 +369,7 @@ pub(crate) fn plan(
         let carried = blocks.min(d as usize * usize::from(w));
         // Per block, in 2^16ths. So many stripes of this width stand side by side.
         let abreast = healthy / (w + m);
-        let per_block = |columns: u64| (u64::from(d + 1) * columns << 16) / carried as u64;
+        let per_block = |columns: u64| ((u64::from(d + 1) * columns) << 16) / carried as u64;
         let taken = per_block(u64::from(healthy)) / u64::from(abreast);
         let cost = (taken, per_block(u64::from(w + m)));
         let plan = Plan {
