@@ -16,6 +16,9 @@
 //!
 //! NVMe/TCP Transport Specification 1.0, "Command, Response and Data Transfer".
 
+mod command;
+mod received;
+
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
@@ -23,7 +26,6 @@ use bytes::{Bytes, BytesMut};
 use weft_proto::fabrics::command::FabricsCommand;
 use weft_proto::nvme::cqe::Cqe;
 use weft_proto::nvme::sgl::SglDescriptor;
-use weft_proto::nvme::sqe::Sqe;
 use weft_proto::nvme::status::Status;
 use weft_proto::tcp::header::PDA_MAX;
 use weft_proto::tcp::{
@@ -32,9 +34,10 @@ use weft_proto::tcp::{
 };
 use zerocopy::{FromBytes, IntoBytes};
 
-/// Most data of one command, in bytes, whatever the controller would take: a bound on what a peer can make us
-/// buffer. Longer transfers are split.
-pub const TRANSFER_BYTES_MAX: u32 = 1 << 20;
+use self::received::Received;
+
+pub use self::command::{CloseReason, Command, CommandError, Completion, Payload, TRANSFER_BYTES_MAX};
+pub(crate) use self::command::{scattered_len, slice_scattered};
 
 /// In-capsule data that every controller takes for fabrics and Admin commands (NVMe/TCP, "Capsules and Data
 /// Transfers").
@@ -64,94 +67,6 @@ pub struct QueueOptions {
     pub capsule_bytes_max: u32,
 }
 
-/// Data of a command.
-#[derive(Debug)]
-pub enum Payload {
-    /// None.
-    None,
-    /// Host to controller: scattered, at most [`TRANSFER_BYTES_MAX`] in total.
-    Out(Vec<Bytes>),
-    /// Controller to host: at most this many bytes, at most [`TRANSFER_BYTES_MAX`].
-    In(u32),
-}
-
-/// A command to submit. CID and data pointer are the queue pair's to set.
-#[derive(Debug)]
-pub struct Command {
-    /// Submission queue entry.
-    pub sqe: Sqe,
-    /// Its data.
-    pub payload: Payload,
-    /// Whether the command timeout applies. Not to Asynchronous Event Requests.
-    pub expires: bool,
-}
-
-impl Command {
-    /// A command that expires.
-    #[must_use]
-    pub fn new(sqe: Sqe, payload: Payload) -> Self {
-        Self {
-            sqe,
-            payload,
-            expires: true,
-        }
-    }
-}
-
-/// An answered command.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Completion {
-    /// How it ended.
-    pub status: Status,
-    /// Dwords 0 and 1 of the completion.
-    pub result: u64,
-    /// What the controller sent, of a command with [`Payload::In`]; may be shorter than asked for.
-    pub data: Bytes,
-}
-
-/// Why a command was not answered. The connection has ended either way.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum CommandError {
-    /// No byte of it was handed to the socket: it will never be executed.
-    #[error("command was not sent")]
-    NotSent,
-    /// It may have been executed, or may still be.
-    #[error("connection lost before the answer")]
-    Lost,
-}
-
-/// Why a connection ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum CloseReason {
-    /// End of stream.
-    #[error("controller closed the connection")]
-    PeerClosed,
-    /// The socket failed.
-    #[error("socket: {0}")]
-    Socket(std::io::ErrorKind),
-    /// The controller sent a C2HTermReq.
-    #[error("controller ended the connection: {0}")]
-    PeerTerminated(TermReason),
-    /// The controller broke the protocol and was sent an H2CTermReq.
-    #[error("controller broke the protocol: {0}")]
-    Protocol(TermReason),
-    /// The controller declined a digest that was asked for.
-    #[error("controller declined a digest")]
-    DigestDeclined,
-    /// A command had no answer in time. NVMe/TCP has no safe way to go on: its data may still move.
-    #[error("command timed out")]
-    CommandTimeout,
-    /// A Keep Alive had no answer in time.
-    #[error("keep alive timed out")]
-    KeepAliveTimeout,
-    /// The controller stopped accepting this association's commands.
-    #[error("controller refused a keep alive: {0}")]
-    KeepAliveRefused(Status),
-    /// This side ended it.
-    #[error("disconnected")]
-    Disconnected,
-}
-
 /// What may legally arrive next.
 #[derive(Debug)]
 enum State {
@@ -177,42 +92,6 @@ enum Transfer {
         bytes: u32,
         received: Received,
     },
-}
-
-/// Data of a read. One C2HData is lent as it was received; several are gathered.
-#[derive(Debug)]
-enum Received {
-    Lent(Bytes),
-    Gathered(BytesMut),
-}
-
-impl Received {
-    fn len(&self) -> usize {
-        match self {
-            Self::Lent(data) => data.len(),
-            Self::Gathered(data) => data.len(),
-        }
-    }
-
-    fn push(&mut self, piece: Bytes, bytes_max: u32) {
-        match self {
-            Self::Lent(data) if data.is_empty() => *data = piece,
-            Self::Lent(data) => {
-                let mut gathered = BytesMut::with_capacity(bytes_max as usize);
-                gathered.extend_from_slice(data);
-                gathered.extend_from_slice(&piece);
-                *self = Self::Gathered(gathered);
-            }
-            Self::Gathered(data) => data.extend_from_slice(&piece),
-        }
-    }
-
-    fn into_bytes(self) -> Bytes {
-        match self {
-            Self::Lent(data) => data,
-            Self::Gathered(data) => data.freeze(),
-        }
-    }
 }
 
 #[derive(Debug)]
@@ -617,34 +496,6 @@ impl<T> HostQueue<T> {
         let completion = Completion { status, result, data };
         self.completions.push_back((command.context, Ok(completion)));
     }
-}
-
-/// Bytes of scattered data.
-///
-/// # Panics
-/// Above 4 GiB: callers split at [`TRANSFER_BYTES_MAX`].
-pub(crate) fn scattered_len(data: &[Bytes]) -> u32 {
-    let len: usize = data.iter().map(Bytes::len).sum();
-    u32::try_from(len).expect("transfers are split long before 4 GiB")
-}
-
-/// `len` bytes from `offset` of scattered data, shared.
-pub(crate) fn slice_scattered(data: &[Bytes], mut offset: usize, mut len: usize) -> Vec<Bytes> {
-    let mut slices = Vec::new();
-    for piece in data {
-        if len == 0 {
-            break;
-        }
-        if offset >= piece.len() {
-            offset -= piece.len();
-            continue;
-        }
-        let take = len.min(piece.len() - offset);
-        slices.push(piece.slice(offset..offset + take));
-        offset = 0;
-        len -= take;
-    }
-    slices
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ use std::io::IoSlice;
 use weft_proto::fabrics::command::{Connect, ConnectData};
 use weft_proto::nvme::command::submit;
 use weft_proto::nvme::sgl::DataPointer;
+use weft_proto::nvme::sqe::Sqe;
 use weft_proto::tcp::{FromHost, H2CData};
 use weft_proto::units::{BlockCount, Lba};
 

@@ -12,9 +12,9 @@ pub mod cluster;
 pub mod directory;
 pub mod drive;
 pub mod lease;
+pub mod metadata;
 pub mod monitor;
 pub mod oracle;
-mod rebuilds;
 pub mod rng;
 pub mod world;
 

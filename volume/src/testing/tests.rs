@@ -11,8 +11,8 @@ use weft_proto::id::{BandId, DriveId, Epoch, IncarnationId, StripeNumber, Volume
 use weft_proto::units::{BLOCK_BYTES, Lba, LbaRange};
 
 use super::cluster::{Takeover, add_drives, readmit, seams, take_over};
-use super::directory::MetadataSpec;
 use super::drive::{DriveSpec, Health};
+use super::metadata::MetadataSpec;
 use super::world::{InFlight, Stopped, World};
 use crate::seams::{BandPurpose, DirectoryError, Env, FenceError, Seams};
 

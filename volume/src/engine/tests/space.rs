@@ -19,7 +19,7 @@ fn a_pool_at_eighty_percent_takes_five_times_its_size_in_overwrites() {
     let mut fixture = Fixture::with(6, 24, GEOMETRY, 256 * MIB, tight());
     fixture
         .world
-        .configure_metadata(crate::testing::directory::MetadataSpec {
+        .configure_metadata(crate::testing::metadata::MetadataSpec {
             reserve_mib: 4,
             ..Default::default()
         });
@@ -64,7 +64,7 @@ fn a_full_pool_refuses_only_what_needs_space_and_recovers_with_trim() {
     let mut fixture = Fixture::with(6, 16, GEOMETRY, 256 * MIB, tight());
     fixture
         .world
-        .configure_metadata(crate::testing::directory::MetadataSpec {
+        .configure_metadata(crate::testing::metadata::MetadataSpec {
             reserve_mib: 4,
             ..Default::default()
         });

@@ -13,20 +13,27 @@
 //! Blocks are 4096 bytes. The write of one block is atomic, as NVMe's AWUPF of 0 promises, unless
 //! [`DriveSpec::tear_bytes`] says 512.
 
+mod fencing;
+mod handle;
+mod medium;
+
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
-use weft_block::{BlockDevice, BlockError, Device, DeviceInfo, Durability, Io};
+use bytes::Bytes;
+use weft_block::{BlockError, Device, DeviceInfo, Durability, Io};
 use weft_proto::id::{DriveId, IncarnationId};
-use weft_proto::units::{BLOCK_BYTES, Lba, LbaRange};
+use weft_proto::units::{BLOCK_BYTES, LbaRange};
 
+use self::handle::Handle;
+pub use self::handle::SimDrives;
+use self::medium::{Medium, tear, zero_block};
 use super::answer::{Giver, answer};
 use super::rng::Rng;
 use super::world::{InFlight, Landed, World};
-use crate::seams::{Drives, FenceError, Timestamp};
+use crate::seams::Timestamp;
 
 /// What kind of drive.
 #[derive(Clone, Debug)]
@@ -82,17 +89,13 @@ pub struct SimDrive {
 struct State {
     rng: Rng,
     health: Health,
-    /// Blocks on the medium. Absent ones are zeroes.
-    medium: BTreeMap<u64, Bytes>,
-    /// Completed writes that power can still take, oldest first, with the number of the command that made them.
-    cache: BTreeMap<u64, Vec<(u64, Bytes)>>,
+    medium: Medium,
     in_flight: BTreeMap<u64, Command>,
     command_next: u64,
     fenced: BTreeMap<IncarnationId, Timestamp>,
     /// Fences that wait for the commands in execution.
     fencing: Vec<(IncarnationId, Giver<()>)>,
     cut: BTreeSet<IncarnationId>,
-    read_errors: BTreeSet<u64>,
     /// Multiplies latencies, for a slow drive.
     slowness: u64,
     /// Bytes written over its life, for write amplification.
@@ -157,14 +160,12 @@ impl SimDrive {
             state: RefCell::new(State {
                 rng,
                 health: Health::Serving,
-                medium: BTreeMap::new(),
-                cache: BTreeMap::new(),
+                medium: Medium::default(),
                 in_flight: BTreeMap::new(),
                 command_next: 1,
                 fenced: BTreeMap::new(),
                 fencing: Vec::new(),
                 cut: BTreeSet::new(),
-                read_errors: BTreeSet::new(),
                 slowness: 1,
                 bytes_written: 0,
                 in_flight_peak: 0,
@@ -297,38 +298,29 @@ impl SimDrive {
 
     /// Flips one bit of `block` on the medium.
     pub fn flip_bit(&self, block: u64, bit: usize) {
-        let mut state = self.state.borrow_mut();
-        let mut bytes = BytesMut::from(&state.current(block)[..]);
-        bytes[bit / 8 % BLOCK_BYTES] ^= 1 << (bit % 8);
-        state.medium.insert(block, bytes.freeze());
-        state.cache.remove(&block);
+        self.state.borrow_mut().medium.flip_bit(block, bit);
     }
 
     /// Loses `count` blocks: they read as zeroes, as after a misplaced deallocate.
     pub fn lose(&self, start: u64, count: u64) {
-        let mut state = self.state.borrow_mut();
-        for block in start..start + count {
-            state.medium.remove(&block);
-            state.cache.remove(&block);
-        }
+        self.state.borrow_mut().medium.lose(start, count);
     }
 
     /// Makes reads of `block` fail, until it is written.
     pub fn set_read_error(&self, block: u64) {
-        self.state.borrow_mut().read_errors.insert(block);
+        self.state.borrow_mut().medium.read_errors.insert(block);
     }
 
     /// Whether any byte of `block` was ever written and not lost.
     #[must_use]
     pub fn holds(&self, block: u64) -> bool {
-        let state = self.state.borrow();
-        state.medium.contains_key(&block) || state.cache.contains_key(&block)
+        self.state.borrow().medium.holds(block)
     }
 
     /// What a read of `block` would see.
     #[must_use]
     pub fn peek(&self, block: u64) -> Bytes {
-        self.state.borrow().current(block)
+        self.state.borrow().medium.current(block)
     }
 
     /// Power fails and comes back: of what only the cache held, any subset of blocks is lost; commands in
@@ -341,122 +333,13 @@ impl SimDrive {
         }
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
-        for (block, versions) in std::mem::take(&mut state.cache) {
-            // The medium has one of the versions it was given, or still the old one.
-            let kept = state.rng.index(versions.len() + 1);
-            if let Some((_, bytes)) = kept.checked_sub(1).and_then(|index| versions.get(index)) {
-                let old = state.medium.get(&block).cloned().unwrap_or_else(zero_block);
-                let bytes = if self.spec.tear_bytes < BLOCK_BYTES && state.rng.chance(1, 4) {
-                    tear(&mut state.rng, &old, bytes, self.spec.tear_bytes)
-                } else {
-                    bytes.clone()
-                };
-                state.medium.insert(block, bytes);
-            }
-        }
-    }
-
-    // Fencing.
-
-    /// Preempt and Abort of `victim`: its further writes are refused, its commands in execution are aborted
-    /// or finished, and only then does it complete. An already fenced incarnation is fenced.
-    ///
-    /// # Errors
-    /// [`FenceError::Unreachable`] for a drive that gave no answer within 500 ms.
-    pub async fn fence(self: Rc<Self>, victim: IncarnationId) -> Result<(), FenceError> {
-        if self.health() != Health::Serving {
-            let (giver, timeout) = answer();
-            if let Some(world) = self.world.upgrade() {
-                // Owned by nobody: the victim may be dead, and the caller may die too.
-                let deadline = world.now().after(Duration::from_millis(500));
-                world.at(deadline, None, |_| giver.give(()));
-            }
-            timeout.await;
-            if self.health() != Health::Serving {
-                return Err(FenceError::Unreachable);
-            }
-        }
-        let fenced = self.start_fence(victim);
-        fenced.await;
-        Ok(())
-    }
-
-    fn start_fence(self: &Rc<Self>, victim: IncarnationId) -> super::answer::Answer<()> {
-        let (giver, fenced) = answer();
-        let now = self.world.upgrade().map_or(Timestamp(0), |world| world.now());
-        let (ids, latency) = {
-            let mut state = self.state.borrow_mut();
-            state.fenced.entry(victim).or_insert(now);
-            state.fencing.push((victim, giver));
-            let ids: Vec<u64> = state
-                .in_flight
-                .iter()
-                .filter(|(_, command)| command.sender == victim)
-                .map(|(id, _)| *id)
-                .collect();
-            (ids, self.latency(&mut state))
-        };
-        // Some are aborted now, the rest run to their end; both before the fence completes.
-        for id in ids {
-            let (aborted, landed) = {
-                let mut state = self.state.borrow_mut();
-                let overdue = state.in_flight.get(&id).is_some_and(|command| command.overdue);
-                (overdue || state.rng.chance(1, 2), state.rng.chance(1, 3))
-            };
-            if aborted {
-                self.abort(id, landed);
-            }
-        }
-        let drive = Rc::downgrade(self);
-        if let Some(world) = self.world.upgrade() {
-            world.at(now.after(latency), None, move |_| {
-                if let Some(drive) = drive.upgrade() {
-                    drive.answer_fences();
-                }
-            });
-        }
-        fenced
-    }
-
-    /// When `incarnation` was fenced here; `None` while it is not.
-    #[must_use]
-    pub fn fenced_at(&self, incarnation: IncarnationId) -> Option<Timestamp> {
-        self.state.borrow().fenced.get(&incarnation).copied()
-    }
-
-    /// Whether the fence of `incarnation` is complete: refused, and nothing of it left in execution.
-    #[must_use]
-    pub fn is_fenced(&self, incarnation: IncarnationId) -> bool {
-        let state = self.state.borrow();
-        state.fenced.contains_key(&incarnation)
-            && state
-                .in_flight
-                .values()
-                .all(|command| command.sender != incarnation)
-    }
-
-    fn answer_fences(&self) {
-        let done: Vec<Giver<()>> = {
-            let mut state = self.state.borrow_mut();
-            let State {
-                fencing, in_flight, ..
-            } = &mut *state;
-            let (done, waiting) = std::mem::take(fencing)
-                .into_iter()
-                .partition(|(victim, _)| in_flight.values().all(|command| command.sender != *victim));
-            *fencing = waiting;
-            done.into_iter().map(|(_, giver): (_, Giver<()>)| giver).collect()
-        };
-        for giver in done {
-            giver.give(());
-        }
+        state.medium.lose_power(&mut state.rng, self.spec.tear_bytes);
     }
 
     /// Whether a loss of power now would take nothing that was written to these blocks.
     #[must_use]
     pub fn is_durable(&self, start: u64, count: u64) -> bool {
-        let state = self.state.borrow();
-        state.cache.range(start..start + count).next().is_none()
+        self.state.borrow().medium.is_durable(start, count)
     }
 
     /// Whether a write or deallocate of anybody that touches these blocks has been sent and has not ended.
@@ -612,7 +495,11 @@ impl SimDrive {
         };
         match command.kind {
             Kind::Read(range) => {
-                let read = self.state.borrow_mut().read(range);
+                let read = {
+                    let mut state = self.state.borrow_mut();
+                    state.reads += 1;
+                    state.medium.read(range)
+                };
                 if let Some(Reply::Bytes(giver)) = command.reply {
                     giver.give(read);
                 }
@@ -647,7 +534,7 @@ impl SimDrive {
                 }
             }
             Kind::Flush => {
-                self.state.borrow_mut().flush_before(id);
+                self.state.borrow_mut().medium.flush_before(id);
                 self.count(|| format!("{} flushes {}", command.sender, self.id));
                 if let Some(Reply::Done(giver)) = command.reply {
                     giver.give(Ok(()));
@@ -671,7 +558,7 @@ impl SimDrive {
                 }
                 let new = bytes.clone().unwrap_or_else(zero_block);
                 let bytes = if self.spec.tear_bytes < BLOCK_BYTES && state.rng.chance(1, 2) {
-                    let old = state.current(block);
+                    let old = state.medium.current(block);
                     tear(&mut state.rng, &old, &new, self.spec.tear_bytes)
                 } else {
                     new
@@ -758,193 +645,14 @@ impl SimDrive {
 }
 
 impl State {
+    fn land(&mut self, id: u64, start: u64, blocks: &[Option<Bytes>], durable: bool) {
+        self.bytes_written += (blocks.len() * BLOCK_BYTES) as u64;
+        self.medium.land(id, start, blocks, durable);
+    }
+
     fn next_astray(&mut self) -> Option<Astray> {
         let (how, left) = self.astray?;
         self.astray = (left > 1).then_some((how, left - 1));
         Some(how)
-    }
-
-    fn current(&self, block: u64) -> Bytes {
-        let cached = self.cache.get(&block).and_then(|versions| versions.last());
-        cached
-            .map(|(_, bytes)| bytes)
-            .or_else(|| self.medium.get(&block))
-            .cloned()
-            .unwrap_or_else(zero_block)
-    }
-
-    fn read(&mut self, range: LbaRange) -> Result<Bytes, BlockError> {
-        self.reads += 1;
-        let blocks = range.start.0..range.start.0 + range.count;
-        if let Some(block) = blocks.clone().find(|block| self.read_errors.contains(block)) {
-            return Err(BlockError::Unrecovered { start: Lba(block) });
-        }
-        if range.count == 1 {
-            return Ok(self.current(range.start.0));
-        }
-        let mut bytes = BytesMut::with_capacity(range.count as usize * BLOCK_BYTES);
-        for block in blocks {
-            bytes.extend_from_slice(&self.current(block));
-        }
-        Ok(bytes.freeze())
-    }
-
-    fn land(&mut self, id: u64, start: u64, blocks: &[Option<Bytes>], durable: bool) {
-        for (block, bytes) in (start..).zip(blocks) {
-            self.read_errors.remove(&block);
-            self.bytes_written += BLOCK_BYTES as u64;
-            if durable {
-                // What the cache held of this block is older, and gone with it.
-                self.cache.remove(&block);
-                match bytes {
-                    Some(bytes) => self.medium.insert(block, bytes.clone()),
-                    None => self.medium.remove(&block),
-                };
-            } else {
-                let bytes = bytes.clone().unwrap_or_else(zero_block);
-                self.cache.entry(block).or_default().push((id, bytes));
-            }
-        }
-    }
-
-    /// Makes durable what completed before the flush was sent. Command numbers grow with the time of sending, so
-    /// a later number may have completed before as well; that it stays volatile is the harder case.
-    fn flush_before(&mut self, id: u64) {
-        let medium = &mut self.medium;
-        self.cache.retain(|block, versions| {
-            let flushed = versions.iter().rposition(|(writer, _)| *writer < id);
-            if let Some(last) = flushed {
-                let (_, bytes) = versions.drain(..=last).next_back().expect("an element at `last`");
-                medium.insert(*block, bytes);
-            }
-            !versions.is_empty()
-        });
-    }
-}
-
-fn zero_block() -> Bytes {
-    Bytes::from_static(&[0; BLOCK_BYTES])
-}
-
-/// Sectors of `new` and `old`, each by the seed.
-fn tear(rng: &mut Rng, old: &Bytes, new: &Bytes, tear_bytes: usize) -> Bytes {
-    let mut torn = BytesMut::from(&old[..]);
-    for offset in (0..BLOCK_BYTES).step_by(tear_bytes) {
-        if rng.chance(1, 2) {
-            torn[offset..offset + tear_bytes].copy_from_slice(&new[offset..offset + tear_bytes]);
-        }
-    }
-    torn.freeze()
-}
-
-/// A drive as one incarnation reaches it.
-struct Handle {
-    drive: Rc<SimDrive>,
-    incarnation: IncarnationId,
-}
-
-fn refused<T: 'static>(error: BlockError) -> Io<T> {
-    Io::ready(Err(error))
-}
-
-impl BlockDevice for Handle {
-    fn info(&self) -> DeviceInfo {
-        self.drive.info()
-    }
-
-    fn read(&self, range: LbaRange) -> Io<Bytes> {
-        if let Err(error) = self.drive.check_transfer(range) {
-            return refused(error);
-        }
-        let (giver, bytes) = answer();
-        self.drive
-            .submit(self.incarnation, Kind::Read(range), Reply::Bytes(giver));
-        Io::running(bytes)
-    }
-
-    fn write(&self, start: Lba, data: Vec<Bytes>, durability: Durability) -> Io<()> {
-        let length: usize = data.iter().map(Bytes::len).sum();
-        if !length.is_multiple_of(BLOCK_BYTES) {
-            return refused(BlockError::InvalidLength {
-                bytes: length as u64,
-                block_bytes: BLOCK_BYTES as u32,
-            });
-        }
-        let count = (length / BLOCK_BYTES) as u64;
-        if let Err(error) = self.drive.check_transfer(LbaRange { start, count }) {
-            return refused(error);
-        }
-        let whole = data.iter().all(|piece| piece.len().is_multiple_of(BLOCK_BYTES));
-        let pieces = if whole {
-            data
-        } else {
-            vec![Bytes::from(data.concat())]
-        };
-        let blocks = |mut piece: Bytes| {
-            let count = piece.len() / BLOCK_BYTES;
-            (0..count).map(move |_| Some(piece.split_to(BLOCK_BYTES)))
-        };
-        let blocks = pieces.into_iter().flat_map(blocks).collect();
-        self.drive.write(self.incarnation, start.0, blocks, durability)
-    }
-
-    fn write_zeroes(&self, range: LbaRange, _deallocate: bool, durability: Durability) -> Io<()> {
-        if let Err(error) = self.drive.check(range) {
-            return refused(error);
-        }
-        let blocks = (0..range.count).map(|_| None).collect();
-        self.drive
-            .write(self.incarnation, range.start.0, blocks, durability)
-    }
-
-    fn deallocate(&self, ranges: Vec<LbaRange>) -> Io<()> {
-        if let Some(error) = ranges.iter().find_map(|range| self.drive.check(*range).err()) {
-            return refused(error);
-        }
-        let writes: Vec<Io<()>> = ranges
-            .into_iter()
-            .map(|range| self.write_zeroes(range, true, Durability::Cached))
-            .collect();
-        Io::running(async move {
-            for write in writes {
-                write.await?;
-            }
-            Ok(())
-        })
-    }
-
-    fn flush(&self) -> Io<()> {
-        let (giver, done) = answer();
-        self.drive
-            .submit(self.incarnation, Kind::Flush, Reply::Done(giver));
-        Io::running(done)
-    }
-}
-
-/// [`Drives`] as one incarnation reaches them.
-pub struct SimDrives {
-    world: Weak<World>,
-    incarnation: IncarnationId,
-}
-
-impl SimDrives {
-    /// Every drive of `world`, with the identity of `incarnation`.
-    #[must_use]
-    pub fn new(world: &Rc<World>, incarnation: IncarnationId) -> Rc<Self> {
-        Rc::new(Self {
-            world: Rc::downgrade(world),
-            incarnation,
-        })
-    }
-}
-
-impl Drives for SimDrives {
-    fn device(&self, drive: DriveId) -> Option<Device> {
-        let drive = self.world.upgrade()?.find_drive(drive)?;
-        let reachable = {
-            let state = drive.state.borrow();
-            state.health != Health::Dead && !state.cut.contains(&self.incarnation)
-        };
-        reachable.then(|| drive.handle(self.incarnation))
     }
 }

@@ -7,31 +7,36 @@
 use weft_proto::band::{Band, ChunkAddress, ChunkSize, Replacement};
 use weft_proto::id::{BandId, Epoch, IncarnationId, VolumeId};
 
-use super::directory::{Granted, Metadata};
-use super::drive::{Health, SimDrive};
-use super::monitor::BLOCKS_PER_MIB;
-use super::world::World;
+use super::{Granted, Metadata};
 use crate::seams::DirectoryError;
+use crate::testing::drive::{Health, SimDrive};
+use crate::testing::monitor::BLOCKS_PER_MIB;
+use crate::testing::world::World;
 
 /// A chunk granted to an attempt to rebuild a column.
-pub(super) struct Attempt {
-    pub(super) replacement: Replacement,
-    pub(super) volume: VolumeId,
+pub(in crate::testing) struct Attempt {
+    pub(in crate::testing) replacement: Replacement,
+    pub(in crate::testing) volume: VolumeId,
     size: ChunkSize,
     writer: IncarnationId,
 }
 
 /// A column of a band at one version.
 #[derive(Clone, Copy)]
-pub(super) struct Column {
-    pub(super) band: BandId,
-    pub(super) column: u8,
-    pub(super) version: u64,
+pub(in crate::testing) struct Column {
+    pub(in crate::testing) band: BandId,
+    pub(in crate::testing) column: u8,
+    pub(in crate::testing) version: u64,
 }
 
 impl Metadata {
     /// Who wrote a column's chunk, and whether all its writes have ended as far as the service knows.
-    pub(super) fn writes_of(&self, world: &World, granted: &Granted, column: u8) -> (IncarnationId, bool) {
+    pub(in crate::testing) fn writes_of(
+        &self,
+        world: &World,
+        granted: &Granted,
+        column: u8,
+    ) -> (IncarnationId, bool) {
         match granted.replaced.get(&column) {
             Some(writer) => (*writer, true),
             None => {
@@ -42,7 +47,7 @@ impl Metadata {
         }
     }
 
-    pub(super) fn grant_replacement(
+    pub(in crate::testing) fn grant_replacement(
         &mut self,
         world: &World,
         id: VolumeId,
@@ -126,7 +131,7 @@ impl Metadata {
         Ok(replacement)
     }
 
-    pub(super) fn install_replacement(
+    pub(in crate::testing) fn install_replacement(
         &mut self,
         world: &World,
         id: VolumeId,
@@ -178,7 +183,7 @@ impl Metadata {
         Ok(band)
     }
 
-    pub(super) fn return_replacement(
+    pub(in crate::testing) fn return_replacement(
         &mut self,
         world: &World,
         id: VolumeId,
@@ -199,7 +204,7 @@ impl Metadata {
     }
 
     /// Attempts that count no more: whether their writes have ended, nobody says.
-    pub(super) fn give_up(&mut self, world: &World, ends: impl Fn(&Attempt) -> bool) {
+    pub(in crate::testing) fn give_up(&mut self, world: &World, ends: impl Fn(&Attempt) -> bool) {
         let (ended, kept): (Vec<Attempt>, Vec<Attempt>) =
             std::mem::take(&mut self.attempts).into_iter().partition(ends);
         self.attempts = kept;
@@ -215,7 +220,7 @@ impl Metadata {
     }
 
     /// The column that a write of `sender` to `chunk`, which is of `band`, belongs to, or why it does not.
-    pub(super) fn column_for(
+    pub(in crate::testing) fn column_for(
         &self,
         chunk: ChunkAddress,
         band: BandId,

@@ -8,30 +8,27 @@
 //! The seed decides which fault comes next, on whom, for how long and after which pause; when a node has healed is for the
 //! cluster to say, so two runs of one seed differ in time.
 
+mod observer;
+mod rot;
+
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
-use std::path::Path;
-use std::process::{Command, Stdio};
-use std::sync::{Arc, Mutex, mpsc};
+use std::process::Stdio;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use rand::rngs::SmallRng;
 use rand::{Rng as _, SeedableRng as _};
-use serde_json::Value as Json;
 use weft_node::local_cluster::Agents;
 
+use self::observer::{Observer, View};
+use self::rot::flip_bits;
 use crate::clients::Volume;
-use crate::history::BLOCK_BYTES;
 use crate::isolation::{Networks, SmallFileSystem, Throttle};
 
 /// How long a cluster without faults may take to serve everything again. Generous: a slow machine is not a failure.
 const HEAL_LIMIT: Duration = Duration::from_secs(180);
-
-/// Bytes at either end of a drive that are not its chunk area.
-const LABEL_BYTES: u64 = 1 << 20;
 
 /// What lasting harm a run does to one drive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,16 +64,6 @@ enum Trouble {
     Full,
 }
 
-/// The cluster as its own command line shows it.
-#[derive(Clone, Debug)]
-struct View {
-    /// When it was asked for.
-    asked: Instant,
-    nodes: Json,
-    drives: Json,
-    volumes: Json,
-}
-
 /// See the module.
 pub struct Nemesis {
     agents: Agents,
@@ -91,8 +78,7 @@ pub struct Nemesis {
     tools: Tools,
     /// Cuts in force, by the node that they are done to.
     cuts: Vec<(usize, usize, usize)>,
-    view: Arc<Mutex<Option<View>>>,
-    poller: Option<(mpsc::Sender<()>, JoinHandle<()>)>,
+    observer: Observer,
     moves: Vec<JoinHandle<bool>>,
     /// Faults so far, by kind.
     pub faults: BTreeMap<&'static str, u64>,
@@ -133,10 +119,9 @@ impl Nemesis {
             _ => Some(Scar::Removed),
         }
         .map(|scar| (random.random_range(0..nodes), scar, from));
-        let view = Arc::new(Mutex::new(None));
-        let poller = poll(&agents, view.clone());
         Self {
             health: vec![Health::Sound; nodes],
+            observer: Observer::new(&agents),
             agents,
             volumes: volumes.to_vec(),
             random,
@@ -146,8 +131,6 @@ impl Nemesis {
             hurt_max: 2,
             tools,
             cuts: Vec::new(),
-            view,
-            poller: Some(poller),
             moves: Vec::new(),
             faults: BTreeMap::new(),
             moved: 0,
@@ -393,9 +376,9 @@ impl Nemesis {
         }
         let (volume, to) = (volume.name.clone(), self.name(to).to_owned());
         self.fault("move", &format!("{volume} to {to}"));
-        let mut command = weft(&self.agents, &["volume", "move", &volume, "--to", &to]);
+        let mut command = self.agents.command(&["volume", "move", &volume, "--to", &to]);
         // Whether it gets there is not promised: its target may be the next victim.
-        command.stdout(Stdio::null());
+        command.stdout(Stdio::null()).stderr(Stdio::null());
         let wait = move || command.status().is_ok_and(|status| status.success());
         self.moves.push(std::thread::spawn(wait));
     }
@@ -492,55 +475,30 @@ impl Nemesis {
     }
 
     fn owns(&self, node: usize) -> bool {
-        let Some(view) = self.view() else { return false };
-        let id = named(&view.nodes, self.name(node))["id"].clone();
-        entries(&view.volumes).any(|volume| owner(volume) == Some(&id))
+        self.observer
+            .view()
+            .is_some_and(|view| view.owns(self.name(node)))
     }
 
     /// Whether a view that was asked for after `since` shows the node in full service.
     fn sound_since(&self, node: usize, since: Instant) -> bool {
         // A second on top: the leader may not have noticed yet that the node was away.
         let settled = since + Duration::from_secs(1);
-        self.view()
-            .is_some_and(|view| view.asked > settled && self.unsound(node, &view).is_none())
+        let view = self.observer.view();
+        view.is_some_and(|view| view.asked > settled && self.unsound(node, &view).is_none())
     }
 
-    /// What a node lacks.
+    /// What a node lacks. A drive whose file was removed is not missed.
     fn unsound(&self, node: usize, view: &View) -> Option<String> {
-        let name = self.name(node);
-        let own = named(&view.nodes, name);
-        if own["state"] != "Up" {
-            return Some(format!("{name} is not up"));
-        }
-        let removed = |drive: &Json| {
-            let scar = self
-                .scar
-                .filter(|(.., scar, _)| self.scarred && *scar == Scar::Removed);
-            scar.is_some_and(|(node, ..)| drive["home"]["Node"] == named(&view.nodes, self.name(node))["id"])
-        };
-        for drive in entries(&view.drives).filter(|drive| !removed(drive)) {
-            let drive_name = &drive["name"];
-            let at_home = drive["home"]["Node"] == own["id"];
-            if at_home && drive["state"] != "Online" {
-                return Some(format!("drive {drive_name} of {name} is {}", drive["state"]));
-            }
-            // Both ways: the node on every drive, and everybody on the node's drive.
-            for other in entries(&view.nodes).filter(|other| at_home || other["id"] == own["id"]) {
-                let incarnation = other["incarnation"].to_string();
-                if other["state"] == "Up" && drive["registrations"][incarnation.trim_matches('"')].is_null() {
-                    return Some(format!(
-                        "{} is not registered on drive {drive_name}",
-                        other["name"]
-                    ));
-                }
-            }
-        }
-        None
+        let scar = self
+            .scar
+            .filter(|(_, scar, _)| self.scarred && *scar == Scar::Removed);
+        view.unsound(self.name(node), scar.map(|(node, ..)| self.name(node)))
     }
 
     /// What keeps the cluster from being whole.
     fn missing(&self) -> Vec<String> {
-        let Some(view) = self.view() else {
+        let Some(view) = self.observer.view() else {
             return vec!["the cluster does not say how it is".to_owned()];
         };
         let mut missing: Vec<String> = (0..self.health.len())
@@ -552,17 +510,8 @@ impl Nemesis {
                 ),
             })
             .collect();
-        missing.extend(entries(&view.volumes).filter_map(|volume| {
-            let phase = &volume["phase"];
-            phase["Serving"]
-                .is_null()
-                .then(|| format!("volume {} is {phase}", volume["name"]))
-        }));
+        missing.extend(view.unserved());
         missing
-    }
-
-    fn view(&self) -> Option<View> {
-        self.view.lock().ok()?.clone()
     }
 
     fn name(&self, node: usize) -> &str {
@@ -582,125 +531,5 @@ impl Nemesis {
     fn draw_ms(&mut self, least: u64, most: u64) -> Duration {
         let exponent = self.random.random_range((least as f64).ln()..(most as f64).ln());
         Duration::from_millis(exponent.exp() as u64)
-    }
-}
-
-impl Drop for Nemesis {
-    fn drop(&mut self) {
-        if let Some((stop, thread)) = self.poller.take() {
-            drop(stop);
-            let _ = thread.join();
-        }
-    }
-}
-
-/// Asks the cluster again and again on a thread of its own: a question may take seconds while there is no leader.
-fn poll(agents: &Agents, view: Arc<Mutex<Option<View>>>) -> (mpsc::Sender<()>, JoinHandle<()>) {
-    let (stop, stopped) = mpsc::channel();
-    let mut questions = ["node", "drive", "volume"].map(|noun| weft(agents, &["--json", noun, "list"]));
-    let thread = std::thread::spawn(move || {
-        while stopped.recv_timeout(Duration::from_millis(500)) == Err(mpsc::RecvTimeoutError::Timeout) {
-            let asked = Instant::now();
-            let [nodes, drives, volumes] = questions.each_mut().map(answer);
-            if let (Some(nodes), Some(drives), Some(volumes)) = (nodes, drives, volumes) {
-                let fresh = View {
-                    asked,
-                    nodes,
-                    drives,
-                    volumes,
-                };
-                if let Ok(mut view) = view.lock() {
-                    *view = Some(fresh);
-                }
-            }
-        }
-    });
-    (stop, thread)
-}
-
-fn answer(question: &mut Command) -> Option<Json> {
-    let output = question.output().ok()?;
-    serde_json::from_slice(&output.stdout).ok()
-}
-
-/// `weft --cluster <all agents> ARGUMENTS`, not started.
-fn weft(agents: &Agents, arguments: &[&str]) -> Command {
-    let mut command = agents.command(arguments);
-    command.stderr(Stdio::null());
-    command
-}
-
-fn entries(list: &Json) -> impl Iterator<Item = &Json> {
-    list.as_array().into_iter().flatten()
-}
-
-fn named<'a>(list: &'a Json, name: &str) -> &'a Json {
-    entries(list)
-        .find(|entry| entry["name"] == name)
-        .unwrap_or(&Json::Null)
-}
-
-/// The node that owns a volume, in whichever phase.
-fn owner(volume: &Json) -> Option<&Json> {
-    let phase = volume["phase"].as_object()?.values().next()?;
-    phase.get("owner").map(|owner| &owner["node"])
-}
-
-/// Flips one bit in about one of eight blocks of the chunk area that hold anything. Returns how many.
-///
-/// Past the page cache, as the agent reads and writes: dirty pages in its way would fail its flushes. A block that the agent
-/// writes in the same moment may keep older bytes: no more than a drive may do that counts as hurt.
-///
-/// # Errors
-/// The file's.
-fn flip_bits(drive: &Path, random: &mut SmallRng) -> anyhow::Result<u64> {
-    let direct = i32::try_from(rustix::fs::OFlags::DIRECT.bits()).context("O_DIRECT")?;
-    let file = fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(direct)
-        .open(drive)
-        .with_context(|| format!("open {}", drive.display()))?;
-    let end = file.metadata()?.len() - LABEL_BYTES;
-    // Direct I/O takes aligned memory only.
-    let mut memory = vec![0; 2 * BLOCK_BYTES];
-    let aligned = memory.as_ptr().align_offset(BLOCK_BYTES);
-    let block = &mut memory[aligned..aligned + BLOCK_BYTES];
-    let mut flipped = 0;
-    for offset in (LABEL_BYTES..end).step_by(BLOCK_BYTES) {
-        file.read_exact_at(block, offset)?;
-        if block.iter().all(|byte| *byte == 0) || random.random_range(0..8) != 0 {
-            continue;
-        }
-        block[random.random_range(0..BLOCK_BYTES)] ^= 1 << random.random_range(0..8);
-        file.write_all_at(block, offset)?;
-        flipped += 1;
-    }
-    Ok(flipped)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn flips_hit_blocks_that_hold_something_and_no_label() {
-        // Beside the sources: a temporary folder may be in memory, where direct I/O does not go.
-        let file = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
-        let bytes = LABEL_BYTES * 2 + 64 * 4096;
-        file.as_file().set_len(bytes).unwrap();
-        file.as_file().write_all_at(&[7; 32 * 4096], LABEL_BYTES).unwrap();
-        let before = fs::read(file.path()).unwrap();
-        let flipped = flip_bits(file.path(), &mut SmallRng::seed_from_u64(1)).unwrap();
-        let after = fs::read(file.path()).unwrap();
-        let differ: Vec<usize> = (0..before.len()).filter(|at| before[*at] != after[*at]).collect();
-        assert_eq!(differ.len() as u64, flipped);
-        assert!(flipped > 0);
-        let held = LABEL_BYTES as usize..LABEL_BYTES as usize + 32 * 4096;
-        assert!(
-            differ
-                .iter()
-                .all(|at| held.contains(at) && (before[*at] ^ after[*at]).count_ones() == 1)
-        );
     }
 }
