@@ -4,41 +4,25 @@
 //! The processes are the data path of agents without their control side: targets, initiator and engine as agents use
 //! them, with a directory in memory. No metadata service, no fencing.
 
-use std::io::{BufRead as _, BufReader, Read as _};
+use std::io::{BufRead as _, BufReader};
 use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
-use std::rc::Rc;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use bytes::Bytes;
-
-use anyhow::{Context as _, ensure};
 use rustix::thread::CpuSet;
-use weft_block::memory::MemoryDrive;
-use weft_block::polling::{SPAN_DEFAULT, keep_awake};
-use weft_block::{BlockDevice as _, Device};
-use weft_initiator::{ConnectOptions, HostIdentity, RemoteDrive};
-use weft_proto::band::Geometry;
-use weft_proto::id::HostId;
-use weft_proto::units::MIB;
-use weft_target::{Source, serve};
-use weft_volume::settings::Settings;
+use weft_block::polling::SPAN_DEFAULT;
 
 use super::floor::noise;
 use super::host::{Host, Idle, Workload};
-use super::load::{Clock, Load};
 use super::pairs::{Window, measure};
+use super::peer::GEOMETRY;
 use super::report::{Heading, Required, Row};
-use super::target::{Target, drive, present, random, subnqn};
-use super::world::World;
+use super::target::{Target, random, subnqn};
 use super::{Output, Plan, machine, trips};
 
-const GEOMETRY: Geometry = Geometry { k: 4, m: 2 };
 const DRIVES: usize = 6;
-const DRIVE_BYTES: u64 = 256 * MIB;
-
-/// Larger than the part of it that the host uses, which is that of the single target.
-const VOLUME_BYTES: u64 = 64 * MIB;
 
 /// Measures the cluster.
 ///
@@ -227,68 +211,4 @@ impl Drop for Peer {
         // It ends by itself; there is nobody to tell how.
         let _ = self.child.wait();
     }
-}
-
-/// A process of the cluster: a drive, or the owner of these drives. Prints its address, serves until its standard input
-/// ends. Returns an exit code.
-pub(crate) async fn peer(drives: Vec<SocketAddr>) -> u8 {
-    std::thread::spawn(|| {
-        // Whatever it was that ended the input, the parent is gone.
-        let _ = std::io::stdin().read_to_end(&mut Vec::new());
-        std::process::exit(0);
-    });
-    match serve_peer(drives).await {
-        Ok(()) => 0,
-        Err(error) => {
-            eprintln!("weft: {error:#}");
-            1
-        }
-    }
-}
-
-async fn serve_peer(addresses: Vec<SocketAddr>) -> anyhow::Result<()> {
-    let source = if addresses.is_empty() {
-        drive(MemoryDrive::preallocated(DRIVE_BYTES))?
-    } else {
-        volume(addresses).await?
-    };
-    tokio::task::spawn_local(keep_awake(SPAN_DEFAULT));
-    let (listener, registry) = present(source).await?;
-    println!("{}", listener.local_addr()?);
-    serve(listener, registry).await?;
-    Ok(())
-}
-
-/// A filled 4+2 volume on these drives.
-async fn volume(addresses: Vec<SocketAddr>) -> anyhow::Result<Source> {
-    let drives = connect_drives(&addresses).await?;
-    let devices = drives.into_iter().map(|drive| drive as Device).collect();
-    let engine = World::new(GEOMETRY, devices)
-        .open(Settings::default(), VOLUME_BYTES)
-        .await?;
-    let device: Device = Rc::new(engine);
-    Load::new(Rc::clone(&device), Clock::Wall).fill().await?;
-    Ok(Source::PerAssociation(Rc::new(move |_| Rc::clone(&device))))
-}
-
-/// The drives of the cluster as its owner reaches them. Within a `LocalSet`.
-///
-/// # Errors
-/// What listens there is no drive of the benchmark.
-pub(super) async fn connect_drives(addresses: &[SocketAddr]) -> anyhow::Result<Vec<Rc<RemoteDrive>>> {
-    let mut drives = Vec::new();
-    for address in addresses {
-        let host = HostIdentity {
-            hostnqn: "nqn.2026-01.io.weft:bench-owner".parse()?,
-            hostid: HostId([0x0e; 16]),
-        };
-        let drive = RemoteDrive::open(ConnectOptions::new(*address, subnqn(), host), 1);
-        drive.connected().await;
-        ensure!(
-            drive.info().bytes() == DRIVE_BYTES,
-            "{address} is no drive of the benchmark"
-        );
-        drives.push(drive);
-    }
-    Ok(drives)
 }

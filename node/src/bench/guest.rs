@@ -23,8 +23,7 @@ use weft_target::vfio_user::mapping::Mapping;
 use super::floor::BLOCK;
 use super::histogram::Histogram;
 use super::machine::CpuClock;
-use super::pairs::Window;
-use super::report::CpuPerIo;
+use super::pairs::{CpuPerIo, Window};
 
 /// Commands outstanding at most; each has a page of its own.
 pub(super) const DEPTH_MAX: usize = 128;

@@ -24,8 +24,7 @@ use zerocopy::IntoBytes as _;
 
 use super::histogram::Histogram;
 use super::machine::CpuClock;
-use super::pairs::Window;
-use super::report::CpuPerIo;
+use super::pairs::{CpuPerIo, Window};
 use super::wire::{
     C2H_DATA, CAPSULE_CMD, CAPSULE_RESP, COMMAND_BYTES, H2C_DATA, Incoming, LAST, Outgoing, R2T, SHORT_BYTES,
     SUCCESS, header, u16_at, u32_at,

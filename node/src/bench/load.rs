@@ -15,8 +15,7 @@ use weft_proto::units::{Lba, LbaRange};
 use super::floor::{BLOCK, noise};
 use super::histogram::Histogram;
 use super::machine::CpuClock;
-use super::pairs::Window;
-use super::report::CpuPerIo;
+use super::pairs::{CpuPerIo, Window};
 
 /// What is done to the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,12 +6,13 @@
 //!
 //! - `pairs`, `statistics`, `histogram`: how it is measured;
 //! - `report`: rows, the table, JSON;
-//! - `host`, `echo`, `ring_echo`, `wire`: the load generator, its floors, and the bytes that all handle alike;
+//! - `host`, `echo`, `ring_echo`, `echo_answer`, `wire`: the load generator, its floors, and the bytes that all handle alike;
 //! - `guest`: the load generator of emulated controllers;
 //! - `trips`: round trips that a write waits for, counted;
 //! - `load`, `ring_floor`: load on a device of this thread; io_uring without a drive around it;
 //! - `floor`, `world`: memory floors; what an engine needs from outside, at its cheapest;
 //! - `stripes`, `cleaning`: which shapes an engine's writes took; the model that its cleaning is compared with;
+//! - `peer`: one process of the cluster that is measured;
 //! - one file per stage.
 //!
 //! What it does not do: compare with other software, or say anything about a machine that is busy. It prints how idle
@@ -21,6 +22,7 @@ mod cleaning;
 mod cluster;
 mod drive;
 mod echo;
+mod echo_answer;
 mod engine;
 mod erasure;
 mod floor;
@@ -32,6 +34,7 @@ mod load;
 mod machine;
 mod memory;
 mod pairs;
+mod peer;
 mod report;
 mod ring_echo;
 mod ring_floor;
@@ -50,8 +53,8 @@ use crate::args::{BenchArgs, BenchStage};
 use crate::cli::output::print_all;
 use report::{Report, Row};
 
-pub(crate) use cluster::peer;
 pub(crate) use memory::fill_map;
+pub(crate) use peer::peer;
 
 /// How long and how often.
 struct Plan {

@@ -1,8 +1,18 @@
 //! Floor and subject measured in turn, so that whatever else the machine does meets both.
 
+use serde::Serialize;
+
 use super::histogram::Histogram;
-use super::report::CpuPerIo;
 use super::statistics::estimate;
+
+/// Microseconds of CPU per I/O on each side.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub(super) struct CpuPerIo {
+    /// The load generator.
+    pub(super) host: Option<f64>,
+    /// Everything else.
+    pub(super) target: Option<f64>,
+}
 
 /// One repeat of one side.
 #[derive(Clone, Default)]

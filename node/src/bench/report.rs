@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::machine::Machine;
-use super::pairs::{Paired, Window};
+use super::pairs::{CpuPerIo, Paired, Window};
 use super::statistics::{Estimate, estimate};
 use crate::cli::output::print_all;
 
@@ -18,15 +18,6 @@ pub(super) enum Required {
     ValueAtLeast(f64),
     /// The value itself, at most: a cost.
     ValueAtMost(f64),
-}
-
-/// Microseconds of CPU per I/O on each side.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
-pub(super) struct CpuPerIo {
-    /// The load generator.
-    pub(super) host: Option<f64>,
-    /// Everything else.
-    pub(super) target: Option<f64>,
 }
 
 /// One line of the report.

@@ -16,7 +16,7 @@ use std::os::fd::AsRawFd as _;
 use anyhow::ensure;
 use io_uring::{IoUring, opcode, squeue, types};
 
-use super::echo::{Signals, answer};
+use super::echo_answer::{Signals, answer};
 use super::wire::Incoming;
 
 /// Entries of the ring: more than two for each connection there may be.

@@ -21,8 +21,7 @@ use super::floor::BLOCK;
 use super::histogram::Histogram;
 use super::load::Pattern;
 use super::machine::CpuClock;
-use super::pairs::Window;
-use super::report::CpuPerIo;
+use super::pairs::{CpuPerIo, Window};
 
 /// A durable write, as the drive's.
 const RWF_DSYNC: u32 = 2;

@@ -22,8 +22,8 @@ use weft_proto::band::Geometry;
 use weft_proto::units::{Lba, LbaRange, MIB};
 use weft_volume::settings::Settings;
 
-use super::cluster::connect_drives;
 use super::floor::noise;
+use super::peer::connect_drives;
 use super::world::World;
 
 /// Of the volume that is written to.
