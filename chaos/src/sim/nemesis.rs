@@ -72,6 +72,7 @@ impl Nemesis {
                 } else {
                     let step = nemesis.step_for(fault);
                     if step == Step::Move {
+                        // There are few in a run, and each takes milliseconds.
                         nemesis.request_move(&operator, &client, Duration::ZERO);
                     }
                     let polls = if step == Step::Delete {
@@ -205,7 +206,7 @@ impl Nemesis {
     }
 
     /// The step that a fault is aimed at. Hosts' commands are under way nearly all the time and are met without aiming, so what is
-    /// rare is aimed at; a move is asked for. More deaths than redundancy covers are worst where what is left is believed. Where volumes are deleted, every
+    /// rare is aimed at. More deaths than redundancy covers are worst where what is left is believed. Where volumes are deleted, every
     /// third fault waits for that; where none is, nobody does.
     fn step_for(&self, fault: Fault) -> Step {
         const RARE: [Step; 8] = [
