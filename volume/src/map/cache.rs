@@ -9,7 +9,7 @@ use foldhash::fast::FixedState;
 use weft_proto::units::BLOCK_BYTES;
 
 use super::address::PageId;
-use super::format::Page;
+use super::page::Page;
 
 /// What one cached block is reckoned at: its bytes and its place in the tables.
 pub(crate) const CACHED_PAGE_BYTES: usize = BLOCK_BYTES + 128;

@@ -11,8 +11,9 @@ use std::rc::Rc;
 use crate::entry::MapEntry;
 
 use super::address::PageId;
-use super::format::{CHILDREN_PER_PAGE, Child, Index, Page};
+use super::index::{CHILDREN_PER_PAGE, Child, Index};
 use super::merge::Merge;
+use super::page::Page;
 use super::store::{MapBlock, MapError};
 use super::{PageMap, Run, run};
 
@@ -84,7 +85,7 @@ impl PageMap {
             return Ok(false);
         };
         let page =
-            Page::read(data, self.pages.identity, id).map_err(|reason| super::format::damaged(id, reason))?;
+            Page::read(data, self.pages.identity, id).map_err(|reason| MapError::damaged(id, reason))?;
         Ok(self.enter_folded(id, &run, old, new, page, children))
     }
 

@@ -26,7 +26,7 @@ use crate::entry::{ColumnSet, MapEntry};
 
 use super::address::PageId;
 use super::bits::{self, BLOCK_BITS, Block};
-use super::format::{FormatError, MapIdentity, PAGE_HEADER_BYTES, seal};
+use super::block::{FormatError, MapIdentity, PAGE_HEADER_BYTES, seal};
 use super::slot::Cell;
 
 /// What a leaf says of a block, or of a range that reads as zeroes.
@@ -341,7 +341,7 @@ impl Leaf {
         Ok(())
     }
 
-    /// The same in memory of its own; see [`super::format::Page::kept`].
+    /// The same in memory of its own; see [`super::page::Page::kept`].
     pub(crate) fn kept(&self) -> Self {
         Self {
             bytes: Bytes::copy_from_slice(&self.bytes),

@@ -6,7 +6,7 @@
 //! `docs/format/checkpoint.md`, "Tables".
 
 use super::bits::{mask, width};
-use super::format::FormatError;
+use super::block::FormatError;
 
 /// Appends a table of `rows`.
 pub(crate) fn encode<const F: usize>(bytes: &mut Vec<u8>, rows: &[[u64; F]]) {

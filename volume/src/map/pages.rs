@@ -14,8 +14,9 @@ use futures_util::future::{LocalBoxFuture, Shared, WeakShared};
 use crate::entry::MapEntry;
 
 use super::address::PageId;
+use super::block::{FormatError, MapIdentity};
 use super::cache::{Cache, CacheStats};
-use super::format::{FormatError, MapIdentity, Page, damaged};
+use super::page::Page;
 use super::store::{MapError, PageStore};
 
 type ReadPage = LocalBoxFuture<'static, Result<Page, MapError>>;
@@ -160,7 +161,7 @@ impl Pages {
                 Ok(bytes) => match Page::read(bytes, self.identity, id) {
                     Ok(page) => return Ok(page),
                     Err(FormatError::Identity) => {}
-                    Err(reason) => return Err(damaged(id, reason)),
+                    Err(reason) => return Err(MapError::damaged(id, reason)),
                 },
                 // The block moved while it was read, and its old place may be gone.
                 Err(_) if self.place(id, place) != place => continue,
@@ -168,7 +169,8 @@ impl Pages {
             }
             match self.store.read_around(id.lba(), place).await {
                 Ok(bytes) => {
-                    return Page::read(bytes, self.identity, id).map_err(|reason| damaged(id, reason));
+                    return Page::read(bytes, self.identity, id)
+                        .map_err(|reason| MapError::damaged(id, reason));
                 }
                 Err(_) if self.place(id, place) != place => {}
                 Err(error) => return Err(error.into()),
@@ -188,7 +190,7 @@ mod tests {
     use super::*;
     use crate::entry::ColumnSet;
     use crate::format::checksum::block_crc;
-    use crate::map::format::{Child, Index};
+    use crate::map::index::{Child, Index};
     use crate::map::{MapBlock, PageStore};
 
     const IDENTITY: MapIdentity = MapIdentity {

@@ -11,7 +11,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use crate::entry::MapEntry;
 
 use super::address::{INDEX_LEVEL_MAX, POSITIONS, RUNS};
-use super::format::{Child, FormatError, MapIdentity, PAGE_BODY_BYTES, crc32c};
+use super::block::{FormatError, MapIdentity, PAGE_BODY_BYTES, crc32c};
+use super::index::Child;
 use super::leaf::LEAF_RECORDS_MAX;
 use super::packed::{self, Table};
 use super::root::{BandState, Root, RootBand, Spilled};

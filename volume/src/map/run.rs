@@ -11,8 +11,10 @@ use weft_proto::id::Sequence;
 use crate::entry::MapEntry;
 
 use super::address::{POSITIONS, PageId};
-use super::format::{CHILDREN_PER_PAGE, Child, FormatError, Page, damaged};
+use super::block::FormatError;
+use super::index::{CHILDREN_PER_PAGE, Child};
 use super::leaf::Leaf;
+use super::page::Page;
 use super::pages::Pages;
 use super::slot::Slots;
 use super::store::MapError;
@@ -138,7 +140,7 @@ pub(crate) fn slot_towards(at: PageId, id: PageId) -> Option<usize> {
 
 /// The child in `slot` of the index block `parent`, and where it was written.
 pub(crate) fn child(parent: PageId, slot: usize, page: &Page) -> Result<(PageId, MapEntry), MapError> {
-    let out_of_range = || damaged(parent, FormatError::Field("record"));
+    let out_of_range = || MapError::damaged(parent, FormatError::Field("record"));
     let place = page
         .children()
         .get(slot)

@@ -7,7 +7,8 @@ use weft_proto::units::Lba;
 
 use crate::entry::MapEntry;
 
-use super::format::FormatError;
+use super::address::PageId;
+use super::block::FormatError;
 
 /// A block of the page map on its way to a band.
 #[derive(Clone, Debug)]
@@ -61,4 +62,14 @@ pub enum MapError {
     /// The store could not append or read.
     #[error(transparent)]
     Store(#[from] BlockError),
+}
+
+impl MapError {
+    /// Of the block `id`.
+    pub(super) fn damaged(id: PageId, reason: FormatError) -> Self {
+        Self::Damaged {
+            lba: id.lba(),
+            reason,
+        }
+    }
 }

@@ -13,8 +13,8 @@ use weft_proto::units::Lba;
 use crate::entry::MapEntry;
 
 use super::PageMap;
-use super::format::Page;
 use super::leaf::Leaf;
+use super::page::Page;
 use super::pages::Pages;
 use super::run::{Descent, RunDescriptor, Step, version_at};
 

@@ -12,7 +12,7 @@ use weft_proto::id::Sequence;
 use super::address::{INDEX_LEVEL_MAX, POSITIONS, PageId};
 use super::counts::BandCounts;
 use super::delta::SEQUENCE_ZERO;
-use super::format::{CHILDREN_PER_PAGE, Child, Index};
+use super::index::{CHILDREN_PER_PAGE, Child, Index};
 use super::leaf::{Item, LEAF_RECORDS_MAX, LeafBuilder};
 use super::pages::Pages;
 use super::run::RunDescriptor;

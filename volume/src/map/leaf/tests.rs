@@ -1,7 +1,7 @@
 //! Leaves as they are written and read, by themselves.
 
 use super::*;
-use crate::map::format::Page;
+use crate::map::page::Page;
 use proptest::prelude::*;
 use weft_proto::id::{LayerId, VolumeId};
 

@@ -7,10 +7,13 @@ use weft_proto::units::Lba;
 
 use crate::entry::{ColumnSet, MapEntry};
 use crate::map::address::{POSITIONS, PageId, RUNS, TABLE_LEVEL};
-use crate::map::format::{Child, FormatError, Index, MapIdentity, Page, crc32c, encode_table, read_table};
+use crate::map::block::{FormatError, MapIdentity, crc32c, encode_table, read_table};
+use crate::map::index::{Child, Index};
 use crate::map::leaf::{Item, LEAF_RECORDS_MAX, LeafBuilder};
-use crate::map::root::{BandState, Root, RootBand, RootHead, Spilled};
+use crate::map::page::Page;
+use crate::map::root::{BandState, Root, RootBand, Spilled};
 use crate::map::root_format;
+use crate::map::root_stripe::RootHead;
 use crate::map::run::{RunDescriptor, child};
 use crate::map::slot::Cell;
 use crate::map::{MapError, MapRoot, MapSettings, PageMap, RunRoot};

@@ -9,7 +9,7 @@ use weft_proto::units::{Lba, LbaRange};
 
 use crate::entry::{ColumnSet, MapEntry};
 use crate::map::cache::CACHED_PAGE_BYTES;
-use crate::map::format::CHILDREN_PER_PAGE;
+use crate::map::index::CHILDREN_PER_PAGE;
 use crate::map::writer::LEAF_RECORDS;
 use crate::map::{MapSettings, Mapping, MergeProgress, PageMap, PageState};
 

@@ -79,7 +79,7 @@ impl MemoryStore {
                 epoch: Epoch(99),
                 counter: self.counter.get(),
             }),
-            crc: crate::map::format::crc32c(&data),
+            crc: crate::map::block::crc32c(&data),
         };
         let old = self
             .blocks
@@ -123,7 +123,7 @@ impl MemoryStore {
                     w: 1,
                     skipped: ColumnSet::NONE,
                     sequence: *sequence,
-                    crc: crate::map::format::crc32c(data),
+                    crc: crate::map::block::crc32c(data),
                 };
                 (*lba, entry, data.clone())
             })
