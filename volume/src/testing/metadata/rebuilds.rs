@@ -155,9 +155,7 @@ impl Metadata {
             return Ok(granted.band.clone());
         }
         let attempt = self
-            .attempts
-            .iter()
-            .position(|attempt| attempt.replacement == replacement)
+            .attempt(replacement)
             .filter(|_| granted.band.version == version)
             .ok_or(changed)?;
         let (writer, ended) = self.writes_of(world, granted, column);
@@ -192,15 +190,17 @@ impl Metadata {
         settled: bool,
     ) -> Result<(), DirectoryError> {
         self.volume(id, epoch)?;
-        let found = self
-            .attempts
-            .iter()
-            .position(|attempt| attempt.replacement == replacement);
-        if let Some(index) = found {
-            let attempt = self.attempts.remove(index);
+        if let Some(attempt) = self.attempt(replacement) {
+            let attempt = self.attempts.remove(attempt);
             self.free_chunk(world, replacement.chunk, attempt.size, attempt.writer, !settled);
         }
         Ok(())
+    }
+
+    /// Where the attempt that was granted `replacement` is, unless it counts no more.
+    fn attempt(&self, replacement: Replacement) -> Option<usize> {
+        let mut attempts = self.attempts.iter();
+        attempts.position(|attempt| attempt.replacement == replacement)
     }
 
     /// Attempts that count no more: whether their writes have ended, nobody says.
