@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 use tokio::runtime::Handle;
+use tokio::sync::Notify;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -78,6 +79,10 @@ pub struct MetadataClient {
     /// Where connections and background work live; `None` for that of whoever asks.
     home: Option<Handle>,
     deadline: Duration,
+    /// Until one member counts as not answering.
+    attempt: Duration,
+    /// Told when another member is known to lead.
+    news: Arc<Notify>,
 }
 
 #[derive(Debug, Default)]
@@ -109,6 +114,8 @@ impl MetadataClient {
             })),
             home: Handle::try_current().ok(),
             deadline: DEADLINE,
+            attempt: ATTEMPT,
+            news: Arc::default(),
         }
     }
 
@@ -337,7 +344,8 @@ impl MetadataClient {
         .and_then(|bytes| open(Kind::QUERY, &bytes))
     }
 
-    /// Asks whoever is held to lead, and then everybody in turn, until somebody answers or the deadline has passed.
+    /// Asks whoever is held to lead, and then everybody in turn, until somebody answers or the deadline has passed. Who is silent is
+    /// not waited for once somebody else is known to lead: a leader that is cut off would cost a takeover seconds.
     async fn ask<T, F>(&self, mut call: impl FnMut(Stub<Channel>) -> F) -> Result<T, ClientError>
     where
         F: Future<Output = Result<Attempt<T>, tonic::Status>>,
@@ -350,9 +358,18 @@ impl MetadataClient {
                 return Err(ClientError::Unavailable { last });
             }
             if let Some((address, stub)) = self.pick() {
-                match tokio::time::timeout(left.min(ATTEMPT), call(stub)).await {
+                let asked = tokio::time::timeout(left.min(self.attempt), call(stub));
+                let outcome = tokio::select! {
+                    biased;
+                    outcome = asked => outcome,
+                    () = self.another_leads(&address) => {
+                        last = format!("{address} does not lead any more");
+                        continue;
+                    }
+                };
+                match outcome {
                     Ok(Ok(Attempt::Answered(answer))) => {
-                        self.lock().leader = Some(address);
+                        self.leads(&address);
                         return Ok(answer);
                     }
                     Ok(Ok(Attempt::Redirected(to))) => {
@@ -423,6 +440,29 @@ impl MetadataClient {
         is_news
     }
 
+    /// A member has shown that it leads.
+    fn leads(&self, address: &str) {
+        {
+            let mut peers = self.lock();
+            if peers.leader.as_deref() == Some(address) {
+                return;
+            }
+            peers.leader = Some(address.to_owned());
+        }
+        self.news.notify_waiters();
+    }
+
+    /// Waits until somebody else than `address` is held to lead.
+    async fn another_leads(&self, address: &str) {
+        loop {
+            let news = self.news.notified();
+            if self.leader().is_some_and(|leader| leader != address) {
+                return;
+            }
+            news.await;
+        }
+    }
+
     fn failed(&self, address: &str) {
         let mut peers = self.lock();
         if peers.leader.as_deref() == Some(address) {
@@ -444,7 +484,7 @@ impl MetadataClient {
         };
         let have_version = sender.borrow().version.0;
         let request = grpc::WatchRequest { have_version };
-        let mut stream = match tokio::time::timeout(ATTEMPT, stub.watch(request)).await {
+        let mut stream = match tokio::time::timeout(self.attempt, stub.watch(request)).await {
             Ok(Ok(stream)) => stream.into_inner(),
             Ok(Err(_)) | Err(_) => return self.failed(&address),
         };
@@ -454,7 +494,7 @@ impl MetadataClient {
                     result: Some(grpc::watch_reply::Result::Map(bytes)),
                 })) => match envelope::open::<ClusterMap>(Kind::MAP, &bytes) {
                     Ok(map) => {
-                        self.lock().leader = Some(address.clone());
+                        self.leads(&address);
                         self.learn(&map);
                         // A former leader may be behind what has been seen already.
                         sender.send_if_modified(|current| {
@@ -516,6 +556,7 @@ impl MetadataClient {
                         result: Some(grpc::heartbeat_reply::Result::Ack(ack)),
                     })) => {
                         answered = Instant::now();
+                        self.leads(&address);
                         if !ack.live {
                             live.send_replace(false);
                             return;
@@ -568,3 +609,6 @@ fn root_version(reply: Reply) -> Result<u64, ClientError> {
         _ => Err(ClientError::Unexpected),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -397,7 +397,6 @@ impl Life {
     async fn start_member(&mut self, membership: Membership) -> anyhow::Result<()> {
         let start = MemberStart {
             client: membership.client.clone(),
-            data_client: self.client(&membership.identity),
             node: membership.identity.node,
             new_node: self.new_node(),
             reservations_dir: self.data_dir.join("reservations"),

@@ -22,8 +22,6 @@ use crate::agent::thread::DataThread;
 /// What is needed to start an incarnation.
 pub(super) struct MemberStart {
     pub(super) client: MetadataClient,
-    /// Of the data thread: connections belong to the runtime that made them.
-    pub(super) data_client: MetadataClient,
     pub(super) node: NodeId,
     pub(super) new_node: NewNode,
     pub(super) reservations_dir: std::path::PathBuf,
@@ -87,7 +85,7 @@ impl MemberStart {
                 host_id,
                 key,
             },
-            client: self.data_client,
+            client: self.client.clone(),
             map,
             reservations_dir: self.reservations_dir,
             guest_record: self.guest_record,
