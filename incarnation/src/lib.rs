@@ -30,4 +30,5 @@ pub mod local_drive;
 pub mod metadata;
 pub mod ownership;
 pub mod published;
+pub mod silence;
 mod time;

@@ -25,7 +25,7 @@ use weft_proto::id::{BandId, DriveId, Epoch, IncarnationId, NodeId, VolumeId};
 use weft_volume::engine::{Engine, Opening};
 use weft_volume::error::VolumeError;
 use weft_volume::format::header::HeaderKey;
-use weft_volume::seams::{Env, ReservationKey, Seams};
+use weft_volume::seams::{Env, ReservationKey, Seams, Timestamp};
 use weft_volume::settings::{Identity, Settings};
 
 use crate::bounds::Bounds;
@@ -41,6 +41,13 @@ const UNREADABLE_RETRY: Duration = Duration::from_secs(5);
 /// Between two looks at what all volumes take together.
 const BOUNDS_LOOK: Duration = Duration::from_millis(200);
 
+/// How long a volume may be without its lease before hosts are told to look elsewhere. A guess: a check that was late should not do
+/// it, and a successor needs about as long.
+const SILENCE: Duration = Duration::from_millis(1500);
+
+/// Between two looks at who has a lease.
+const LEASE_LOOK: Duration = Duration::from_millis(500);
+
 /// A successor serves one lease and its drift after its fence is complete.
 const LEASE_AND_DRIFT: Duration = Duration::from_millis(1010);
 
@@ -55,6 +62,17 @@ pub trait Observer {
 
     /// No engine of this incarnation serves the volume any more.
     fn stopped(&self, volume: VolumeId);
+
+    /// The engine has had no lease for a while, so nobody gets an answer here: this incarnation is cut off from its drives, and somebody
+    /// else may serve. Hosts should not wait for the volume on this path.
+    fn silenced(&self, volume: VolumeId) {
+        let _ = volume;
+    }
+
+    /// An engine that was silenced has its lease again.
+    fn speaks_again(&self, volume: VolumeId) {
+        let _ = volume;
+    }
 
     /// A step begins. It ends when the answer is dropped.
     fn begins(&self, step: Step) -> StepGuard {
@@ -174,6 +192,36 @@ impl Ownership {
                 && let Err(error) = engine.checkpoint().await
             {
                 tracing::debug!(%error, "no checkpoint");
+            }
+        }
+    }
+
+    /// Tells of engines that have no lease, and of those that have it again, for as long as the incarnation lives.
+    pub async fn watch_leases(self: Rc<Self>) {
+        // Since when, and whether that was told.
+        let mut without: BTreeMap<(VolumeId, Epoch), (Timestamp, bool)> = BTreeMap::new();
+        loop {
+            self.sleep(LEASE_LOOK).await;
+            let engines = self.engines.borrow().clone();
+            without.retain(|(volume, epoch), _| {
+                engines.get(volume).is_some_and(|engine| engine.epoch() == *epoch)
+            });
+            let now = self.parts.env.now();
+            for (volume, engine) in engines {
+                let key = (volume, engine.epoch());
+                if engine.is_leased() {
+                    if let Some((_, true)) = without.remove(&key) {
+                        tracing::info!(%volume, epoch = %key.1, "the lease is back");
+                        self.parts.observer.speaks_again(volume);
+                    }
+                    continue;
+                }
+                let (since, told) = without.entry(key).or_insert((now, false));
+                if !*told && now >= since.after(SILENCE) {
+                    *told = true;
+                    tracing::warn!(%volume, epoch = %key.1, "no lease for a while: hosts are sent to other paths");
+                    self.parts.observer.silenced(volume);
+                }
             }
         }
     }

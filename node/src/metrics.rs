@@ -6,6 +6,18 @@ use anyhow::Context as _;
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder};
 use weft_proto::metric::{Kind, Metric};
 
+/// Volumes that this node owns and does not answer for: a gauge.
+pub(crate) const SILENCED_VOLUMES: &str = "weft_agent_silenced_volumes";
+
+/// The agent's own.
+const METRICS: &[Metric] = &[Metric {
+    name: SILENCED_VOLUMES,
+    kind: Kind::Gauge,
+    unit: "",
+    labels: &[],
+    help: "Volumes whose hosts are sent to other paths, because their owner here has been without a lease for a while: it has lost the drives.",
+}];
+
 /// Every metric that an agent can export, by name.
 #[must_use]
 pub fn list() -> Vec<Metric> {
@@ -15,6 +27,7 @@ pub fn list() -> Vec<Metric> {
         weft_metadata::metrics::METRICS,
         weft_target::metrics::METRICS,
         weft_volume::metrics::METRICS,
+        METRICS,
     ];
     let mut metrics = tables.concat();
     metrics.sort_by_key(|metric| metric.name);

@@ -10,10 +10,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use common::{
-    cluster, connect, expect_chunk, folder, metric, on_host, owner, patient_cluster, volume,
-    wait_until_served, write_chunk,
+    PATIENCE, cluster, connect, connect_by, expect_chunk, folder, metric, on_host, owner, path_options,
+    patient_cluster, volume, wait_until_served, write_chunk,
 };
+use weft_block::{BlockError, Device};
+use weft_initiator::{Controller, Multipath};
 use weft_node::local_cluster::Agents;
+use weft_proto::nvme::log::AnaState;
 
 /// What the test of a stopped owner writes, in commands.
 const CHUNKS: u64 = 64;
@@ -95,6 +98,64 @@ fn an_owner_that_was_stopped_past_its_takeover_changes_nothing_when_it_resumes()
             }
         }
     });
+}
+
+#[test]
+fn an_owner_that_has_lost_its_drives_sends_its_hosts_to_other_paths() {
+    let folder = folder();
+    let agents = cluster(folder.path(), 7, 256);
+    let subnqn = volume(&agents, "v", "64MiB");
+    let owning = owner(&agents, "v");
+    let address = agents.list[owning].config.nvme_listen;
+    on_host(async {
+        let device = connect(&agents, &subnqn).await;
+        for chunk in 0..8 {
+            write_chunk(&device, chunk, 1).await.unwrap();
+        }
+        // A host that does not give up by itself what it has sent to the owner, and one that says how it sees that path.
+        let mut options = path_options(address, &subnqn);
+        options.command_timeout = 10 * PATIENCE;
+        let patient = Controller::connect(options).await.unwrap();
+        let patient: Device = patient.namespace(1).await.unwrap();
+        let watching = connect_by(vec![address], &subnqn).await;
+        seen_as(&watching, AnaState::OPTIMIZED).await;
+        // The lease of a 4+2 volume rests on three drives; two are left.
+        let others: Vec<usize> = (0..7).filter(|index| *index != owning).skip(1).collect();
+        for index in &others {
+            agents.signal(*index, "STOP").unwrap();
+        }
+        let answer = tokio::time::timeout(PATIENCE, write_chunk(&patient, 0, 2)).await;
+        // A machine that was slow for seconds sends it when it is refused already.
+        assert!(matches!(
+            answer.expect("the owner says something"),
+            Err(BlockError::Unknown | BlockError::NotReady)
+        ));
+        assert_eq!(write_chunk(&patient, 1, 2).await, Err(BlockError::NotReady));
+        seen_as(&watching, AnaState::INACCESSIBLE).await;
+        for index in &others {
+            agents.signal(*index, "CONT").unwrap();
+        }
+        agents.wait_for_drives(7).unwrap();
+        // What was refused has changed nothing; what is repeated is what counts.
+        expect_chunk(&device, 1, 1).await;
+        write_chunk(&device, 0, 2).await.unwrap();
+        write_chunk(&device, 0, 3).await.unwrap();
+        expect_chunk(&device, 0, 3).await;
+        for chunk in 2..8 {
+            expect_chunk(&device, chunk, 1).await;
+        }
+    });
+}
+
+/// Waits until the host sees its only path in this state.
+async fn seen_as(host: &Multipath, state: AnaState) {
+    let seen = async {
+        while host.paths()[0].ana != Some(state) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let seen = tokio::time::timeout(PATIENCE, seen).await;
+    assert!(seen.is_ok(), "{:?} instead of {state:?}", host.paths());
 }
 
 /// How often an agent was fenced and came back.

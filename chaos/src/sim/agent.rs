@@ -13,6 +13,7 @@ use weft_incarnation::fabric::{Fabric, Identity};
 use weft_incarnation::local_drive::{self, LocalReach};
 use weft_incarnation::ownership::{Ownership, Parts};
 use weft_incarnation::published::{Published, Subscriber};
+use weft_incarnation::silence::Silence;
 use weft_metadata::leader::HEARTBEAT;
 use weft_metadata::state::map::{DriveHome, DriveState, Owner};
 use weft_metadata::state::{ClusterMap, Command, Reply};
@@ -48,11 +49,19 @@ pub(super) struct Agent {
     /// The server's drive, once others may reach it.
     served: RefCell<Option<Rc<LocalDrive>>>,
     /// Those that serve hosts.
-    pub(super) engines: RefCell<BTreeMap<VolumeId, (Owner, Engine)>>,
+    pub(super) engines: RefCell<BTreeMap<VolumeId, Serving>>,
     /// Of lasting connections.
     pub(super) ends: Ends,
     /// Takeovers that scan and replay now.
     pub(super) recovering: Cell<u32>,
+}
+
+/// An engine that serves hosts under one epoch.
+#[derive(Clone)]
+pub(super) struct Serving {
+    pub(super) owner: Owner,
+    pub(super) engine: Engine,
+    pub(super) silence: Rc<Silence>,
 }
 
 /// A takeover that scans and replays, until dropped.
@@ -172,6 +181,7 @@ impl Agent {
             bounds: self.cluster.bounds(),
         });
         self.process.spawn(Rc::clone(&ownership).keep_within_bounds());
+        self.process.spawn(Rc::clone(&ownership).watch_leases());
         if self.ownership.set(ownership).is_err() {
             unreachable!("an agent has one incarnation");
         }

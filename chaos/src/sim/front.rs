@@ -13,7 +13,7 @@ use weft_block::{BlockDevice as _, BlockError, Durability};
 use weft_proto::id::{NodeId, VolumeId};
 use weft_proto::units::LbaRange;
 
-use super::agent::Agent;
+use super::agent::{Agent, Serving};
 use super::host::COMMAND_LIMIT;
 
 /// How long a command waits for an owner to be known and reached.
@@ -84,7 +84,14 @@ impl Agent {
         &self,
         command: &HostCommand,
     ) -> Option<LocalBoxFuture<'static, Result<Bytes, BlockError>>> {
-        let (owner, engine) = self.engines.borrow().get(&command.volume).cloned()?;
+        let Serving {
+            owner,
+            engine,
+            silence,
+        } = self.engines.borrow().get(&command.volume).cloned()?;
+        if silence.holds() {
+            return None;
+        }
         let (volume, range) = (command.volume, command.range);
         let (cluster, process) = (Rc::clone(&self.cluster), self.process.id);
         let mut written = None;
@@ -92,7 +99,7 @@ impl Agent {
             What::Read => {
                 let read = engine.read(range);
                 let reading = async move {
-                    let bytes = read.await?;
+                    let bytes = silence.or_answer(read).await?;
                     cluster.watch.answered(volume, owner, process);
                     Ok(bytes)
                 };
@@ -106,7 +113,7 @@ impl Agent {
             What::Deallocate => engine.deallocate(vec![range]),
         };
         let changing = async move {
-            done.await?;
+            silence.or_answer(done).await?;
             if let Some(bytes) = written {
                 cluster.watch.acknowledged(volume, range, &bytes);
             }

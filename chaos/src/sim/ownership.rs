@@ -5,12 +5,13 @@ use std::rc::{Rc, Weak};
 use std::time::Duration;
 
 use weft_incarnation::ownership::{self, Observer, StepGuard};
+use weft_incarnation::silence::Silence;
 use weft_metadata::state::map::Owner;
 use weft_proto::id::{BandId, DriveId, Epoch, IncarnationId, VolumeId};
 use weft_volume::engine::Engine;
 use weft_volume::error::VolumeError;
 
-use super::agent::{Agent, Recovering};
+use super::agent::{Agent, Recovering, Serving};
 use super::steps::Step;
 
 /// Between two looks at whether compaction moves anything.
@@ -27,7 +28,12 @@ impl Observer for Watching {
             .cluster
             .world()
             .note(|| format!("{node} serves {volume} under {epoch}"));
-        agent.engines.borrow_mut().insert(volume, (owner, engine.clone()));
+        let serving = Serving {
+            owner,
+            engine: engine.clone(),
+            silence: Rc::default(),
+        };
+        agent.engines.borrow_mut().insert(volume, serving);
         agent
             .process
             .spawn(Rc::clone(&agent).watch_compaction(volume, owner, engine.clone()));
@@ -39,6 +45,18 @@ impl Observer for Watching {
     fn stopped(&self, volume: VolumeId) {
         if let Some(agent) = self.0.upgrade() {
             agent.engines.borrow_mut().remove(&volume);
+        }
+    }
+
+    fn silenced(&self, volume: VolumeId) {
+        if let Some(silence) = self.silence(volume) {
+            silence.begin();
+        }
+    }
+
+    fn speaks_again(&self, volume: VolumeId) {
+        if let Some(silence) = self.silence(volume) {
+            silence.end();
         }
     }
 
@@ -68,6 +86,14 @@ impl Observer for Watching {
         {
             agent.cluster.watch.unreadable(volume, epoch, error);
         }
+    }
+}
+
+impl Watching {
+    fn silence(&self, volume: VolumeId) -> Option<Rc<Silence>> {
+        let agent = self.0.upgrade()?;
+        let engines = agent.engines.borrow();
+        engines.get(&volume).map(|serving| Rc::clone(&serving.silence))
     }
 }
 
@@ -122,7 +148,7 @@ impl Agent {
     /// Whether the engine of this epoch still serves hosts.
     fn serves_under(&self, volume: VolumeId, owner: Owner) -> bool {
         let engines = self.engines.borrow();
-        engines.get(&volume).is_some_and(|(found, _)| *found == owner)
+        engines.get(&volume).is_some_and(|serving| serving.owner == owner)
     }
 
     async fn watch_compaction(self: Rc<Self>, volume: VolumeId, owner: Owner, engine: Engine) {

@@ -159,6 +159,7 @@ impl Member {
         let metadata = Rc::new(member.client.clone());
         tokio::task::spawn_local(member.fabric.clone().keep_registrations_on_record(metadata));
         tokio::task::spawn_local(member.ownership.clone().keep_within_bounds());
+        tokio::task::spawn_local(member.ownership.clone().watch_leases());
         member.guests.restore();
         Ok(member)
     }
@@ -376,6 +377,14 @@ impl Observer for Presenting {
 
     fn stopped(&self, volume: VolumeId) {
         self.presenter.engine_stopped(volume);
+    }
+
+    fn silenced(&self, volume: VolumeId) {
+        self.presenter.engine_silenced(volume);
+    }
+
+    fn speaks_again(&self, volume: VolumeId) {
+        self.presenter.engine_speaks_again(volume);
     }
 }
 

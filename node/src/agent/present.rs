@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::rc::Rc;
 
+use metrics::gauge;
 use weft_block::{Device, DeviceInfo};
 use weft_initiator::HostIdentity;
 use weft_metadata::state::ClusterMap;
@@ -22,6 +23,7 @@ use weft_target::{
 };
 
 use super::route::{Served, Slot};
+use crate::metrics::SILENCED_VOLUMES;
 use crate::view;
 
 /// NSID of the one namespace of every subsystem we present.
@@ -40,8 +42,16 @@ fn volume_info(volume: &Volume) -> DeviceInfo {
 
 struct Presented {
     slot: Rc<Slot>,
+    subnqn: Nqn,
     hosts: BTreeSet<Nqn>,
     size_bytes: u64,
+}
+
+/// An engine of this node.
+struct Engine {
+    device: Device,
+    /// Whether it has been without its lease for so long that hosts should not wait for it.
+    silenced: bool,
 }
 
 /// The presenter of one node.
@@ -50,8 +60,8 @@ pub(crate) struct Presenter {
     cluster: ClusterId,
     node: NodeId,
     volumes: RefCell<BTreeMap<VolumeId, Presented>>,
-    /// Volumes with an engine that serves here.
-    engines: RefCell<BTreeMap<VolumeId, Device>>,
+    /// Volumes with an engine here.
+    engines: RefCell<BTreeMap<VolumeId, Engine>>,
     drives: RefCell<BTreeMap<DriveId, DriveUuid>>,
     members: RefCell<BTreeSet<Nqn>>,
 }
@@ -59,6 +69,7 @@ pub(crate) struct Presenter {
 impl Presenter {
     /// Presents nothing yet.
     pub(crate) fn new(registry: Rc<Registry>, cluster: ClusterId, node: NodeId) -> Rc<Self> {
+        gauge!(SILENCED_VOLUMES).set(0);
         Rc::new(Self {
             registry,
             cluster,
@@ -103,7 +114,12 @@ impl Presenter {
 
     /// An engine of this node serves the volume from now on.
     pub(crate) fn engine_serves(&self, volume: VolumeId, device: Device) {
-        self.engines.borrow_mut().insert(volume, device.clone());
+        let engine = Engine {
+            device: device.clone(),
+            silenced: false,
+        };
+        self.engines.borrow_mut().insert(volume, engine);
+        self.count_silenced();
         if let Some(presented) = self.volumes.borrow().get(&volume) {
             presented.slot.set_served(Served::Here(device));
         }
@@ -112,8 +128,50 @@ impl Presenter {
     /// No engine of this node serves the volume any more.
     pub(crate) fn engine_stopped(&self, volume: VolumeId) {
         self.engines.borrow_mut().remove(&volume);
+        self.count_silenced();
         if let Some(presented) = self.volumes.borrow().get(&volume) {
             presented.slot.set_served(Served::Nowhere);
+        }
+    }
+
+    /// The engine of this node has no lease. What waits for it ends with an unknown outcome, and its path says that it does not serve.
+    pub(crate) fn engine_silenced(&self, volume: VolumeId) {
+        match self.engines.borrow_mut().get_mut(&volume) {
+            Some(engine) => engine.silenced = true,
+            None => return,
+        }
+        self.count_silenced();
+        if let Some(presented) = self.volumes.borrow().get(&volume) {
+            presented.slot.silence();
+            self.set_ana_state(presented, AnaState::INACCESSIBLE);
+        }
+    }
+
+    /// It has its lease again.
+    pub(crate) fn engine_speaks_again(&self, volume: VolumeId) {
+        let device = match self.engines.borrow_mut().get_mut(&volume) {
+            Some(engine) => {
+                engine.silenced = false;
+                engine.device.clone()
+            }
+            None => return,
+        };
+        self.count_silenced();
+        if let Some(presented) = self.volumes.borrow().get(&volume) {
+            presented.slot.set_served(Served::Here(device));
+            self.set_ana_state(presented, AnaState::OPTIMIZED);
+        }
+    }
+
+    fn count_silenced(&self) {
+        let engines = self.engines.borrow();
+        let silenced = engines.values().filter(|engine| engine.silenced).count();
+        gauge!(SILENCED_VOLUMES).set(silenced as f64);
+    }
+
+    fn set_ana_state(&self, presented: &Presented, state: AnaState) {
+        if let Err(error) = self.registry.set_ana_state(&presented.subnqn, NSID, state) {
+            tracing::error!(subnqn = %presented.subnqn, %error, "access state not changed");
         }
     }
 
@@ -190,6 +248,7 @@ impl Presenter {
             self.add_volume_subsystem(&owner_subnqn, volume, Rc::new(move |_| owned.owner_device()))?;
             let presented = Presented {
                 slot,
+                subnqn: subnqn.clone(),
                 hosts: volume.allowed_hosts.clone(),
                 size_bytes: volume.size_bytes,
             };
@@ -210,7 +269,8 @@ impl Presenter {
             self.registry.namespace_resized(&owner_subnqn, NSID)?;
         }
         let (served, state) = match (self.engines.borrow().get(&id), volume.phase) {
-            (Some(device), _) => (Served::Here(device.clone()), AnaState::OPTIMIZED),
+            (Some(engine), _) if engine.silenced => (Served::Nowhere, AnaState::INACCESSIBLE),
+            (Some(engine), _) => (Served::Here(engine.device.clone()), AnaState::OPTIMIZED),
             (None, Phase::Serving { owner }) if owner.node != self.node => {
                 let address = map
                     .nodes

@@ -6,6 +6,9 @@
 //! the host's multipath tries again. After that time it never goes on, even if a way is there by then: whoever was
 //! held up for longer may have been given up by the host, which has sent the command to somebody else meanwhile. Forwarding
 //! goes to a subsystem that only owners serve, so it cannot loop.
+//!
+//! An owner that has lost its drives answers nobody. What waits for its engine then ends Unknown, so that hosts go on elsewhere and do not
+//! wait until they give the path up, which takes Linux half a minute; `docs/design/silenced-owner.md` says why that is safe.
 
 use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
@@ -16,6 +19,7 @@ use bytes::Bytes;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use weft_block::{BlockDevice, BlockError, Device, DeviceInfo, Durability, Io};
+use weft_incarnation::silence::Silence;
 use weft_initiator::{ConnectOptions, Controller, HostIdentity, Namespace};
 use weft_proto::nqn::Nqn;
 use weft_proto::units::{Lba, LbaRange};
@@ -51,6 +55,8 @@ pub(crate) struct Slot {
     info: Cell<DeviceInfo>,
     owner_subnqn: Nqn,
     changed: Notify,
+    /// Of the engine of this node.
+    silence: Silence,
 }
 
 impl Slot {
@@ -61,13 +67,23 @@ impl Slot {
             info: Cell::new(info),
             owner_subnqn,
             changed: Notify::new(),
+            silence: Silence::default(),
         })
     }
 
     /// The volume is served somewhere else from now on; commands that wait go there.
     pub(crate) fn set_served(&self, served: Served) {
+        if !matches!(served, Served::Nowhere) {
+            self.silence.end();
+        }
         *self.served.borrow_mut() = served;
         self.changed.notify_waiters();
+    }
+
+    /// The engine of this node has no lease: nothing goes to it for now, and what waits for it ends with an unknown outcome.
+    pub(crate) fn silence(&self) {
+        self.set_served(Served::Nowhere);
+        self.silence.begin();
     }
 
     /// The volume has another size.
@@ -212,7 +228,7 @@ impl Route {
                 Some(io) => io,
                 None => command(&self.device_by(deadline).await?),
             };
-            match io.await {
+            match self.slot.silence.or_answer(io).await {
                 Err(BlockError::NotReady) if Instant::now() < deadline => {
                     let changed = self.slot.changed.notified();
                     let _ = tokio::time::timeout(Duration::from_millis(2), changed).await;
@@ -297,7 +313,13 @@ struct OwnedDevice(Rc<Slot>);
 impl OwnedDevice {
     fn issue<T: 'static>(&self, command: impl FnOnce(&Device) -> Io<T>) -> Io<T> {
         match self.0.served() {
-            Served::Here(device) => command(&device),
+            Served::Here(device) => match command(&device).take_ready() {
+                Ok(answer) => Io::ready(answer),
+                Err(io) => {
+                    let slot = self.0.clone();
+                    Io::running(async move { slot.silence.or_answer(io).await })
+                }
+            },
             Served::Nowhere | Served::By(_) => Io::ready(Err(BlockError::NotReady)),
         }
     }
@@ -331,10 +353,41 @@ impl BlockDevice for OwnedDevice {
 
 #[cfg(test)]
 mod tests {
+    use weft_block::faulty::{Fault, Faulty, Ops};
     use weft_block::memory::MemoryDrive;
     use weft_proto::id::HostId;
 
     use super::*;
+
+    #[test]
+    fn who_waits_for_an_engine_that_is_silenced_is_told_so_and_what_comes_is_refused() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        tokio::task::LocalSet::new().block_on(&runtime, async {
+            let (drive, faults) = Faulty::wrap(MemoryDrive::device(1 << 20));
+            let slot = Slot::new("nqn.owner".parse().unwrap(), drive.info());
+            slot.set_served(Served::Here(drive.clone()));
+            let host = HostIdentity {
+                hostnqn: "nqn.host".parse().unwrap(),
+                hostid: HostId([1; 16]),
+            };
+            for device in [slot.device(host, None), slot.owner_device()] {
+                let write =
+                    |byte| device.write(Lba(0), vec![Bytes::from(vec![byte; 4096])], Durability::Durable);
+                faults.next(Ops::WRITE, 1, Fault::Hold);
+                let mut held = write(7);
+                assert!(futures_util::poll!(&mut held).is_pending());
+                slot.silence();
+                assert_eq!(held.await, Err(BlockError::Unknown));
+                assert_eq!(write(8).await, Err(BlockError::NotReady));
+                slot.set_served(Served::Here(drive.clone()));
+                faults.release();
+                write(9).await.unwrap();
+            }
+        });
+    }
 
     #[test]
     fn a_command_that_was_held_up_for_longer_than_its_wait_does_not_go_on() {

@@ -5,6 +5,7 @@
 )]
 //! A cluster of real agents and a plain NVMe/TCP host, for the black-box tests.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
@@ -23,7 +24,7 @@ pub(crate) const HOSTNQN: &str = "nqn.2014-08.org.nvmexpress:uuid:7e570000-0000-
 
 /// How long the host waits for an answer: as long as these tests wait for anything, whatever the machine does to seven agents
 /// on its two cores meanwhile.
-const PATIENCE: Duration = Duration::from_secs(120);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A folder for one cluster, removed at the end; `WEFT_KEEP=1` keeps it with the agents' logs, for a look at what failed.
 pub(crate) fn folder() -> TempDir {
@@ -144,17 +145,26 @@ pub(crate) fn on_host<T>(work: impl Future<Output = T>) -> T {
 
 /// Connects to the volume by every path.
 pub(crate) async fn connect(agents: &Agents, subnqn: &Nqn) -> Device {
-    let addresses: Vec<_> = agents.list.iter().map(|agent| agent.config.nvme_listen).collect();
+    let addresses = agents.list.iter().map(|agent| agent.config.nvme_listen).collect();
+    Rc::new(connect_by(addresses, subnqn).await)
+}
+
+/// Connects to the volume by these paths.
+pub(crate) async fn connect_by(addresses: Vec<SocketAddr>, subnqn: &Nqn) -> Multipath {
+    let options = MultipathOptions {
+        retry_timeout: PATIENCE,
+        ..MultipathOptions::new(path_options(addresses[0], subnqn), addresses, 1)
+    };
+    Multipath::connect(options).await.unwrap()
+}
+
+/// One path of the test's host to the volume.
+pub(crate) fn path_options(address: SocketAddr, subnqn: &Nqn) -> ConnectOptions {
     let host = HostIdentity {
         hostnqn: HOSTNQN.parse().unwrap(),
         hostid: HostId([0x7e; 16]),
     };
-    let connect = ConnectOptions::new(addresses[0], subnqn.clone(), host);
-    let options = MultipathOptions {
-        retry_timeout: PATIENCE,
-        ..MultipathOptions::new(connect, addresses, 1)
-    };
-    Rc::new(Multipath::connect(options).await.unwrap())
+    ConnectOptions::new(address, subnqn.clone(), host)
 }
 
 /// Bytes of one command of these tests, in blocks.

@@ -155,6 +155,12 @@ impl Engine {
         self.0.epoch
     }
 
+    /// Whether hosts may be answered now.
+    #[must_use]
+    pub fn is_leased(&self) -> bool {
+        self.0.is_leased()
+    }
+
     /// Completes when the engine has stopped because its epoch is over or a drive refused it. The incarnation
     /// must exit then and come back as a new one.
     pub async fn fenced(&self) {
