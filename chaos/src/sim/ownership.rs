@@ -49,13 +49,17 @@ impl Observer for Watching {
     }
 
     fn silenced(&self, volume: VolumeId) {
-        if let Some(silence) = self.silence(volume) {
+        if let Some((agent, silence)) = self.silence(volume) {
+            let world = agent.cluster.world();
+            world.note(|| format!("{} is silenced as the owner of {volume}", agent.node));
             silence.begin();
         }
     }
 
     fn speaks_again(&self, volume: VolumeId) {
-        if let Some(silence) = self.silence(volume) {
+        if let Some((agent, silence)) = self.silence(volume) {
+            let world = agent.cluster.world();
+            world.note(|| format!("{} speaks again for {volume}", agent.node));
             silence.end();
         }
     }
@@ -90,10 +94,10 @@ impl Observer for Watching {
 }
 
 impl Watching {
-    fn silence(&self, volume: VolumeId) -> Option<Rc<Silence>> {
+    fn silence(&self, volume: VolumeId) -> Option<(Rc<Agent>, Rc<Silence>)> {
         let agent = self.0.upgrade()?;
-        let engines = agent.engines.borrow();
-        engines.get(&volume).map(|serving| Rc::clone(&serving.silence))
+        let silence = Rc::clone(&agent.engines.borrow().get(&volume)?.silence);
+        Some((agent, silence))
     }
 }
 
