@@ -68,6 +68,7 @@ impl Driver {
         let started = Instant::now();
         let mut maps = self.shared.watch_map();
         let mut leadership = self.raft.server_metrics();
+        let mut leader = None;
         let mut leading: Option<(u64, LeaderCore)> = None;
         let (finished, mut proposals) = mpsc::unbounded_channel::<()>();
         let mut under_way = false;
@@ -86,7 +87,10 @@ impl Driver {
                 },
                 _ = proposals.recv() => under_way = false,
                 changed = maps.changed() => if changed.is_err() { return },
-                changed = leadership.changed() => if changed.is_err() { return },
+                changed = leadership.changed() => match changed {
+                    Ok(()) => self.tell_leader(&mut leader),
+                    Err(_) => return,
+                },
             }
             while let Ok(event) = events.try_recv() {
                 received.push(event);
@@ -155,6 +159,20 @@ impl Driver {
                     let _ = finished.send(());
                 });
             }
+        }
+    }
+
+    /// Logs who leads, if that is another one than `known`.
+    fn tell_leader(&self, known: &mut Option<u64>) {
+        let metrics = self.raft.server_metrics();
+        let metrics = metrics.borrow_watched();
+        if std::mem::replace(known, metrics.current_leader) == metrics.current_leader {
+            return;
+        }
+        let term = metrics.vote.leader_id().term;
+        match metrics.current_leader {
+            Some(node) => tracing::info!(node, term, "leads the metadata service"),
+            None => tracing::warn!(term, "nobody is known to lead the metadata service"),
         }
     }
 
