@@ -25,7 +25,7 @@ use weft_proto::id::{BandId, DriveId, Epoch, IncarnationId, NodeId, VolumeId};
 use weft_volume::engine::{Engine, Opening};
 use weft_volume::error::VolumeError;
 use weft_volume::format::header::HeaderKey;
-use weft_volume::seams::{Env, ReservationKey, Seams, Timestamp};
+use weft_volume::seams::{Env, ReservationKey, Seams};
 use weft_volume::settings::{Identity, Settings};
 
 use crate::bounds::Bounds;
@@ -33,6 +33,7 @@ use crate::directory::RaftDirectory;
 use crate::fabric::Fabric;
 use crate::metadata::{Metadata, RETRY, insist};
 use crate::published::Published;
+use crate::silence::{Change, Patience};
 use crate::time::sleep;
 
 /// Between two attempts to open a volume that cannot be read: an operator has to act.
@@ -40,10 +41,6 @@ const UNREADABLE_RETRY: Duration = Duration::from_secs(5);
 
 /// Between two looks at what all volumes take together.
 const BOUNDS_LOOK: Duration = Duration::from_millis(200);
-
-/// How long a volume may be without its lease before hosts are told to look elsewhere. A guess: a check that was late should not do
-/// it, and a successor needs about as long.
-const SILENCE: Duration = Duration::from_millis(1500);
 
 /// Between two looks at who has a lease.
 const LEASE_LOOK: Duration = Duration::from_millis(500);
@@ -196,31 +193,29 @@ impl Ownership {
         }
     }
 
-    /// Tells of engines that have no lease, and of those that have it again, for as long as the incarnation lives.
+    /// Tells of engines that have been without a lease for a while, and of those that have it again, for as long as the incarnation lives.
     pub async fn watch_leases(self: Rc<Self>) {
-        // Since when, and whether that was told.
-        let mut without: BTreeMap<(VolumeId, Epoch), (Timestamp, bool)> = BTreeMap::new();
+        let Parts { env, observer, .. } = &self.parts;
+        let mut patience = Patience::default();
         loop {
             self.sleep(LEASE_LOOK).await;
-            let engines = self.engines.borrow().clone();
-            without.retain(|(volume, epoch), _| {
-                engines.get(volume).is_some_and(|engine| engine.epoch() == *epoch)
-            });
-            let now = self.parts.env.now();
-            for (volume, engine) in engines {
-                let key = (volume, engine.epoch());
-                if engine.is_leased() {
-                    if let Some((_, true)) = without.remove(&key) {
-                        tracing::info!(%volume, epoch = %key.1, "the lease is back");
-                        self.parts.observer.speaks_again(volume);
+            let changes = {
+                let engines = self.engines.borrow();
+                let leases = engines
+                    .iter()
+                    .map(|(volume, engine)| ((*volume, engine.epoch()), engine.is_leased()));
+                patience.look(env.now(), leases)
+            };
+            for change in changes {
+                match change {
+                    Change::Silenced(volume, epoch) => {
+                        tracing::warn!(%volume, %epoch, "no lease for a while: hosts are sent to other paths");
+                        observer.silenced(volume);
                     }
-                    continue;
-                }
-                let (since, told) = without.entry(key).or_insert((now, false));
-                if !*told && now >= since.after(SILENCE) {
-                    *told = true;
-                    tracing::warn!(%volume, epoch = %key.1, "no lease for a while: hosts are sent to other paths");
-                    self.parts.observer.silenced(volume);
+                    Change::SpeaksAgain(volume, epoch) => {
+                        tracing::info!(%volume, %epoch, "the lease is back");
+                        observer.speaks_again(volume);
+                    }
                 }
             }
         }
