@@ -147,6 +147,27 @@ fn an_owner_that_has_lost_its_drives_sends_its_hosts_to_other_paths() {
     });
 }
 
+#[test]
+fn after_a_takeover_the_new_owners_path_is_the_optimized_one() {
+    let folder = folder();
+    let mut agents = cluster(folder.path(), 7, 256);
+    let subnqn = volume(&agents, "v", "64MiB");
+    let former = owner(&agents, "v");
+    agents.kill(former).unwrap();
+    agents
+        .wait_until("the volume has another owner", |agents| {
+            let shown = agents.weft_ok(&["volume", "show", "v"]);
+            shown.is_ok_and(|text| text.contains("serving")) && owner(agents, "v") != former
+        })
+        .unwrap();
+    // The map may name the new owner before its engine serves, and does not change afterwards.
+    let address = agents.list[owner(&agents, "v")].config.nvme_listen;
+    on_host(async {
+        let host = connect_by(vec![address], &subnqn).await;
+        seen_as(&host, AnaState::OPTIMIZED).await;
+    });
+}
+
 /// Waits until the host sees its only path in this state.
 async fn seen_as(host: &Multipath, state: AnaState) {
     let seen = async {

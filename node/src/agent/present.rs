@@ -122,6 +122,8 @@ impl Presenter {
         self.count_silenced();
         if let Some(presented) = self.volumes.borrow().get(&volume) {
             presented.slot.set_served(Served::Here(device));
+            // The map may have named this owner long before, and not change again.
+            self.set_ana_state(presented, AnaState::OPTIMIZED);
         }
     }
 
@@ -131,6 +133,7 @@ impl Presenter {
         self.count_silenced();
         if let Some(presented) = self.volumes.borrow().get(&volume) {
             presented.slot.set_served(Served::Nowhere);
+            self.set_ana_state(presented, AnaState::NON_OPTIMIZED);
         }
     }
 
