@@ -54,6 +54,17 @@ struct Engine {
     silenced: bool,
 }
 
+impl Engine {
+    /// Where its volume is served as long as it is here, and what hosts are told of this path.
+    fn path(&self) -> (Served, AnaState) {
+        if self.silenced {
+            (Served::Nowhere, AnaState::INACCESSIBLE)
+        } else {
+            (Served::Here(self.device.clone()), AnaState::OPTIMIZED)
+        }
+    }
+}
+
 /// The presenter of one node.
 pub(crate) struct Presenter {
     registry: Rc<Registry>,
@@ -115,54 +126,59 @@ impl Presenter {
     /// An engine of this node serves the volume from now on.
     pub(crate) fn engine_serves(&self, volume: VolumeId, device: Device) {
         let engine = Engine {
-            device: device.clone(),
+            device,
             silenced: false,
         };
         self.engines.borrow_mut().insert(volume, engine);
-        self.count_silenced();
-        if let Some(presented) = self.volumes.borrow().get(&volume) {
-            presented.slot.set_served(Served::Here(device));
-            // The map may have named this owner long before, and not change again.
-            self.set_ana_state(presented, AnaState::OPTIMIZED);
-        }
+        self.follow_engine(volume);
     }
 
     /// No engine of this node serves the volume any more.
     pub(crate) fn engine_stopped(&self, volume: VolumeId) {
         self.engines.borrow_mut().remove(&volume);
-        self.count_silenced();
-        if let Some(presented) = self.volumes.borrow().get(&volume) {
-            presented.slot.set_served(Served::Nowhere);
-            self.set_ana_state(presented, AnaState::NON_OPTIMIZED);
-        }
+        self.follow_engine(volume);
     }
 
     /// The engine of this node has no lease. What waits for it ends with an unknown outcome, and its path says that it does not serve.
     pub(crate) fn engine_silenced(&self, volume: VolumeId) {
-        match self.engines.borrow_mut().get_mut(&volume) {
-            Some(engine) => engine.silenced = true,
-            None => return,
-        }
-        self.count_silenced();
-        if let Some(presented) = self.volumes.borrow().get(&volume) {
+        if self.set_silenced(volume, true)
+            && let Some(presented) = self.volumes.borrow().get(&volume)
+        {
             presented.slot.silence();
-            self.set_ana_state(presented, AnaState::INACCESSIBLE);
         }
     }
 
     /// It has its lease again.
     pub(crate) fn engine_speaks_again(&self, volume: VolumeId) {
-        let device = match self.engines.borrow_mut().get_mut(&volume) {
-            Some(engine) => {
-                engine.silenced = false;
-                engine.device.clone()
-            }
-            None => return,
-        };
+        let _ = self.set_silenced(volume, false);
+    }
+
+    /// Whether there is such an engine: one that has stopped serving, in a hand-over, says nothing of the volume's path any more.
+    fn set_silenced(&self, volume: VolumeId, silenced: bool) -> bool {
+        match self.engines.borrow_mut().get_mut(&volume) {
+            Some(engine) => engine.silenced = silenced,
+            None => return false,
+        }
+        self.follow_engine(volume);
+        true
+    }
+
+    /// Makes a volume's path agree with its engine here, or with there being none. Not left to the next map: that may have named this owner
+    /// long before, and not change again.
+    fn follow_engine(&self, volume: VolumeId) {
         self.count_silenced();
-        if let Some(presented) = self.volumes.borrow().get(&volume) {
-            presented.slot.set_served(Served::Here(device));
-            self.set_ana_state(presented, AnaState::OPTIMIZED);
+        let volumes = self.volumes.borrow();
+        let Some(presented) = volumes.get(&volume) else {
+            return;
+        };
+        let (served, state) = self
+            .engines
+            .borrow()
+            .get(&volume)
+            .map_or((Served::Nowhere, AnaState::NON_OPTIMIZED), Engine::path);
+        presented.slot.set_served(served);
+        if let Err(error) = self.registry.set_ana_state(&presented.subnqn, NSID, state) {
+            tracing::error!(subnqn = %presented.subnqn, %error, "access state not changed");
         }
     }
 
@@ -170,12 +186,6 @@ impl Presenter {
         let engines = self.engines.borrow();
         let silenced = engines.values().filter(|engine| engine.silenced).count();
         gauge!(SILENCED_VOLUMES).set(silenced as f64);
-    }
-
-    fn set_ana_state(&self, presented: &Presented, state: AnaState) {
-        if let Err(error) = self.registry.set_ana_state(&presented.subnqn, NSID, state) {
-            tracing::error!(subnqn = %presented.subnqn, %error, "access state not changed");
-        }
     }
 
     /// Makes what is presented agree with the map.
@@ -272,8 +282,7 @@ impl Presenter {
             self.registry.namespace_resized(&owner_subnqn, NSID)?;
         }
         let (served, state) = match (self.engines.borrow().get(&id), volume.phase) {
-            (Some(engine), _) if engine.silenced => (Served::Nowhere, AnaState::INACCESSIBLE),
-            (Some(engine), _) => (Served::Here(engine.device.clone()), AnaState::OPTIMIZED),
+            (Some(engine), _) => engine.path(),
             (None, Phase::Serving { owner }) if owner.node != self.node => {
                 let address = map
                     .nodes

@@ -359,21 +359,29 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn who_waits_for_an_engine_that_is_silenced_is_told_so_and_what_comes_is_refused() {
+    /// Runs `test` as the data thread runs.
+    fn on_data_thread(test: impl Future<Output = ()>) {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .unwrap();
-        tokio::task::LocalSet::new().block_on(&runtime, async {
+        tokio::task::LocalSet::new().block_on(&runtime, test);
+    }
+
+    fn host() -> HostIdentity {
+        HostIdentity {
+            hostnqn: "nqn.host".parse().unwrap(),
+            hostid: HostId([1; 16]),
+        }
+    }
+
+    #[test]
+    fn who_waits_for_an_engine_that_is_silenced_is_told_so_and_what_comes_is_refused() {
+        on_data_thread(async {
             let (drive, faults) = Faulty::wrap(MemoryDrive::device(1 << 20));
             let slot = Slot::new("nqn.owner".parse().unwrap(), drive.info());
             slot.set_served(Served::Here(drive.clone()));
-            let host = HostIdentity {
-                hostnqn: "nqn.host".parse().unwrap(),
-                hostid: HostId([1; 16]),
-            };
-            for device in [slot.device(host, None), slot.owner_device()] {
+            for device in [slot.device(host(), None), slot.owner_device()] {
                 let write =
                     |byte| device.write(Lba(0), vec![Bytes::from(vec![byte; 4096])], Durability::Durable);
                 faults.next(Ops::WRITE, 1, Fault::Hold);
@@ -391,18 +399,10 @@ mod tests {
 
     #[test]
     fn a_command_that_was_held_up_for_longer_than_its_wait_does_not_go_on() {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap();
-        tokio::task::LocalSet::new().block_on(&runtime, async {
+        on_data_thread(async {
             let drive = MemoryDrive::device(1 << 20);
             let slot = Slot::new("nqn.owner".parse().unwrap(), drive.info());
-            let host = HostIdentity {
-                hostnqn: "nqn.host".parse().unwrap(),
-                hostid: HostId([1; 16]),
-            };
-            let routed = slot.device(host, None);
+            let routed = slot.device(host(), None);
             let block = |byte| vec![Bytes::from(vec![byte; 4096])];
             let mut held = routed.write(Lba(0), block(7), Durability::Durable);
             // It waits for a route when the process is stopped; and when it goes on, there is one.
