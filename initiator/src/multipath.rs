@@ -189,7 +189,7 @@ impl Multipath {
     pub fn paths(&self) -> Vec<PathStatus> {
         let status = |path: &Path| PathStatus {
             address: path.options().address,
-            state: path.watch().borrow().clone(),
+            state: path.state(),
             ana: path.ana(),
             outstanding: path.live().map_or(0, |live| live.controller.outstanding()),
         };

@@ -154,6 +154,16 @@ impl Path {
         live.controller.closed_reason().is_none().then_some(live)
     }
 
+    /// Where it stands now, which its watchers hear of a moment later.
+    pub(crate) fn state(&self) -> PathState {
+        let live = self.shared.live.borrow();
+        let closed = live.as_ref().and_then(|live| live.controller.closed_reason());
+        closed.map_or_else(
+            || self.shared.state.borrow().clone(),
+            |reason| PathState::Disconnected(reason.into()),
+        )
+    }
+
     pub(crate) fn watch(&self) -> watch::Receiver<PathState> {
         self.shared.state.subscribe()
     }

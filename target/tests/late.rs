@@ -9,8 +9,6 @@ use std::time::Duration;
 
 use common::*;
 
-const ANA_TRANSITION: u16 = 0x303;
-
 /// A host with this keep-alive timeout.
 async fn host(target: &Target, kato_ms: u32) -> Host {
     let identity = Identity {

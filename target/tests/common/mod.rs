@@ -24,6 +24,9 @@ pub const HOSTNQN: &str = "nqn.2014-08.org.nvmexpress:uuid:host-a";
 pub const HOSTID: [u8; 16] = [0xa1; 16];
 pub const UUID: [u8; 16] = [0x42; 16];
 
+/// Asymmetric Access Transition, what a host is told that may have given up a command: it may send it again.
+pub const ANA_TRANSITION: u16 = 0x303;
+
 pub fn nqn(name: &str) -> Nqn {
     name.parse().unwrap()
 }
@@ -195,9 +198,14 @@ impl Raw {
 
     /// The next completion, with the data that came before it.
     pub async fn answer(&mut self) -> Answer {
+        self.answer_if_any().await.expect("an answer")
+    }
+
+    /// The same, where the target may have closed the connection instead.
+    pub async fn answer_if_any(&mut self) -> Option<Answer> {
         let mut data = Vec::new();
         loop {
-            let pdu = self.receive().await.expect("an answer");
+            let pdu = self.receive().await?;
             match pdu.pdu_type {
                 0x07 => {
                     let offset = u32::from_le_bytes(pdu.header[4..8].try_into().unwrap()) as usize;
@@ -205,22 +213,22 @@ impl Raw {
                     data.extend(&pdu.data);
                     if pdu.flags & 0b1000 != 0 {
                         let cid = u16::from_le_bytes([pdu.header[0], pdu.header[1]]);
-                        return Answer {
+                        return Some(Answer {
                             cid,
                             status: 0,
                             result: 0,
                             data,
-                        };
+                        });
                     }
                 }
                 0x05 => {
                     let h = &pdu.header;
-                    return Answer {
+                    return Some(Answer {
                         cid: u16::from_le_bytes([h[12], h[13]]),
                         status: u16::from_le_bytes([h[14], h[15]]) >> 1,
                         result: u64::from_le_bytes(h[..8].try_into().unwrap()),
                         data,
-                    };
+                    });
                 }
                 other => panic!("unexpected PDU type {other:#x}"),
             }
