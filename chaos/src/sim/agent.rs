@@ -127,6 +127,11 @@ impl Agent {
         self.cluster.end_agent(node, self.process.id, Some((50, 300)));
     }
 
+    /// What its engines say of themselves, once it may own any.
+    pub(super) fn inspect_volumes(&self) -> Option<serde_json::Value> {
+        self.ownership.get().map(|ownership| ownership.inspect())
+    }
+
     async fn live(self: Rc<Self>) {
         let registering = self.cluster.steps.enter(Step::Register);
         let start = Command::StartIncarnation {

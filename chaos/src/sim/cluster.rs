@@ -277,6 +277,16 @@ impl Cluster {
     }
 
     /// The living agent of a server.
+    /// What the engines of all nodes say of themselves.
+    pub(super) fn inspect_engines(&self) -> String {
+        let servers = self.servers.borrow();
+        let shown = servers.iter().filter_map(|(node, server)| {
+            let volumes = server.agent.as_ref()?.inspect_volumes()?;
+            Some(format!("{node}: {volumes}"))
+        });
+        shown.collect::<Vec<_>>().join("; ")
+    }
+
     pub(super) fn agent(&self, node: NodeId) -> Option<Rc<Agent>> {
         self.servers.borrow().get(&node)?.agent.clone()
     }

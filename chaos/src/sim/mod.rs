@@ -235,7 +235,8 @@ fn settle(cluster: &Rc<Cluster>, host: &Rc<Host>, failures: &mut Vec<String>) {
             )
         });
         failures.push(format!(
-            "not everything was served {HEALED:?} after the faults: {phases}"
+            "not everything was served {HEALED:?} after the faults: {phases}; {}",
+            cluster.inspect_engines()
         ));
     }
 }

@@ -253,7 +253,7 @@ impl Core {
     }
 
     /// Opens the ready band with the most columns in service, if it has more than `better_than`.
-    fn open_ready(self: &Rc<Self>, stream: &Stream, better_than: u8) -> bool {
+    pub(crate) fn open_ready(self: &Rc<Self>, stream: &Stream, better_than: u8) -> bool {
         let best = stream
             .ready
             .borrow()
@@ -272,6 +272,9 @@ impl Core {
         if let Some(former) = stream.current.replace(Some(band)) {
             self.seal(&former);
         }
+        if let Some(full) = self.full_unsealed.take() {
+            self.seal(&full);
+        }
         // In a tight pool a band that is kept unused costs as much as if it were full: compaction waits for its next one, and
         // hosts ask for theirs when half of this one is used.
         if !self.space.tight.get() && stream.ready.borrow().is_empty() {
@@ -280,15 +283,26 @@ impl Core {
         true
     }
 
-    /// Ends the stream's current band.
+    /// Ends the stream's current band, which is full. Without any other that takes appends it stays unsealed until there is
+    /// one: the lease rests on unsealed bands, and reads are to go on while the pool or the metadata service grants nothing.
     pub(crate) fn retire(&self, stream: &Stream) {
-        if let Some(band) = stream.current.take() {
+        let Some(band) = stream.current.take() else {
+            return;
+        };
+        if self.has_open_band() {
             self.seal(&band);
+        } else {
+            self.full_unsealed.replace(Some(band));
         }
     }
 
+    fn has_open_band(&self) -> bool {
+        self.host.current.borrow().is_some() || self.internal.current.borrow().is_some()
+    }
+
     /// No more appends to `band`.
-    pub(crate) fn seal(&self, band: &BandState) {
+    fn seal(&self, band: &BandState) {
+        debug_assert!(self.has_open_band(), "the lease has no band to rest on");
         tracing::debug!(volume = %self.volume, band = %band.id, "sealed");
         band.phase.set(Phase::Sealed);
         // The lease may rest on this band only while it is unsealed.

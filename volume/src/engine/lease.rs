@@ -2,7 +2,8 @@
 //!
 //! A lease holds for one second (less one percent, for clocks that drift) from the **sending** of the check that
 //! completed m+1 of the n drives of one of the volume's unsealed bands. A successor has fenced n−m of the same
-//! drives, so the two sets meet (design section 5).
+//! drives, so the two sets meet (design section 5). Unsealed, because the chunks of a sealed band may be rebuilt elsewhere and
+//! the band may be freed, and then a successor fences other drives; so the last band is only sealed when another one is open.
 
 use std::rc::Rc;
 

@@ -102,6 +102,8 @@ pub(crate) struct Core {
     counter: Cell<u64>,
     pub(crate) host: Stream,
     pub(crate) internal: Stream,
+    /// The last band of both streams, while neither has another.
+    pub(crate) full_unsealed: RefCell<Option<Rc<BandState>>>,
     pub(crate) health: Health,
     /// Copies under way, by LBA; see [`work::Copy`].
     pub(crate) copies: RefCell<BTreeMap<u64, Vec<Rc<Copy>>>>,
@@ -329,6 +331,7 @@ impl Core {
             counter: Cell::new(0),
             host,
             internal,
+            full_unsealed: RefCell::default(),
             health: Health::default(),
             copies: RefCell::default(),
             lease_until: Cell::new(0),

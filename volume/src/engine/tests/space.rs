@@ -1,6 +1,7 @@
 //! Compaction, full pools, TRIM.
 
 use super::*;
+use crate::band::{BandState, Phase};
 
 const GEOMETRY: Geometry = Geometry { k: 4, m: 2 };
 
@@ -59,8 +60,8 @@ fn a_pool_at_eighty_percent_takes_five_times_its_size_in_overwrites() {
     );
 }
 
-#[test]
-fn a_full_pool_refuses_only_what_needs_space_and_recovers_with_trim() {
+/// A volume that has filled its pool, and how many blocks were taken before one write was refused.
+fn full_pool() -> (Fixture, u64) {
     let mut fixture = Fixture::with(6, 16, GEOMETRY, 256 * MIB, tight());
     fixture
         .world
@@ -79,24 +80,29 @@ fn a_full_pool_refuses_only_what_needs_space_and_recovers_with_trim() {
     };
     assert_eq!(refused, BlockError::CapacityExceeded);
     assert!(lba > 4 * 1024, "only {lba} blocks were taken");
+    (fixture, lba)
+}
+
+/// TRIM brings back the space of a pool that was filled with `taken` blocks.
+fn recovers_with_trim(mut fixture: Fixture, taken: u64) {
     let range = |start, count| LbaRange {
         start: Lba(start),
         count,
     };
     // What was refused may have been written in part: those blocks are nobody's.
     fixture
-        .run(fixture.engine.deallocate(vec![range(lba, 64)]))
+        .run(fixture.engine.deallocate(vec![range(taken, 64)]))
         .unwrap();
     fixture.check_all();
     fixture
-        .run(fixture.engine.deallocate(vec![range(0, lba / 2)]))
+        .run(fixture.engine.deallocate(vec![range(0, taken / 2)]))
         .unwrap();
-    for trimmed in 0..lba / 2 {
+    for trimmed in 0..taken / 2 {
         fixture.model.insert(trimmed, 0);
     }
     fixture.check_all();
     let mut tries = 0;
-    while fixture.write(lba, &[1, 2, 3]).is_err() {
+    while fixture.write(taken, &[1, 2, 3]).is_err() {
         tries += 1;
         assert!(tries < 50, "space does not come back");
         fixture
@@ -104,13 +110,37 @@ fn a_full_pool_refuses_only_what_needs_space_and_recovers_with_trim() {
             .run_for(std::time::Duration::from_millis(200))
             .unwrap();
     }
-    for again in (0..lba / 4).step_by(64) {
+    for again in (0..taken / 4).step_by(64) {
         let fills: Vec<u64> = (again..again + 64).map(|lba| lba + 7).collect();
         fixture.write(again, &fills).unwrap();
     }
     fixture.check_all();
     fixture.fail_over();
     fixture.check_all();
+}
+
+#[test]
+fn a_full_pool_refuses_only_what_needs_space_and_recovers_with_trim() {
+    let (fixture, taken) = full_pool();
+    recovers_with_trim(fixture, taken);
+}
+
+#[test]
+fn a_full_pool_is_read_and_trimmed_though_no_band_takes_appends() {
+    let (fixture, taken) = full_pool();
+    // What the internal stream last had to write filled its band, and nothing asks for another.
+    let core = Rc::clone(&fixture.engine.0);
+    core.space.tight.set(true);
+    for stream in [&core.host, &core.internal] {
+        while core.open_ready(stream, 0) {}
+    }
+    core.retire(&core.host);
+    core.retire(&core.internal);
+    fixture.world.run_for(std::time::Duration::from_secs(2)).unwrap();
+    let unsealed = |band: &&Rc<BandState>| band.phase.get() != Phase::Sealed;
+    assert_eq!(core.bands.borrow().values().filter(unsealed).count(), 1);
+    assert!(fixture.engine.is_leased());
+    recovers_with_trim(fixture, taken);
 }
 
 #[test]
