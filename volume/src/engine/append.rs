@@ -204,7 +204,15 @@ impl Core {
                 continue;
             }
             if writer.room(needed, skipped).unwrap_or(0) < rows_needed {
-                return Opening::Wait;
+                drop(writer);
+                if stream.in_flight.get() > 0 {
+                    return Opening::Wait;
+                }
+                // Only abandoned stripes hold the window then, and what they wait for is in this queue.
+                if !self.open_ready(stream, 0) {
+                    self.retire(stream);
+                }
+                continue;
             }
             drop(writer);
             // Where none was asked for when this one was opened, in time for a search for space.
@@ -283,8 +291,8 @@ impl Core {
         true
     }
 
-    /// Ends the stream's current band, which is full. Without any other that takes appends it stays unsealed until there is
-    /// one: the lease rests on unsealed bands, and reads are to go on while the pool or the metadata service grants nothing.
+    /// Ends the stream's current band, in which there is no room. Without any other that takes appends it stays unsealed until
+    /// there is one: the lease rests on unsealed bands, and reads are to go on while the pool or the metadata service grants nothing.
     pub(crate) fn retire(&self, stream: &Stream) {
         let Some(band) = stream.current.take() else {
             return;

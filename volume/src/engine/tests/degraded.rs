@@ -225,3 +225,52 @@ fn a_drive_that_misdirects_writes_costs_no_read() {
         assert_eq!(*failed.borrow(), Vec::<String>::new(), "seed {seed}");
     }
 }
+
+#[test]
+fn stripes_that_are_abandoned_again_and_again_do_not_fill_the_window_for_good() {
+    // So large that chunks grow past 1 MiB, whose window is the whole band.
+    let mut fixture = Fixture::new(6, 512, GEOMETRY, 4 << 30);
+    let core = Rc::clone(&fixture.engine.0);
+    let mut lba = 0;
+    while core
+        .host
+        .current
+        .borrow()
+        .as_ref()
+        .is_none_or(|band| band.rows <= 256)
+    {
+        let writes: Vec<(u64, u64)> = (lba..lba + 512).map(|lba| (lba, lba + 1)).collect();
+        fixture.write_all(&writes);
+        lba += 512;
+    }
+    let futures: Vec<_> = (0..512u64)
+        .map(|lba| {
+            fixture
+                .engine
+                .write(Lba(lba), vec![block(lba + 7)], Durability::Cached)
+        })
+        .collect();
+    let writes = fixture
+        .world
+        .start(fixture.owner.incarnation, futures_util::future::join_all(futures));
+    for _ in 0..4 {
+        fixture.world.run_until(|| core.host.in_flight.get() > 0).unwrap();
+        for drive in 1..=6 {
+            fixture.set_health(drive, Health::Stalled);
+        }
+        fixture
+            .world
+            .run_for(std::time::Duration::from_millis(400))
+            .unwrap();
+        for drive in 1..=6 {
+            fixture.set_health(drive, Health::Serving);
+        }
+    }
+    fixture.world.run_for(std::time::Duration::from_secs(10)).unwrap();
+    assert!(writes.is_done(), "{:?}", fixture.engine.stats());
+    assert!(writes.take().unwrap().iter().all(Result::is_ok));
+    fixture.model.extend((0..512).map(|lba| (lba, lba + 7)));
+    fixture.check_all();
+    fixture.fail_over();
+    fixture.check_all();
+}
