@@ -19,9 +19,9 @@ use std::time::Duration;
 use futures_util::future::{Either, join_all, select};
 use weft_metadata::state::map::{Cluster, ClusterMap, NodeState, Owner, Phase, Volume};
 use weft_metadata::state::{Command, Refusal, Reply};
-use weft_proto::band::EpochGrant;
+use weft_proto::band::{ChunkAddress, EpochGrant};
 use weft_proto::deliberate::{Bug, planted};
-use weft_proto::id::{BandId, DriveId, Epoch, IncarnationId, NodeId, VolumeId};
+use weft_proto::id::{DriveId, Epoch, IncarnationId, NodeId, VolumeId};
 use weft_volume::engine::{Engine, Opening};
 use weft_volume::error::VolumeError;
 use weft_volume::format::header::HeaderKey;
@@ -485,11 +485,11 @@ impl Ownership {
         self.finish_delete(volume, owner, unsettled).await;
     }
 
-    /// Says that a volume is gone but for the bands that a write of this incarnation may still reach.
-    async fn finish_delete(&self, volume: VolumeId, owner: Owner, unsettled: Vec<BandId>) {
+    /// Says that a volume is gone but for the chunks that a write of this incarnation may still reach.
+    async fn finish_delete(&self, volume: VolumeId, owner: Owner, unsettled: Vec<ChunkAddress>) {
         if !unsettled.is_empty() {
-            let bands = unsettled.len();
-            tracing::warn!(%volume, bands, "deleted with writes under way: their chunks wait for this incarnation's end");
+            let chunks = unsettled.len();
+            tracing::warn!(%volume, chunks, "deleted with writes under way: their chunks wait for this incarnation's end");
         }
         let finish = Command::FinishDelete {
             volume,

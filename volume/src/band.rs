@@ -10,6 +10,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
+use weft_block::BlockError;
 use weft_proto::band::{Band, ChunkAddress, Geometry};
 use weft_proto::deliberate::{Bug, planted};
 use weft_proto::id::{BandId, StripeNumber};
@@ -48,10 +49,7 @@ pub(crate) struct BandState {
     pub(crate) band: RefCell<Rc<Band>>,
     pub(crate) phase: Cell<Phase>,
     pub(crate) writer: RefCell<Writer>,
-    /// Writes sent to its chunks and not answered yet.
-    pub(crate) outstanding: Cell<u32>,
-    /// Chunks to which a write ended with an unknown outcome: not reused before this incarnation has been fenced there.
-    pub(crate) unsettled: RefCell<BTreeSet<ChunkAddress>>,
+    pub(crate) sent: Sent,
     pub(crate) rebuild: Cell<Rebuild>,
     /// Readers hold clones: a band is not freed under one.
     pub(crate) pin: Rc<()>,
@@ -82,6 +80,62 @@ pub(crate) struct Reservation {
     pub(crate) shape: Shape,
 }
 
+/// The writes sent to a band's chunks.
+pub(crate) struct Sent {
+    /// Not answered yet.
+    unanswered: Cell<u32>,
+    /// The same by column.
+    by_column: Box<[Cell<u32>]>,
+    /// Chunks to which a write ended with an unknown outcome: it may land at any time.
+    unknown: RefCell<BTreeSet<ChunkAddress>>,
+}
+
+impl Sent {
+    fn new(geometry: Geometry) -> Self {
+        Self {
+            unanswered: Cell::new(0),
+            by_column: (0..geometry.n()).map(|_| Cell::new(0)).collect(),
+            unknown: RefCell::default(),
+        }
+    }
+
+    /// A write to `column` is on its way.
+    pub(crate) fn begin(&self, column: u8) {
+        let of_column = &self.by_column[usize::from(column)];
+        of_column.set(of_column.get() + 1);
+        self.unanswered.set(self.unanswered.get() + 1);
+    }
+
+    /// A write to `column`, which was `chunk` then, has ended.
+    pub(crate) fn end(&self, column: u8, chunk: ChunkAddress, result: &Result<(), BlockError>) {
+        let of_column = &self.by_column[usize::from(column)];
+        of_column.set(of_column.get() - 1);
+        self.unanswered.set(self.unanswered.get() - 1);
+        if *result == Err(BlockError::Unknown) && !planted(Bug::ForgetUnsettled) {
+            self.unknown.borrow_mut().insert(chunk);
+        }
+    }
+
+    /// Whether every write has ended.
+    pub(crate) fn is_answered(&self) -> bool {
+        self.unanswered.get() == 0
+    }
+
+    fn is_answered_by(&self, column: u8) -> bool {
+        self.by_column[usize::from(column)].get() == 0
+    }
+
+    /// Whether every write to `chunk` ended in a known way, of those that ended.
+    pub(crate) fn is_known(&self, chunk: ChunkAddress) -> bool {
+        !self.unknown.borrow().contains(&chunk)
+    }
+
+    /// The chunk is the band's no more, and the directory has been told what is known of it.
+    pub(crate) fn forget(&self, chunk: ChunkAddress) {
+        self.unknown.borrow_mut().remove(&chunk);
+    }
+}
+
 impl BandState {
     pub(crate) fn new(band: Band, phase: Phase, order: u64) -> Rc<Self> {
         let rows = band.chunk_size.rows();
@@ -98,10 +152,9 @@ impl BandState {
                 next: 0,
                 open: BTreeMap::new(),
             }),
-            band: RefCell::new(Rc::new(band)),
-            outstanding: Cell::new(0),
+            sent: Sent::new(band.geometry),
             rebuild: Cell::new(Rebuild::None),
-            unsettled: RefCell::default(),
+            band: RefCell::new(Rc::new(band)),
             pin: Rc::new(()),
             evacuated: Cell::new(false),
             order: Cell::new(order),
@@ -113,6 +166,16 @@ impl BandState {
         self.band.borrow().columns.get(usize::from(column)).copied()
     }
 
+    /// Chunks that a write of this engine may still reach: not reused before this incarnation has been fenced there.
+    pub(crate) fn unsettled(&self) -> Vec<ChunkAddress> {
+        let band = self.band.borrow();
+        let columns = (0u8..).zip(&band.columns);
+        let unanswered = columns.filter(|(column, _)| !self.sent.is_answered_by(*column));
+        let mut chunks = self.sent.unknown.borrow().clone();
+        chunks.extend(unanswered.map(|(_, chunk)| *chunk));
+        chunks.into_iter().collect()
+    }
+
     /// Blocks of payload that a band written only with full, deep stripes holds: what its live blocks are measured by.
     pub(crate) fn capacity_blocks(&self) -> u64 {
         u64::from(self.rows) * u64::from(self.geometry.k)
@@ -120,7 +183,7 @@ impl BandState {
 
     /// Whether nobody reads it or has a write to it unanswered.
     pub(crate) fn is_quiet(&self) -> bool {
-        Rc::strong_count(&self.pin) == 1 && self.outstanding.get() == 0
+        Rc::strong_count(&self.pin) == 1 && self.sent.is_answered()
     }
 }
 

@@ -27,7 +27,7 @@ pub struct Settings {
     pub stripes_in_flight_max: usize,
     /// Stripes in flight of compaction, checkpoints and recovery.
     pub internal_stripes_in_flight_max: usize,
-    /// A column that has not answered a write for this long is passed over. A guess between the slowest healthy
+    /// A column that has not answered a write for this long, in which this process ran, is passed over. A guess between the slowest healthy
     /// flush and what a host notices.
     pub stall: Duration,
     /// A read that has not been answered for this long is reconstructed from other columns.

@@ -5,9 +5,10 @@
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::future::{Either, LocalBoxFuture, select};
@@ -167,6 +168,29 @@ pub(crate) async fn give_way() {
         Poll::Pending
     })
     .await;
+}
+
+/// Parts in which a wait for others is measured. A guess: after a stop of this process at least three of four are left.
+const PATIENCE_PARTS: u32 = 4;
+
+/// Completes after `time` in which this process ran. A machine that stands still stops its clock of nothing: whoever was asked
+/// may have stood still with it, so a part that took too long counts as one part, and blames nobody.
+pub(crate) async fn patience(env: &dyn Env, time: Duration) {
+    for _ in 0..PATIENCE_PARTS {
+        env.sleep_until(env.now().after(time / PATIENCE_PARTS)).await;
+    }
+}
+
+/// The output of `future`, or `None` when [`patience`] for `time` ends first. The future is dropped then.
+pub(crate) async fn patiently<T>(
+    env: &dyn Env,
+    time: Duration,
+    future: impl Future<Output = T> + Unpin,
+) -> Option<T> {
+    match select(future, pin!(patience(env, time))).await {
+        Either::Left((output, _)) => Some(output),
+        Either::Right(_) => None,
+    }
 }
 
 /// The output of `future`, or `None` when `deadline` comes first. The future is dropped then.

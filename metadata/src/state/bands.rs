@@ -101,6 +101,7 @@ impl ClusterState {
                     band: band.clone(),
                     writer: owner.incarnation,
                     settled: false,
+                    unsettled: BTreeSet::new(),
                     replaced: BTreeMap::new(),
                 },
             );

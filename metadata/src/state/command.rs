@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
-use weft_proto::band::{Band, ChunkSize, Geometry, Replacement, RootUpdate};
+use weft_proto::band::{Band, ChunkAddress, ChunkSize, Geometry, Replacement, RootUpdate};
 use weft_proto::id::{
     BandId, ClusterId, DriveId, DriveUuid, Epoch, HostId, IncarnationId, NodeId, PoolId, StripeNumber,
     VolumeId,
@@ -109,10 +109,10 @@ pub enum Command {
         volume: VolumeId,
         /// The last epoch.
         epoch: Epoch,
-        /// From an owner that has stopped: its bands that a write of it may still reach. All others are settled. `None`
-        /// from anybody who cannot know: then every chunk waits for the fencing of whoever wrote it.
+        /// From an owner that has stopped: the chunks that a write of it may still reach. All others of its epoch are
+        /// settled. `None` from anybody who cannot know: then every chunk waits for the fencing of whoever wrote it.
         #[serde(default)]
-        unsettled: Option<Vec<BandId>>,
+        unsettled: Option<Vec<ChunkAddress>>,
     },
     /// Serves a host.
     AllowHost {
@@ -229,8 +229,8 @@ pub enum Command {
         last_stripe: StripeNumber,
         /// A last checkpoint, where the published one does not cover everything.
         update: Option<RootUpdate>,
-        /// Bands with a write of this owner still under way.
-        unsettled: Vec<BandId>,
+        /// The chunks that a write of this owner may still reach. All others of its epoch are settled.
+        unsettled: Vec<ChunkAddress>,
         /// The new owner.
         to: NodeId,
     },

@@ -4,10 +4,10 @@
 //! freed while a write of its former writer may still be under way, and kept from reuse until that incarnation is fenced on
 //! the drive (design section 3, invariant 3).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
-use weft_proto::band::{Band, ChunkSize, Replacement, RootPointer};
+use weft_proto::band::{Band, ChunkAddress, ChunkSize, Replacement, RootPointer};
 use weft_proto::id::{BandId, Epoch, IncarnationId, StripeNumber};
 
 use super::space::DriveSpace;
@@ -51,8 +51,11 @@ pub struct BandRecord {
     pub band: Band,
     /// The only incarnation that was ever allowed to write to it, but for replaced columns.
     pub writer: IncarnationId,
-    /// Whether every write ever sent to it is known to have completed: its epoch was handed over cleanly.
+    /// Whether every write ever sent to it is known to have completed, but for those to `unsettled`: its writer has said so.
     pub settled: bool,
+    /// Columns that a write may still reach although the writer has settled the others.
+    #[serde(default)]
+    pub unsettled: BTreeSet<u8>,
     /// Columns that a rebuild has replaced.
     #[serde(default)]
     pub replaced: BTreeMap<u8, Replaced>,
@@ -71,7 +74,9 @@ pub struct Replaced {
 impl BandRecord {
     /// Who may have a write to `column`'s chunk under way: `None` if every one is known to have completed.
     pub(super) fn unsettled_writer(&self, column: u8) -> Option<IncarnationId> {
-        (!self.settled && !self.replaced.contains_key(&column)).then_some(self.writer)
+        let completed =
+            self.settled && !self.unsettled.contains(&column) || self.replaced.contains_key(&column);
+        (!completed).then_some(self.writer)
     }
 
     /// The only incarnation that was ever allowed to write to `column`'s chunk.
@@ -121,6 +126,25 @@ impl DriveChunks {
         for (offset, size) in due {
             self.quarantine.remove(&offset);
             self.space.release(offset, size);
+        }
+    }
+}
+
+impl VolumeLayout {
+    /// The owner of `epoch` has stopped: of all that was ever sent to the epoch's bands, only what went to `but` may still be
+    /// under way.
+    pub(super) fn settle_epoch(&mut self, epoch: Epoch, but: &[ChunkAddress]) {
+        for record in self
+            .bands
+            .values_mut()
+            .filter(|record| record.band.epoch == epoch)
+        {
+            record.settled = true;
+            record.unsettled = (0u8..)
+                .zip(&record.band.columns)
+                .filter(|(_, chunk)| but.contains(chunk))
+                .map(|(column, _)| column)
+                .collect();
         }
     }
 }

@@ -17,7 +17,7 @@
 //! batch, so that two incarnations cannot both be right. Whether the dead one can still write is not decided here but
 //! on the drives; [`ClusterState::finish_takeover`] checks that the fence is on record where it has to be.
 
-use weft_proto::band::{EpochGrant, RootUpdate};
+use weft_proto::band::{ChunkAddress, EpochGrant, RootUpdate};
 use weft_proto::deliberate::{Bug, planted};
 use weft_proto::id::{BandId, Epoch, IncarnationId, NodeId, StripeNumber, VolumeId};
 
@@ -200,7 +200,7 @@ impl ClusterState {
         epoch: Epoch,
         last_stripe: StripeNumber,
         update: Option<&RootUpdate>,
-        unsettled: &[BandId],
+        unsettled: &[ChunkAddress],
         to: NodeId,
     ) -> Result<Reply, Refusal> {
         if let Some(reply) = self.repeated_handover(id, epoch, last_stripe, to) {
@@ -220,9 +220,7 @@ impl ClusterState {
             }
             self.record_root(update)?;
         }
-        for record in self.layout_mut(id).bands.values_mut() {
-            record.settled |= record.band.epoch == epoch && !unsettled.contains(&record.band.id);
-        }
+        self.layout_mut(id).settle_epoch(epoch, unsettled);
         self.end_epoch(id, epoch, last_stripe);
         let volume = self.volume_mut(id)?;
         volume.move_to = None;

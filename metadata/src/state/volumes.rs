@@ -2,8 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use weft_proto::band::Geometry;
-use weft_proto::id::{BandId, Epoch, LayerId, NodeId, PoolId, VolumeId};
+use weft_proto::band::{ChunkAddress, Geometry};
+use weft_proto::id::{Epoch, LayerId, NodeId, PoolId, VolumeId};
 use weft_proto::nqn::Nqn;
 use weft_proto::units::BLOCK_BYTES;
 
@@ -176,7 +176,7 @@ impl ClusterState {
         &mut self,
         id: VolumeId,
         epoch: Epoch,
-        unsettled: Option<&[BandId]>,
+        unsettled: Option<&[ChunkAddress]>,
     ) -> Result<Reply, Refusal> {
         let Some(volume) = self.map.volumes.get(&id) else {
             return self.absent_volume(id);
@@ -195,12 +195,7 @@ impl ClusterState {
         if let (Some(owner), Some(unsettled)) = (owner, unsettled)
             && self.map.is_live(owner.incarnation)
         {
-            for record in self.layout_mut(id).bands.values_mut() {
-                let band = &record.band;
-                record.settled |= record.writer == owner.incarnation
-                    && band.epoch == owner.epoch
-                    && !unsettled.contains(&band.id);
-            }
+            self.layout_mut(id).settle_epoch(owner.epoch, unsettled);
         }
         self.forget_volume(id);
         self.map_changed();

@@ -318,7 +318,7 @@ impl Core {
         bands
             .iter()
             .filter_map(|band| self.band(*band))
-            .flat_map(|band| band.unsettled.borrow().clone())
+            .flat_map(|band| band.unsettled())
             .collect()
     }
 
@@ -446,16 +446,15 @@ impl Core {
     /// Whether every write that was sent has ended.
     pub(crate) fn is_drained(&self) -> bool {
         let bands = self.bands.borrow();
-        bands.values().all(|band| band.outstanding.get() == 0)
+        bands.values().all(|band| band.sent.is_answered())
     }
 
-    /// Bands with a write that is still on its way, or may be: the next owner may free them, but not reuse them.
-    pub(crate) fn unsettled_bands(&self) -> Vec<BandId> {
+    /// Chunks to which a write is still on its way, or may be: the next owner may free them, but not reuse them.
+    pub(crate) fn unsettled_chunks(&self) -> Vec<ChunkAddress> {
         self.bands
             .borrow()
             .values()
-            .filter(|band| band.outstanding.get() > 0 || !band.unsettled.borrow().is_empty())
-            .map(|band| band.id)
+            .flat_map(|band| band.unsettled())
             .collect()
     }
 }

@@ -30,6 +30,7 @@ use crate::format::checksum::{content_crc, followed_by_block, payload_crc};
 use crate::format::header::{BlockRecord, ShardPart, StripeHeader, ZeroRecord};
 use crate::metrics::Bytes as SentBytes;
 use crate::seams::BandPurpose;
+use crate::sync::patience;
 
 /// A payload block of zeroes: padding, and what a block without data reads as.
 pub(crate) static ZERO_BLOCK: [u8; BLOCK_BYTES] = [0; BLOCK_BYTES];
@@ -225,15 +226,14 @@ impl Core {
                 }
                 None => Io::ready(Err(BlockError::NotReady)),
             };
-            band.outstanding.set(band.outstanding.get() + 1);
+            band.sent.begin(column);
             writes.push(io.map(move |result| (column, chunk, result)).boxed_local());
         }
         writes
     }
 
     async fn fly(self: Rc<Self>, flight: Flight, mut writes: FuturesUnordered<Io1>) {
-        let deadline = self.seams.env.now().after(self.settings.stall);
-        let mut stall = self.seams.env.sleep_until(deadline);
+        let mut stall = pin!(patience(&*self.seams.env, self.settings.stall));
         let mut waiting: BTreeMap<u8, DriveId> = flight
             .place
             .shape
@@ -249,7 +249,7 @@ impl Core {
             }
             let changed = self.changed.changed();
             let event = {
-                let other = pin!(select(changed, &mut stall));
+                let other = pin!(select(changed, stall.as_mut()));
                 match select(writes.next(), other).await {
                     Either::Left((answer, _)) => {
                         answer.map_or(Event::Answer(None), |a| Event::Answer(Some(a)))
@@ -261,7 +261,7 @@ impl Core {
             match event {
                 Event::Answer(Some((column, chunk, result))) => {
                     let band = &flight.band;
-                    band.outstanding.set(band.outstanding.get() - 1);
+                    band.sent.end(column, chunk, &result);
                     match result {
                         Ok(()) => {
                             waiting.remove(&column);
@@ -270,7 +270,6 @@ impl Core {
                             waiting.remove(&column);
                         }
                         Err(error) => {
-                            note_unknown(band, chunk, &error);
                             let drive = chunk.drive;
                             tracing::warn!(volume = %self.volume, %drive, stripe = %flight.number, %error, "shard not written");
                             self.drive_error(drive, &error);
@@ -316,11 +315,8 @@ impl Core {
     fn drain(&self, band: Rc<BandState>, mut writes: FuturesUnordered<Io1>) {
         let changed = Rc::clone(&self.changed);
         self.spawn(async move {
-            while let Some((_, chunk, result)) = writes.next().await {
-                band.outstanding.set(band.outstanding.get() - 1);
-                if let Err(error) = result {
-                    note_unknown(&band, chunk, &error);
-                }
+            while let Some((column, chunk, result)) = writes.next().await {
+                band.sent.end(column, chunk, &result);
             }
             changed.notify();
         });
@@ -487,13 +483,6 @@ impl BlockWork {
             sequence: self.sequence,
             crc: self.crc,
         }
-    }
-}
-
-/// A write of unknown outcome may land at any time: the chunk that it was sent to must not be reused under it.
-fn note_unknown(band: &BandState, chunk: ChunkAddress, error: &BlockError) {
-    if *error == BlockError::Unknown && !planted(Bug::ForgetUnsettled) {
-        band.unsettled.borrow_mut().insert(chunk);
     }
 }
 

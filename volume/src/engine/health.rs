@@ -15,7 +15,7 @@ use weft_proto::units::{BLOCK_BYTES, Lba, LbaRange};
 use super::Core;
 use crate::band::BandState;
 use crate::entry::ColumnSet;
-use crate::sync::within;
+use crate::sync::patiently;
 
 /// The drives that are passed over.
 #[derive(Default)]
@@ -95,11 +95,8 @@ impl Core {
             start: Lba(0),
             count: BLOCK_BYTES as u64 / u64::from(info.block_bytes),
         };
-        let deadline = self.seams.env.now().after(self.settings.stall);
-        matches!(
-            within(&*self.seams.env, deadline, device.read(range)).await,
-            Some(Ok(_))
-        )
+        let answer = patiently(&*self.seams.env, self.settings.stall, device.read(range)).await;
+        matches!(answer, Some(Ok(_)))
     }
 
     /// What an error of a drive means for the engine.

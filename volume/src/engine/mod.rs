@@ -37,7 +37,7 @@ use std::collections::BTreeMap;
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 
-use weft_proto::band::{Band, EpochGrant, Geometry, RootPointer};
+use weft_proto::band::{Band, ChunkAddress, EpochGrant, Geometry, RootPointer};
 use weft_proto::deliberate::{Bug, planted};
 use weft_proto::id::{BandId, Epoch, LayerId, Sequence, StripeNumber, VolumeId};
 use weft_proto::units::BLOCK_BYTES;
@@ -125,8 +125,8 @@ pub struct Engine(pub(crate) Rc<Core>);
 pub struct Quiesced {
     /// The epoch ends here: every stripe up to it is in the root.
     pub last: StripeNumber,
-    /// Bands that a write of this epoch may still reach.
-    pub unsettled: Vec<BandId>,
+    /// Chunks that a write of this epoch may still reach.
+    pub unsettled: Vec<ChunkAddress>,
     /// The version of the final root.
     pub root_version: u64,
     /// The final root.
@@ -199,7 +199,7 @@ impl Engine {
         }
         let (root_version, root) = core.root.get();
         let last = core.numbers.borrow().last();
-        let unsettled = core.unsettled_bands();
+        let unsettled = core.unsettled_chunks();
         core.stop(Life::Closed);
         Ok(Quiesced {
             last,
@@ -219,9 +219,9 @@ impl Engine {
     }
 
     /// For a deletion: stops as [`Self::abort`] does, and then waits until every write that was sent has ended, for at most
-    /// `limit`. Answers the bands that one may still reach, because it has not ended or because nobody knows how it did: their
-    /// chunks are nobody else's before this incarnation is fenced.
-    pub async fn abort_and_drain(&self, limit: Duration) -> Vec<BandId> {
+    /// `limit`. Answers the chunks that one may still reach, because it has not ended or because nobody knows how it did: they
+    /// are nobody else's before this incarnation is fenced there.
+    pub async fn abort_and_drain(&self, limit: Duration) -> Vec<ChunkAddress> {
         self.abort();
         if planted(Bug::DeleteDoesNotDrain) {
             return Vec::new();
@@ -231,7 +231,7 @@ impl Engine {
         loop {
             let changed = core.changed.changed();
             if core.is_drained() || within(&*core.seams.env, deadline, changed).await.is_none() {
-                return core.unsettled_bands();
+                return core.unsettled_chunks();
             }
         }
     }

@@ -3,8 +3,7 @@
 use std::rc::Rc;
 use std::time::Duration;
 
-use weft_proto::band::EpochGrant;
-use weft_proto::id::BandId;
+use weft_proto::band::{ChunkAddress, EpochGrant};
 
 use super::{Core, Engine, Life};
 use crate::error::VolumeError;
@@ -47,7 +46,7 @@ impl Opening {
     }
 
     /// [`Engine::abort_and_drain`] of an engine that may be open or not, when nobody polls [`Self::open`] any more.
-    pub async fn abort_and_drain(&self, limit: Duration) -> Vec<BandId> {
+    pub async fn abort_and_drain(&self, limit: Duration) -> Vec<ChunkAddress> {
         self.engine.abort_and_drain(limit).await
     }
 }

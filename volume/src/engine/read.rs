@@ -21,7 +21,7 @@ use crate::entry::MapEntry;
 use crate::error::VolumeError;
 use crate::format::checksum::block_crc;
 use crate::map::{HOST_LBA_END, Mapping};
-use crate::sync::within;
+use crate::sync::patiently;
 
 /// What came of asking one column.
 enum Column {
@@ -79,8 +79,7 @@ impl Core {
         asked: BlockRead,
         io: Io<Bytes>,
     ) -> Result<Bytes, VolumeError> {
-        let deadline = self.seams.env.now().after(self.settings.read_stall);
-        match within(&*self.seams.env, deadline, io).await {
+        match patiently(&*self.seams.env, self.settings.read_stall, io).await {
             Some(Ok(bytes)) if self.is_sound(&asked, &bytes) => return Ok(bytes),
             Some(Ok(_)) => {}
             Some(Err(error)) => {
@@ -382,9 +381,8 @@ impl Core {
             }
             return Some(Ok(bytes.freeze()));
         }
-        let deadline = self.seams.env.now().after(self.settings.read_stall);
         self.counters.drive_reads.add(1);
-        match within(&*self.seams.env, deadline, device.read(range)).await {
+        match patiently(&*self.seams.env, self.settings.read_stall, device.read(range)).await {
             Some(Ok(bytes)) if bytes.len() == count as usize * BLOCK_BYTES => Some(Ok(bytes)),
             Some(Ok(_)) => None,
             Some(Err(error)) => {

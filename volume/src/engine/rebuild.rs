@@ -32,7 +32,7 @@ use super::{Core, Life};
 use crate::band::{BandState, Phase, Rebuild};
 use crate::error::VolumeError;
 use crate::seams::DirectoryError;
-use crate::sync::{Reply, give_way, within};
+use crate::sync::{Reply, give_way, patiently};
 
 /// Rows whose stripes are looked for at once: bounds how many headers are held.
 const WINDOW_ROWS: u32 = 256;
@@ -261,9 +261,8 @@ impl Core {
         for piece in pieces(shard, rows_max) {
             let bytes: usize = piece.iter().map(Bytes::len).sum();
             let start = Lba(chunk.row_byte_offset(at) / u64::from(info.block_bytes));
-            let deadline = self.seams.env.now().after(self.settings.stall);
             let written = device.write(start, piece, durability);
-            match within(&*self.seams.env, deadline, written).await {
+            match patiently(&*self.seams.env, self.settings.stall, written).await {
                 Some(Ok(())) => {}
                 Some(Err(error)) => {
                     if error == BlockError::Unknown {
@@ -304,8 +303,8 @@ impl Core {
         loop {
             // Of writes of earlier epochs the directory knows.
             let settled = band.band.borrow().epoch == self.epoch
-                && band.outstanding.get() == 0
-                && old.is_none_or(|old| !band.unsettled.borrow().contains(&old));
+                && band.sent.is_answered()
+                && old.is_none_or(|old| band.sent.is_known(old));
             let answer = self
                 .seams
                 .directory
@@ -315,7 +314,7 @@ impl Core {
                 Ok(now) => {
                     if let Some(old) = old {
                         // The directory has been told what is known of it, and it is the band's no more.
-                        band.unsettled.borrow_mut().remove(&old);
+                        band.sent.forget(old);
                     }
                     if band.band.borrow().version < now.version {
                         *band.band.borrow_mut() = Rc::new(now);

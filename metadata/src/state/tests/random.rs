@@ -1,6 +1,6 @@
 //! Seeded random commands, with every invariant after each; and the same commands again, which lead to the same state.
 
-use weft_proto::band::{ChunkSize, Replacement};
+use weft_proto::band::{ChunkAddress, ChunkSize, Replacement};
 use weft_proto::id::{BandId, DriveId, Epoch, IncarnationId, NodeId, StripeNumber, VolumeId};
 
 use super::super::ClusterState;
@@ -114,6 +114,15 @@ fn draw(random: &mut Seeded, state: &ClusterState, step: u64) -> Command {
         0 => BandId(1),
         count => bands[random.below(count as u64) as usize],
     };
+    let some_chunks = |random: &mut Seeded| -> Vec<ChunkAddress> {
+        let bands = state
+            .layouts
+            .get(&volume)
+            .into_iter()
+            .flat_map(|layout| layout.bands.values());
+        let chunks = bands.flat_map(|record| record.band.columns.clone());
+        chunks.filter(|_| random.one_in(5)).collect()
+    };
     match random.below(30) {
         0 => Command::CreateVolume(new_volume(&"v".repeat(1 + random.below(6) as usize))),
         // A life that registers with every drive, on a node that is down, mostly.
@@ -211,11 +220,7 @@ fn draw(random: &mut Seeded, state: &ClusterState, step: u64) -> Command {
                     .copied()
                     .filter(|other| *other != band && random.one_in(2))
                     .collect(),
-                unsettled: bands
-                    .iter()
-                    .filter(|_| random.one_in(4))
-                    .filter_map(|band| Some(state.layouts.get(&volume)?.bands.get(band)?.band.columns[0]))
-                    .collect(),
+                unsettled: some_chunks(random),
             };
             match found.map(|volume| volume.phase) {
                 Some(Phase::Recovering { recover, .. }) => Command::FinishTakeover {
@@ -231,7 +236,7 @@ fn draw(random: &mut Seeded, state: &ClusterState, step: u64) -> Command {
             epoch,
             last_stripe: StripeNumber(step),
             update: None,
-            unsettled: bands.iter().copied().filter(|_| random.one_in(3)).collect(),
+            unsettled: some_chunks(random),
             to: node,
         },
         24..=29 => rebuild(random, state, volume, epoch, some_band, step),
@@ -240,9 +245,7 @@ fn draw(random: &mut Seeded, state: &ClusterState, step: u64) -> Command {
             1 => Command::FinishDelete {
                 volume,
                 epoch,
-                unsettled: random
-                    .one_in(2)
-                    .then(|| bands.iter().copied().filter(|_| random.one_in(3)).collect()),
+                unsettled: random.one_in(2).then(|| some_chunks(random)),
             },
             _ => Command::RequestMove {
                 volume,

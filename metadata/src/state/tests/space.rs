@@ -291,17 +291,17 @@ fn quarantined_mib(cluster: &Checked) -> u64 {
 }
 
 #[test]
-fn a_deleted_volumes_bands_with_a_write_under_way_wait_for_their_owners_fence() {
+fn a_deleted_volumes_chunks_with_a_write_under_way_wait_for_their_owners_fence() {
     let (mut cluster, volume, written) = Checked::serving();
     cluster.band(volume);
     cluster.accept(Command::DeleteVolume { volume });
     cluster.accept(Command::FinishDelete {
         volume,
         epoch: Epoch(1),
-        unsettled: Some(vec![written.id]),
+        unsettled: Some(vec![written.columns[1]]),
     });
-    assert_eq!(quarantined_mib(&cluster), 2, "of two bands, the one it listed");
-    let drives = [written.columns[0].drive.0, written.columns[1].drive.0];
+    assert_eq!(quarantined_mib(&cluster), 1, "of four chunks, the one it listed");
+    let drives = [written.columns[1].drive.0];
     cluster.accept(Command::MarkDead {
         incarnation: IncarnationId(1),
     });

@@ -1,5 +1,7 @@
 //! Columns that fail, stall, lie or are missing.
 
+use std::time::Duration;
+
 use super::*;
 
 const GEOMETRY: Geometry = Geometry { k: 4, m: 2 };
@@ -39,10 +41,7 @@ fn a_drive_that_fails_in_the_middle_of_writes_costs_no_write() {
         let writes = fixture
             .world
             .start(fixture.owner.incarnation, futures_util::future::join_all(futures));
-        fixture
-            .world
-            .run_for(std::time::Duration::from_micros(50))
-            .unwrap();
+        fixture.world.run_for(Duration::from_micros(50)).unwrap();
         fixture.set_health(2, health);
         fixture.set_health(5, health);
         fixture.world.run_until(|| writes.is_done()).unwrap();
@@ -60,6 +59,46 @@ fn a_drive_that_fails_in_the_middle_of_writes_costs_no_write() {
     }
 }
 
+/// What a hypervisor does that takes all processors away: the owner says nothing of drives that stood still with it.
+#[test]
+fn an_owner_that_stood_still_does_not_blame_its_drives() {
+    let mut fixture = Fixture::new(6, 128, GEOMETRY, 32 * MIB);
+    fixture.write(0, &[1]).unwrap();
+    let before = fixture.engine.stats();
+    let write = fixture.world.start(
+        fixture.owner.incarnation,
+        fixture.engine.write(Lba(1), vec![block(2)], Durability::Cached),
+    );
+    let read = fixture.world.start(
+        fixture.owner.incarnation,
+        fixture.engine.read(LbaRange {
+            start: Lba(0),
+            count: 1,
+        }),
+    );
+    fixture.world.run_for(Duration::from_micros(1)).unwrap();
+    for drive in 1..=6 {
+        fixture.set_health(drive, Health::Stalled);
+    }
+    fixture.world.pause(fixture.owner.incarnation);
+    fixture.world.run_for(Duration::from_secs(1)).unwrap();
+    fixture.world.resume(fixture.owner.incarnation);
+    fixture.world.run_for(Duration::from_millis(100)).unwrap();
+    assert!(!write.is_done() && !read.is_done(), "both were under way");
+    for drive in 1..=6 {
+        fixture.set_health(drive, Health::Serving);
+    }
+    fixture
+        .world
+        .run_until(|| write.is_done() && read.is_done())
+        .unwrap();
+    assert_eq!(write.take().unwrap(), Ok(()));
+    assert_eq!(read.take().unwrap(), Ok(block(1)));
+    let after = fixture.engine.stats();
+    assert_eq!(after.stripes_abandoned, before.stripes_abandoned);
+    assert_eq!(after.drives_suspected, before.drives_suspected);
+}
+
 #[test]
 fn below_one_plus_m_columns_writes_wait_and_go_on_by_themselves() {
     let mut fixture = Fixture::new(6, 128, GEOMETRY, 32 * MIB);
@@ -71,7 +110,7 @@ fn below_one_plus_m_columns_writes_wait_and_go_on_by_themselves() {
         fixture.owner.incarnation,
         fixture.engine.write(Lba(1), vec![block(2)], Durability::Cached),
     );
-    fixture.world.run_for(std::time::Duration::from_secs(20)).unwrap();
+    fixture.world.run_for(Duration::from_secs(20)).unwrap();
     assert!(!write.is_done(), "a write neither fails nor weakens");
     for drive in 1..=4 {
         fixture.set_health(drive, Health::Serving);
@@ -95,7 +134,7 @@ fn a_flipped_bit_is_noticed_served_around_and_repaired() {
         }
     }
     fixture.check_all();
-    fixture.world.run_for(std::time::Duration::from_secs(1)).unwrap();
+    fixture.world.run_for(Duration::from_secs(1)).unwrap();
     let stats = fixture.engine.stats();
     assert!(stats.checksum_mismatches > 0, "{stats:?}");
     assert_eq!(stats.repaired, stats.checksum_mismatches);
@@ -155,7 +194,7 @@ fn writes_go_on_when_drives_come_back_after_too_many_were_away() {
             fixture.set_health(drive, Health::Stalled);
         }
         let world = fixture.world.clone();
-        let back = world.now().after(std::time::Duration::from_secs(5));
+        let back = world.now().after(Duration::from_secs(5));
         world.at(back, None, |world| {
             for drive in 1..=4 {
                 world.drive(DriveId(drive)).set_health(Health::Serving);
@@ -207,21 +246,21 @@ fn a_drive_that_misdirects_writes_costs_no_read() {
                             .borrow_mut()
                             .push(format!("read of {count} at {start}: {error:?}"));
                     }
-                    let pause = std::time::Duration::from_micros(rng.between(0, 3_000));
+                    let pause = Duration::from_micros(rng.between(0, 3_000));
                     crate::seams::Env::sleep_until(&*env, crate::seams::Env::now(&*env).after(pause)).await;
                 }
             }));
         }
         for _ in 0..4 {
             world
-                .run_for(std::time::Duration::from_millis(rng.between(50, 250)))
+                .run_for(Duration::from_millis(rng.between(50, 250)))
                 .unwrap();
             let (by, count) = (rng.between(1, 600), rng.between(1, 20) as u32);
             world
                 .drive(DriveId(5))
                 .set_astray(crate::testing::drive::Astray::Misdirected(by), count);
         }
-        world.run_for(std::time::Duration::from_millis(400)).unwrap();
+        world.run_for(Duration::from_millis(400)).unwrap();
         assert_eq!(*failed.borrow(), Vec::<String>::new(), "seed {seed}");
     }
 }
@@ -258,15 +297,12 @@ fn stripes_that_are_abandoned_again_and_again_do_not_fill_the_window_for_good() 
         for drive in 1..=6 {
             fixture.set_health(drive, Health::Stalled);
         }
-        fixture
-            .world
-            .run_for(std::time::Duration::from_millis(400))
-            .unwrap();
+        fixture.world.run_for(Duration::from_millis(400)).unwrap();
         for drive in 1..=6 {
             fixture.set_health(drive, Health::Serving);
         }
     }
-    fixture.world.run_for(std::time::Duration::from_secs(10)).unwrap();
+    fixture.world.run_for(Duration::from_secs(10)).unwrap();
     assert!(writes.is_done(), "{:?}", fixture.engine.stats());
     assert!(writes.take().unwrap().iter().all(Result::is_ok));
     fixture.model.extend((0..512).map(|lba| (lba, lba + 7)));

@@ -330,7 +330,11 @@ fn a_deletion_waits_for_the_writes_under_way_and_names_the_bands_of_those_that_d
             .collect();
         if stalled {
             assert_eq!(in_flight, [2], "the drive that hangs holds a write for good");
-            assert!(!unsettled.is_empty(), "and the band of that write is named");
+            assert!(!unsettled.is_empty(), "and the chunk of that write is named");
+            assert!(
+                unsettled.iter().all(|chunk| chunk.drive == DriveId(2)),
+                "{unsettled:?}"
+            );
             assert!(waited >= limit.as_nanos() as u64);
         } else {
             assert!(waited > 0, "writes were under way");
@@ -341,7 +345,7 @@ fn a_deletion_waits_for_the_writes_under_way_and_names_the_bands_of_those_that_d
 
 /// A deletion may come at any moment of an opening, before and after its first stripes are sent.
 #[test]
-fn an_opening_that_is_ended_names_the_bands_that_a_write_may_still_reach() {
+fn an_opening_that_is_ended_names_the_chunks_that_a_write_may_still_reach() {
     let limit = Duration::from_secs(3);
     let (mut sent, mut named) = (0, 0);
     for moment in 1..100 {
@@ -377,6 +381,10 @@ fn an_opening_that_is_ended_names_the_bands_that_a_write_may_still_reach() {
             });
             assert!(stalled || unsettled.is_empty(), "all writes have ended");
             assert_eq!(in_flight, !unsettled.is_empty(), "{moment}: {unsettled:?}");
+            assert!(
+                unsettled.iter().all(|chunk| chunk.drive == DriveId(2)),
+                "no other hangs"
+            );
             sent += u64::from(written(&fixture) > before);
             named += u64::from(in_flight);
         }

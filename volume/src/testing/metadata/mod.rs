@@ -97,8 +97,8 @@ pub(super) struct Volume {
 pub(super) struct Granted {
     pub(super) band: Band,
     pub(super) owner: IncarnationId,
-    /// Handed over with a write still under way.
-    pub(super) unsettled: bool,
+    /// Chunks that were handed over with a write still under way.
+    pub(super) unsettled: BTreeSet<ChunkAddress>,
     /// What was sent to each row of each column, for "a row is written once", wherever the column lay then.
     pub(super) written: BTreeMap<(u8, u32), Bytes>,
     /// Columns that a rebuild has replaced, and who wrote what is there now.
@@ -278,7 +278,7 @@ impl Metadata {
         let granted = Granted {
             band: band.clone(),
             owner,
-            unsettled: false,
+            unsettled: BTreeSet::new(),
             written: BTreeMap::new(),
             replaced: BTreeMap::new(),
         };

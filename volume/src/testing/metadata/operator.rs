@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use weft_proto::band::{Band, EpochGrant, Geometry, RootPointer};
+use weft_proto::band::{Band, ChunkAddress, EpochGrant, Geometry, RootPointer};
 use weft_proto::id::{BandId, DriveId, Epoch, IncarnationId, LayerId, StripeNumber, VolumeId};
 
 use super::{MetadataSpec, Volume};
@@ -91,17 +91,22 @@ impl World {
         id: VolumeId,
         epoch: Epoch,
         last: StripeNumber,
-        unsettled: &[BandId],
+        unsettled: &[ChunkAddress],
     ) -> Result<(), DirectoryError> {
         let mut metadata = self.metadata.borrow_mut();
         let volume = metadata.volume(id, epoch)?;
         volume.ended.push((epoch, last));
         volume.serving = None;
         metadata.give_up(self, |attempt| attempt.volume == id);
-        for band in unsettled {
-            if let Some(granted) = metadata.bands.get_mut(band) {
-                granted.unsettled = true;
-            }
+        for granted in metadata
+            .bands
+            .values_mut()
+            .filter(|granted| granted.band.volume == id)
+        {
+            let of_band = unsettled
+                .iter()
+                .filter(|chunk| granted.band.columns.contains(chunk));
+            granted.unsettled.extend(of_band);
         }
         Ok(())
     }

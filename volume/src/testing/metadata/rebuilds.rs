@@ -41,7 +41,9 @@ impl Metadata {
             Some(writer) => (*writer, true),
             None => {
                 let owner = granted.owner;
-                let lost = granted.unsettled || world.is_dead(owner) || self.is_superseded(owner);
+                let chunk = granted.band.columns[usize::from(column)];
+                let lost =
+                    granted.unsettled.contains(&chunk) || world.is_dead(owner) || self.is_superseded(owner);
                 (owner, !lost)
             }
         }
