@@ -265,8 +265,19 @@ impl Ownership {
         self.engines.borrow_mut().insert(volume, engine.clone());
         observer.serves(volume, owner, &engine);
         self.serve(volume, owner, &engine).await;
-        observer.stopped(volume);
-        self.engines.borrow_mut().remove(&volume);
+        self.stopped(volume, owner);
+    }
+
+    /// The epoch's engine serves no more. A later epoch may have come back to this incarnation before the task of this one
+    /// has heard the answer to its hand-over: its engine is left alone.
+    fn stopped(&self, volume: VolumeId, owner: Owner) {
+        let mut engines = self.engines.borrow_mut();
+        let is_this = |engine: &Engine| engine.epoch() == owner.epoch;
+        if engines.get(&volume).is_some_and(is_this) {
+            engines.remove(&volume);
+            drop(engines);
+            self.parts.observer.stopped(volume);
+        }
     }
 
     /// Waits until the volume is to be deleted under this epoch.
@@ -374,7 +385,7 @@ impl Ownership {
 
     /// Serves until the epoch ends: handed over, deleted, or fenced.
     async fn serve(self: &Rc<Self>, volume: VolumeId, owner: Owner, engine: &Engine) {
-        let Parts { node, observer, .. } = &self.parts;
+        let Parts { node, .. } = &self.parts;
         let mut map = self.parts.map.subscribe();
         loop {
             let (found, tight) = {
@@ -413,7 +424,7 @@ impl Ownership {
             let fenced = pin!(engine.fenced());
             if let Either::Right(_) = select(changed, fenced).await {
                 tracing::warn!(%volume, epoch = %owner.epoch, "the epoch is over");
-                observer.stopped(volume);
+                self.stopped(volume, owner);
                 self.end_incarnation_if_current(volume, owner).await;
                 return;
             }
@@ -441,12 +452,12 @@ impl Ownership {
             Err(error) => {
                 tracing::warn!(%volume, %error, "not quiesced: the volume will be taken over");
                 engine.abort();
-                observer.stopped(volume);
+                self.stopped(volume, owner);
                 self.end_incarnation_if_current(volume, owner).await;
                 return true;
             }
         };
-        observer.stopped(volume);
+        self.stopped(volume, owner);
         let handover = |to| Command::Handover {
             volume,
             epoch: owner.epoch,
@@ -468,9 +479,8 @@ impl Ownership {
     }
 
     async fn delete(&self, volume: VolumeId, owner: Owner, engine: &Engine) {
-        let observer = &self.parts.observer;
-        let _step = observer.begins(Step::Delete);
-        observer.stopped(volume);
+        let _step = self.parts.observer.begins(Step::Delete);
+        self.stopped(volume, owner);
         let unsettled = engine.abort_and_drain(DRAIN).await;
         self.finish_delete(volume, owner, unsettled).await;
     }

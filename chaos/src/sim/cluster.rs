@@ -109,6 +109,7 @@ impl Cluster {
             fencing_key: 0xfe,
             settings: ClusterSettings::default(),
         });
+        self.raft.set_window_rows(plan.window_rows);
         for node in 1..=plan.nodes {
             self.must(self.new_node(NodeId(node)));
             self.must(self.new_drive(NodeId(node)));

@@ -49,6 +49,8 @@ pub(super) struct Plan {
     pub(super) rebuild_ms: u64,
     /// Whether a write of such a host is left in the socket of a server that stands still.
     pub(super) strands: bool,
+    /// Of bands.
+    pub(super) window_rows: u32,
 }
 
 /// Blocks that one task of a host with several paths has for itself in each volume.
@@ -104,6 +106,8 @@ impl Plan {
             kato: Duration::from_millis([1_000, 2_000, 5_000][rng.index(3)]),
             strands: rng.chance(1, 2),
             rebuild_ms: [50, 300, 1_500][rng.index(3)],
+            // A chunk of 1 MiB has 256 rows: the last is a window that never fills.
+            window_rows: [64, 128, 256][rng.index(3)],
         }
     }
 

@@ -99,6 +99,13 @@ impl Raft {
         look(&self.state.borrow())
     }
 
+    /// Windows smaller than an operator may have: chunks are small here, and so are roots. For a cluster's first moment.
+    pub(super) fn set_window_rows(&self, rows: u32) {
+        let mut state = self.state.borrow_mut();
+        let cluster = state.map.cluster.as_mut().expect("a cluster with an identity");
+        cluster.settings.window_rows = rows;
+    }
+
     /// Commands applied.
     pub(super) fn applied(&self) -> u64 {
         self.applied.get()

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use weft_proto::band::{Band, ChunkAddress, ChunkSize, Geometry, RootUpdate, WINDOW_ROWS_DEFAULT};
+use weft_proto::band::{Band, ChunkAddress, ChunkSize, Geometry, RootUpdate};
 use weft_proto::deliberate::{Bug, planted};
 use weft_proto::id::{BandId, DriveId, Epoch, IncarnationId, VolumeId};
 
@@ -44,6 +44,8 @@ impl ClusterState {
         if proposals.is_empty() || proposals.len() > BANDS_PER_GRANT_MAX {
             return Err(invalid("proposals", "1 to 256 bands"));
         }
+        let cluster = self.map.cluster.as_ref().ok_or(Refusal::NotInitialised)?;
+        let window_rows = cluster.settings.window_rows;
         let volume = self.volume(id)?;
         let (layer, geometry) = (volume.layer, volume.geometry);
         let pool = self
@@ -84,7 +86,7 @@ impl ClusterState {
                 epoch,
                 geometry: proposal.geometry,
                 chunk_size: size,
-                window_rows: WINDOW_ROWS_DEFAULT.min(size.rows()),
+                window_rows: window_rows.min(size.rows()),
                 version: 0,
                 columns,
             };

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
-use weft_proto::band::Geometry;
+use weft_proto::band::{Geometry, WINDOW_ROWS_DEFAULT};
 use weft_proto::id::{
     ClusterId, DriveId, DriveUuid, Epoch, HostId, IncarnationId, LayerId, MapVersion, NodeId, PoolId,
     VolumeId,
@@ -85,6 +85,9 @@ pub struct Settings {
     pub voters: u8,
     /// Largest volume.
     pub volume_bytes_max: u64,
+    /// Rows of a band that its writes under way may span, of bands granted from now on: a takeover reads as many behind the
+    /// last one that it finds. At least [`WINDOW_ROWS_DEFAULT`], into which the root of the largest volume fits.
+    pub window_rows: u32,
 }
 
 impl Default for Settings {
@@ -93,6 +96,7 @@ impl Default for Settings {
             voters: 3,
             // Derived: 2^34 blocks of 4 KiB, which a page-map key holds with room to spare.
             volume_bytes_max: 64 << 40,
+            window_rows: WINDOW_ROWS_DEFAULT,
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use weft_proto::band::WINDOW_ROWS_DEFAULT;
 use weft_proto::id::{DriveId, HostId, IncarnationId, NodeId};
 
 use super::command::{NewDrive, NewNode, Refusal, Reply};
@@ -469,6 +470,9 @@ fn check_settings(settings: &Settings) -> Result<(), Refusal> {
     }
     if settings.volume_bytes_max == 0 {
         return Err(invalid("volume_bytes_max", "more than 0"));
+    }
+    if settings.window_rows < WINDOW_ROWS_DEFAULT {
+        return Err(invalid("window_rows", "256 or more"));
     }
     Ok(())
 }

@@ -18,7 +18,8 @@ use std::rc::Rc;
 use futures_util::StreamExt as _;
 use weft_proto::band::{EpochGrant, RootPointer};
 use weft_proto::deliberate::{Bug, planted};
-use weft_proto::id::{Epoch, StripeNumber};
+use weft_proto::id::{Epoch, Sequence, StripeNumber};
+use weft_proto::units::Lba;
 
 use super::Core;
 use super::checkpoint::Purpose;
@@ -26,7 +27,7 @@ use super::scan::{Found, Walk};
 use super::work::{BlockWork, Op, Target, Work, ZeroWork};
 use crate::band::{BandState, Phase};
 use crate::error::VolumeError;
-use crate::format::header::StripeHeader;
+use crate::format::header::{StripeHeader, ZeroRecord};
 use crate::map::{
     BandState as RootBandState, HOST_LBA_END, MapError, MapIdentity, Mapping, PageMap, Root, RootHead,
 };
@@ -182,7 +183,7 @@ impl Core {
         // From here on the new epoch writes.
         self.ask_for_bands(&self.internal);
         self.counters.applied.add(stripes.len() as u64);
-        self.replay(epoch, &stripes).await?;
+        self.replay(epoch, &stripes, &above).await?;
         self.reappend(above).await?;
         Ok(ended_at)
     }
@@ -222,8 +223,13 @@ impl Core {
         Ok(stripes)
     }
 
-    /// Applies stripes up to H where they lie.
-    async fn replay(&self, epoch: Epoch, stripes: &BTreeMap<StripeNumber, Found>) -> Result<(), VolumeError> {
+    /// Applies stripes up to H where they lie. Those `above` are for [`Self::reappend`].
+    async fn replay(
+        &self,
+        epoch: Epoch,
+        stripes: &BTreeMap<StripeNumber, Found>,
+        above: &BTreeMap<StripeNumber, Found>,
+    ) -> Result<(), VolumeError> {
         let map = self.map();
         for found in stripes.values() {
             for record in &found.header.zeroes {
@@ -240,7 +246,9 @@ impl Core {
                 }
             }
         }
-        // What cannot be decoded was abandoned and re-appended, superseded, or lost: the map tells.
+        // What cannot be decoded was abandoned and re-appended, superseded, or lost: the map tells, and what comes into it
+        // next. An abandoned stripe is closed by the stripe its blocks went to, which is above H while any before it is open.
+        let above = Versions::of(above);
         for (number, found) in stripes.iter().filter(|(_, found)| !found.is_decodable()) {
             for record in &found.header.blocks {
                 if record.lba >= HOST_LBA_END {
@@ -251,7 +259,7 @@ impl Core {
                     Mapping::Zero(sequence) => sequence >= record.sequence,
                     Mapping::Unwritten => false,
                 };
-                if !known {
+                if !known && !above.supersede(record.lba, record.sequence) {
                     return Err(VolumeError::Undecodable {
                         epoch,
                         band: found.header.band,
@@ -319,5 +327,38 @@ impl Core {
                 .map_err(|error| VolumeError::Map(MapError::Store(error)))?;
         }
         Ok(())
+    }
+}
+
+/// What decodable stripes say of blocks.
+struct Versions {
+    /// The last version of each block.
+    blocks: BTreeMap<Lba, Sequence>,
+    zeroes: Vec<ZeroRecord>,
+}
+
+impl Versions {
+    fn of(stripes: &BTreeMap<StripeNumber, Found>) -> Self {
+        let mut versions = Self {
+            blocks: BTreeMap::new(),
+            zeroes: Vec::new(),
+        };
+        for found in stripes.values().filter(|found| found.is_decodable()) {
+            for record in &found.header.blocks {
+                let last = versions.blocks.entry(record.lba).or_insert(record.sequence);
+                *last = record.sequence.max(*last);
+            }
+            versions.zeroes.extend_from_slice(&found.header.zeroes);
+        }
+        versions
+    }
+
+    /// Whether one of them is `sequence` of the block at `lba`, or a later version.
+    fn supersede(&self, lba: Lba, sequence: Sequence) -> bool {
+        let zeroed = |record: &ZeroRecord| {
+            let is_within = record.range.start <= lba && record.range.end().is_none_or(|end| lba < end);
+            is_within && record.sequence >= sequence
+        };
+        self.blocks.get(&lba).is_some_and(|last| *last >= sequence) || self.zeroes.iter().any(zeroed)
     }
 }
