@@ -131,7 +131,7 @@ fn registry(subsystem: &Nqn) -> Rc<Registry> {
         uuid: [1; 16],
         ana_group: 1,
         ana_state: AnaState::OPTIMIZED,
-        source: Source::PerAssociation(Rc::new(move |_| Rc::clone(&drive))),
+        source: Source::PerAssociation(Rc::new(move |_, _| Rc::clone(&drive))),
     };
     registry
         .add_namespace(subsystem, namespace)

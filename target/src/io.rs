@@ -85,7 +85,9 @@ pub(crate) enum Execution {
 /// With a tally, one that is over when this returns is counted there, and must not have been counted as started; all others
 /// count themselves when they are.
 pub(crate) fn start(mut request: IoRequest, tally: Option<&mut Tally>) -> Execution {
-    if let Some(first) = request.fused_first.take() {
+    set_arrived(&mut request);
+    if let Some(mut first) = request.fused_first.take() {
+        set_arrived(&mut first);
         let execution = execute_fused(*first, request);
         return Execution::Running(Running::InSteps(execution.boxed_local()));
     }
@@ -131,6 +133,12 @@ pub(crate) fn start(mut request: IoRequest, tally: Option<&mut Tally>) -> Execut
         first: None,
         completion,
     })
+}
+
+fn set_arrived(request: &mut IoRequest) {
+    if let Some(admitted) = &mut request.admitted {
+        admitted.access.set_arrived(request.arrived);
+    }
 }
 
 /// What the host is told of an error of the request's device.
@@ -187,6 +195,7 @@ fn start_write(
             let access = admitted.access.clone();
             Ok(DeviceIo::InParts(Io::running(async move {
                 let _pass = waiting.pass().await;
+                not_late(&access)?;
                 write(&access, range, &info, data, durability).await
             })))
         }
@@ -262,20 +271,23 @@ async fn execute_command(request: &IoRequest, command: NvmCommand, data: Vec<Byt
             range,
             deallocate,
             fua,
-        } => {
-            let _pass = enter(admitted, Kind::Shared).await;
-            let done = access
-                .write_zeroes(range.lba_range(), deallocate, durability(fua))
-                .await;
-            done.map(|()| Pieces::new())
-        }
+        } => match enter(admitted, Kind::Shared).await {
+            Ok(_pass) => {
+                let range = range.lba_range();
+                let done = access.write_zeroes(range, deallocate, durability(fua)).await;
+                done.map(|()| Pieces::new())
+            }
+            Err(late) => Err(late),
+        },
         NvmCommand::DatasetManagement { ranges, deallocate } => {
             let ranges = dsm_ranges(&gather(&data), ranges, &info)?;
             if !deallocate || ranges.is_empty() {
                 return Ok(Pieces::new());
             }
-            let _pass = enter(admitted, Kind::Shared).await;
-            access.deallocate(ranges).await.map(|()| Pieces::new())
+            match enter(admitted, Kind::Shared).await {
+                Ok(_pass) => access.deallocate(ranges).await.map(|()| Pieces::new()),
+                Err(late) => Err(late),
+            }
         }
         NvmCommand::ReservationRegister { .. }
         | NvmCommand::ReservationReport { .. }
@@ -304,11 +316,25 @@ fn durability(fua: bool) -> Durability {
     }
 }
 
-async fn enter(admitted: &Admitted, kind: Kind) -> Pass {
+/// Waits for fused pairs, or for what a fused pair has to wait for.
+async fn enter(admitted: &Admitted, kind: Kind) -> Result<Pass, BlockError> {
     match admitted.open.namespace.fused.enter(kind) {
-        Entry::Entered(pass) => pass,
-        waiting @ Entry::Waiting(_) => waiting.pass().await,
+        Entry::Entered(pass) => Ok(pass),
+        waiting @ Entry::Waiting(_) => {
+            let pass = waiting.pass().await;
+            not_late(&admitted.access)?;
+            Ok(pass)
+        }
     }
+}
+
+/// Refuses, as not begun, what has waited for so long that its host may have sent it again elsewhere.
+fn not_late(access: &CommandDevice) -> Result<(), BlockError> {
+    if access.is_late() {
+        metrics::command_late();
+        return Err(BlockError::NotReady);
+    }
+    Ok(())
 }
 
 fn total(data: &[Bytes]) -> u64 {
@@ -466,19 +492,21 @@ async fn compare_and_write(
         Ok(_) => return (Err(Status::INVALID_SGL_LENGTH.dnr()), not_written),
         Err(status) => return (Err(status), not_written),
     }
-    let _pass = enter(comparing, Kind::Exclusive).await;
+    let access = &writing.access;
+    let _pass = match enter(comparing, Kind::Exclusive).await {
+        Ok(pass) => pass,
+        Err(late) => return (Err(status_of(access, &late)), not_written),
+    };
     if let Err(status) = compare(comparing, range, &info, &first.data).await {
         return (Err(status), not_written);
     }
-    let access = &writing.access;
-    let written = write(
-        access,
-        range.lba_range(),
-        &info,
-        second.data.clone(),
-        durability(fua),
-    )
-    .await;
+    let written = match not_late(access) {
+        Ok(()) => {
+            let data = second.data.clone();
+            write(access, range.lba_range(), &info, data, durability(fua)).await
+        }
+        Err(late) => Err(late),
+    };
     (
         Ok(Pieces::new()),
         written.map_err(|error| status_of(access, &error)),

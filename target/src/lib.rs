@@ -10,6 +10,7 @@
 //! - [`serve`]: connections on a listener; [`vfio_user`]: the same controllers as PCI Express functions of guests;
 //! - [`reservation`]: NVMe reservations over a device, with or without a socket;
 //! - [`qpair`]: the queue pair's state machine; [`silence`]: what the words of a host are worth that was not heard for long;
+//!   [`arrival`]: how old a command is when its device gets it;
 //! - [`status`]: the one mapping of errors to NVMe statuses; [`metrics`]: the one list of metrics.
 //!
 //! Architecture invariant: this crate never learns what a stripe is. A namespace is a range of blocks.
@@ -21,6 +22,7 @@
 //!
 //! Everything runs on one `current_thread` runtime inside a `LocalSet`.
 
+pub mod arrival;
 mod connect;
 mod connection;
 mod controller;

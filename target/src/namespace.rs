@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use weft_block::{Device, DeviceInfo, Durability, Io};
@@ -11,6 +11,7 @@ use weft_proto::nqn::Nqn;
 use weft_proto::nvme::log::AnaState;
 use weft_proto::units::{Lba, LbaRange};
 
+use crate::arrival::Arrival;
 use crate::reservation::ReservedNamespace;
 use crate::reservation::namespace::{Admission, HostNamespace};
 
@@ -29,8 +30,8 @@ pub struct Association {
     pub kato: Option<Duration>,
 }
 
-/// Makes the device of one association.
-pub type DeviceFactory = Rc<dyn Fn(&Association) -> Device>;
+/// Makes the device of one association, which is told of each command when it arrived.
+pub type DeviceFactory = Rc<dyn Fn(&Association, &Arrival) -> Device>;
 
 /// Where a namespace's blocks are.
 #[derive(Clone)]
@@ -82,14 +83,23 @@ pub(crate) struct OpenNamespace {
 
 pub(crate) enum Backend {
     Reserved(HostNamespace),
-    Plain(Device),
+    Plain(AssociationDevice),
 }
 
 impl OpenNamespace {
     pub(crate) fn open(namespace: Rc<Namespace>, association: &Association) -> Self {
         let backend = match &namespace.source {
             Source::Reserved(reserved) => Backend::Reserved(reserved.of_host(association.hostid)),
-            Source::PerAssociation(factory) => Backend::Plain(factory(association)),
+            Source::PerAssociation(factory) => {
+                let now = Instant::now();
+                let arrival = Arrival::new(now);
+                Backend::Plain(AssociationDevice {
+                    device: factory(association, &arrival),
+                    arrival,
+                    kato: association.kato,
+                    arrived: now,
+                })
+            }
         };
         Self { namespace, backend }
     }
@@ -97,7 +107,7 @@ impl OpenNamespace {
     pub(crate) fn info(&self) -> DeviceInfo {
         match &self.backend {
             Backend::Reserved(reserved) => reserved.parts().0.info(),
-            Backend::Plain(device) => device.info(),
+            Backend::Plain(plain) => plain.device.info(),
         }
     }
 
@@ -108,11 +118,11 @@ impl OpenNamespace {
         }
     }
 
-    /// The device for one command that has just arrived.
+    /// The device for one command, of which the first part has just arrived.
     pub(crate) fn admit(self: &Rc<Self>) -> Admitted {
         let access = match &self.backend {
             Backend::Reserved(reserved) => CommandDevice::Reserved(reserved.admit()),
-            Backend::Plain(device) => CommandDevice::Plain(Rc::clone(device)),
+            Backend::Plain(plain) => CommandDevice::Plain(plain.clone()),
         };
         Admitted {
             open: Rc::clone(self),
@@ -131,10 +141,43 @@ pub(crate) struct Admitted {
 #[derive(Clone)]
 pub(crate) enum CommandDevice {
     Reserved(Admission),
-    Plain(Device),
+    Plain(AssociationDevice),
+}
+
+/// A device of one association, for one of its commands.
+#[derive(Clone)]
+pub(crate) struct AssociationDevice {
+    device: Device,
+    /// How the device is told when the command arrived.
+    arrival: Arrival,
+    kato: Option<Duration>,
+    arrived: Instant,
+}
+
+impl AssociationDevice {
+    fn begin(&self) -> &Device {
+        self.arrival.set(self.arrived);
+        &self.device
+    }
 }
 
 impl CommandDevice {
+    /// The command has arrived whole.
+    pub(crate) fn set_arrived(&mut self, arrived: Instant) {
+        if let Self::Plain(device) = self {
+            device.arrived = arrived;
+        }
+    }
+
+    /// Whether the command has waited for others until its host may have given it up ([`crate::silence`]): nothing of it may begin any more.
+    /// A drive needs no such limit, since who may not change it any more is fenced there.
+    pub(crate) fn is_late(&self) -> bool {
+        match self {
+            Self::Reserved(_) => false,
+            Self::Plain(plain) => plain.kato.is_some_and(|kato| plain.arrived.elapsed() >= kato / 4),
+        }
+    }
+
     /// Whether a Preempt and Abort has ended the command.
     pub(crate) fn is_aborted(&self) -> bool {
         match self {
@@ -146,35 +189,35 @@ impl CommandDevice {
     pub(crate) fn read(&self, range: LbaRange) -> Io<Bytes> {
         match self {
             Self::Reserved(admission) => admission.read(range),
-            Self::Plain(device) => device.read(range),
+            Self::Plain(device) => device.begin().read(range),
         }
     }
 
     pub(crate) fn write(&self, start: Lba, data: Vec<Bytes>, durability: Durability) -> Io<()> {
         match self {
             Self::Reserved(admission) => admission.write(start, data, durability),
-            Self::Plain(device) => device.write(start, data, durability),
+            Self::Plain(device) => device.begin().write(start, data, durability),
         }
     }
 
     pub(crate) fn write_zeroes(&self, range: LbaRange, deallocate: bool, durability: Durability) -> Io<()> {
         match self {
             Self::Reserved(admission) => admission.write_zeroes(range, deallocate, durability),
-            Self::Plain(device) => device.write_zeroes(range, deallocate, durability),
+            Self::Plain(device) => device.begin().write_zeroes(range, deallocate, durability),
         }
     }
 
     pub(crate) fn deallocate(&self, ranges: Vec<LbaRange>) -> Io<()> {
         match self {
             Self::Reserved(admission) => admission.deallocate(ranges),
-            Self::Plain(device) => device.deallocate(ranges),
+            Self::Plain(device) => device.begin().deallocate(ranges),
         }
     }
 
     pub(crate) fn flush(&self) -> Io<()> {
         match self {
             Self::Reserved(admission) => admission.flush(),
-            Self::Plain(device) => device.flush(),
+            Self::Plain(device) => device.begin().flush(),
         }
     }
 }

@@ -473,7 +473,7 @@ fn each_association_has_a_device_of_its_own_with_the_hosts_identity() {
             uuid: UUID,
             ana_group: 7,
             ana_state: weft_proto::nvme::log::AnaState::OPTIMIZED,
-            source: Source::PerAssociation(Rc::new(move |association| {
+            source: Source::PerAssociation(Rc::new(move |association, _| {
                 log.borrow_mut().push((association.hostid, association.cntlid));
                 Rc::clone(&memory)
             })),

@@ -5,9 +5,16 @@
 
 mod common;
 
-use std::time::Duration;
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 use common::*;
+use weft_block::faulty::{Fault, Faults, Faulty, Ops};
+use weft_block::memory::MemoryDrive;
+use weft_proto::nvme::log::AnaState;
+use weft_target::arrival::Arrival;
+use weft_target::{NamespaceConfig, Source};
 
 /// A host with this keep-alive timeout.
 async fn host(target: &Target, kato_ms: u32) -> Host {
@@ -91,4 +98,95 @@ fn what_a_host_sent_before_it_closed_the_connection_is_not_begun_any_more() {
         drop(host.io);
         assert_eq!(first_byte(&target).await, 0);
     });
+}
+
+/// A namespace without reservations, as volumes have, whose device fails as told; and how old its commands are.
+async fn volume_target() -> (Target, Faults, Rc<RefCell<Option<Arrival>>>) {
+    let (device, faults) = Faulty::wrap(MemoryDrive::device(1 << 20));
+    let told: Rc<RefCell<Option<Arrival>>> = Rc::default();
+    let teller = Rc::clone(&told);
+    let target = empty_target().await;
+    let config = NamespaceConfig {
+        nsid: 1,
+        uuid: UUID,
+        ana_group: 1,
+        ana_state: AnaState::OPTIMIZED,
+        source: Source::PerAssociation(Rc::new(move |_, arrival| {
+            *teller.borrow_mut() = Some(arrival.clone());
+            Rc::clone(&device)
+        })),
+    };
+    target.registry.add_namespace(&nqn(SUBNQN), config).unwrap();
+    (target, faults, told)
+}
+
+/// Sends a fused pair (commands 1 and 2) whose comparison takes until the faults are released, and behind it a write and a Write Zeroes (3
+/// and 4). All are in when this returns.
+async fn fill_the_gate(host: &mut Host, faults: &Faults) {
+    faults.next(Ops::READ, 1, Fault::Hold);
+    let mut compare = inline(sqe(0x05, 1, 1, &[0, 0, 0]), 4096);
+    compare[1] = 0b01;
+    let mut second = inline(write_sqe(2, 0, 1, false), 4096);
+    second[1] = 0b10;
+    host.io.command(compare, &[0; 4096]).await;
+    host.io.command(second, &[7; 4096]).await;
+    until(|| faults.held() == 1).await;
+    let write = inline(write_sqe(3, 1, 1, false), 4096);
+    host.io.command(write, &[8; 4096]).await;
+    let mut write_zeroes = write_sqe(4, 1, 1, false);
+    write_zeroes[0] = 0x08;
+    host.io.command(write_zeroes, &[]).await;
+    // What is sent before this is in when this is answered.
+    assert_eq!(host.io.execute(read_sqe(5, 2, 1), &[]).await.ok().cid, 5);
+}
+
+/// Commands that arrive in time and are begun late: the device may hand them on to another node, where the host has repeated them.
+#[test]
+fn a_device_is_told_when_a_command_arrived_however_long_it_waited_since() {
+    run(async {
+        let (target, faults, told) = volume_target().await;
+        let mut host = host(&target, 0).await;
+        fill_the_gate(&mut host, &faults).await;
+        let arrived_before = Instant::now();
+        stop(Duration::from_millis(20));
+        faults.release();
+        for cid in 1..=4 {
+            assert_eq!(host.io.answer().await.ok().cid, cid);
+            let arrived = told.borrow().as_ref().unwrap().get();
+            assert!(arrived <= arrived_before, "command {cid} is as old as it is");
+        }
+    });
+}
+
+#[test]
+fn what_waited_for_a_fused_pair_for_too_long_is_refused_as_not_begun() {
+    run(async {
+        let (target, faults, _) = volume_target().await;
+        let mut host = host(&target, 8000).await;
+        fill_the_gate(&mut host, &faults).await;
+        stop(Duration::from_millis(2100));
+        faults.release();
+        let mut ended = Vec::new();
+        for _ in 1..=4 {
+            let Some(answer) = host.io.answer_if_any().await else {
+                break; // A machine that stood still for longer: the association has ended, which is as good.
+            };
+            ended.push((answer.cid, answer.status));
+        }
+        let refused = [
+            (1, 0),
+            (2, ANA_TRANSITION),
+            (3, ANA_TRANSITION),
+            (4, ANA_TRANSITION),
+        ];
+        assert_eq!(ended, refused[..ended.len()]);
+        assert_eq!(first_bytes(&target).await, [0, 0], "no write has begun");
+    });
+}
+
+/// The first bytes of two blocks, as another host reads them.
+async fn first_bytes(target: &Target) -> [u8; 2] {
+    let mut host = Identity::hostid(0xb2).connect(target.address).await;
+    let read = host.io.execute(read_sqe(1, 0, 2), &[]).await.ok();
+    [read.data[0], read.data[4096]]
 }

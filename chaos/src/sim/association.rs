@@ -82,7 +82,8 @@ impl Agent {
                 }
                 continue;
             }
-            let mut heard = silence.hear(now(), read_empty);
+            let arrived = self.process.now();
+            let mut heard = silence.hear(instant(arrived), read_empty);
             let ends = read.iter().any(|(request, _)| matches!(request, Request::End));
             if heard == Heard::InTime && (ends || socket.is_reset()) {
                 heard = Heard::Late;
@@ -95,7 +96,9 @@ impl Agent {
                         // In the order in which they are read: the first step is taken here.
                         let begun = self.begin(&association, &command);
                         let (this, socket) = (Rc::clone(&self), Rc::clone(&socket));
-                        let serving = this.clone().route(Rc::clone(&association), command, begun);
+                        let serving = this
+                            .clone()
+                            .route(Rc::clone(&association), command, arrived, begun);
                         self.process.spawn(async move {
                             let answered = serving.await;
                             this.cluster.answer_on(&socket, &this.process, giver, answered);
@@ -139,14 +142,15 @@ impl Agent {
         }
     }
 
-    /// Serves a command, again if nothing was done and another place may serve it, for as long as it may wait.
+    /// Serves a command, again if nothing was done and another place may serve it, for as long as it may wait since it arrived.
     async fn route(
         self: Rc<Self>,
         association: Rc<Association>,
         command: HostCommand,
+        arrived: Timestamp,
         mut begun: Option<LocalBoxFuture<'static, Answered>>,
     ) -> Answered {
-        let deadline = self.process.now().after(ROUTE_WAIT.min(association.kato / 4));
+        let deadline = arrived.after(ROUTE_WAIT.min(association.kato / 4));
         loop {
             if let Some(serving) = begun.take() {
                 match serving.await {

@@ -23,7 +23,7 @@ use crate::rig::{
 /// A volume: no reservations, the same device on every path.
 fn volume(nsid: u32, device: Device, ana_state: AnaState) -> NamespaceConfig {
     NamespaceConfig {
-        source: Source::PerAssociation(Rc::new(move |_| device.clone())),
+        source: Source::PerAssociation(Rc::new(move |_, _| device.clone())),
         ..namespace(nsid, MemoryDrive::device(1 << 20), ana_state)
     }
 }

@@ -249,16 +249,16 @@ impl Presenter {
             self.add_volume_subsystem(
                 subnqn,
                 volume,
-                Rc::new(move |association| {
+                Rc::new(move |association, arrival| {
                     let host = HostIdentity {
                         hostnqn: association.hostnqn.clone(),
                         hostid: association.hostid,
                     };
-                    routed.device(host, association.kato)
+                    routed.device(host, association.kato, arrival)
                 }),
             )?;
             let owned = slot.clone();
-            self.add_volume_subsystem(&owner_subnqn, volume, Rc::new(move |_| owned.owner_device()))?;
+            self.add_volume_subsystem(&owner_subnqn, volume, Rc::new(move |_, _| owned.owner_device()))?;
             let presented = Presented {
                 slot,
                 subnqn: subnqn.clone(),

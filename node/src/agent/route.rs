@@ -4,8 +4,9 @@
 //! A forwarder opens one association to the owner for each host association, with that host's identity. It keeps
 //! nothing: a command goes on at once, or is refused with "not ready on this path" after [`ROUTE_WAIT`], and
 //! the host's multipath tries again. After that time it never goes on, even if a way is there by then: whoever was
-//! held up for longer may have been given up by the host, which has sent the command to somebody else meanwhile. Forwarding
-//! goes to a subsystem that only owners serve, so it cannot loop.
+//! held up for longer may have been given up by the host, which has sent the command to somebody else meanwhile. The time
+//! counts from when the command arrived, wherever in this process it was held up. Forwarding goes to a subsystem that only
+//! owners serve, so it cannot loop.
 //!
 //! An owner that has lost its drives answers nobody. What waits for its engine then ends Unknown, so that hosts go on elsewhere and do not
 //! wait until they give the path up, which takes Linux half a minute; `docs/design/silenced-owner.md` says why that is safe.
@@ -23,6 +24,7 @@ use weft_incarnation::silence::Silence;
 use weft_initiator::{ConnectOptions, Controller, HostIdentity, Namespace};
 use weft_proto::nqn::Nqn;
 use weft_proto::units::{Lba, LbaRange};
+use weft_target::arrival::Arrival;
 
 /// How long a command may wait for a route: long enough for a planned move, far below any host's patience.
 const ROUTE_WAIT: Duration = Duration::from_millis(150);
@@ -95,12 +97,19 @@ impl Slot {
         self.served.borrow().clone()
     }
 
-    /// The volume as `host` sees it through this node, with the keep-alive timeout that it asked for.
-    pub(crate) fn device(self: &Rc<Self>, host: HostIdentity, kato: Option<Duration>) -> Device {
+    /// The volume as `host` sees it through this node, with the keep-alive timeout that it asked for. Of each command, `arrival` says how
+    /// old it is.
+    pub(crate) fn device(
+        self: &Rc<Self>,
+        host: HostIdentity,
+        kato: Option<Duration>,
+        arrival: &Arrival,
+    ) -> Device {
         Rc::new(RoutedDevice(Rc::new(Route {
             slot: self.clone(),
             host,
             kato: kato.map_or(FORWARD_KATO, |kato| kato.min(FORWARD_KATO)),
+            arrival: kato.map(|_| arrival.clone()),
             forward: RefCell::default(),
             connecting: tokio::sync::Mutex::new(()),
             refused_at: Cell::default(),
@@ -125,6 +134,8 @@ struct Route {
     host: HostIdentity,
     /// Of the association with the owner.
     kato: Duration,
+    /// `None` of a host that never gives a path up: age says nothing, and the commands of a guest wait here for as long as it takes.
+    arrival: Option<Arrival>,
     forward: RefCell<Option<Forward>>,
     connecting: tokio::sync::Mutex<()>,
     /// When the owner could last not be reached.
@@ -132,12 +143,22 @@ struct Route {
 }
 
 impl Route {
-    /// The device to use now, if it can be said without waiting.
-    fn device_now(&self) -> Option<Device> {
+    /// Until when the command that is being begun may be handed on.
+    fn deadline(&self) -> Instant {
+        let arrived = self
+            .arrival
+            .as_ref()
+            .map_or_else(Instant::now, |arrival| Instant::from_std(arrival.get()));
+        arrived + ROUTE_WAIT.min(self.kato / 4)
+    }
+
+    /// The device for a command now, if it can be said without waiting. The engine of this node has commands however old they are: their
+    /// repetitions come after them here, and it takes nothing any more once there is another owner.
+    fn device_now(&self, deadline: Instant) -> Option<Device> {
         match self.slot.served() {
             Served::Nowhere => None,
             Served::Here(device) => Some(device),
-            Served::By(address) => self.forward_to(address),
+            Served::By(address) => self.forward_to(address).filter(|_| Instant::now() < deadline),
         }
     }
 
@@ -187,7 +208,7 @@ impl Route {
             if Instant::now() >= deadline {
                 return Err(BlockError::NotReady);
             }
-            if let Some(device) = self.device_now() {
+            if let Some(device) = self.device_now(deadline) {
                 return Ok(device);
             }
             if let Served::By(address) = self.slot.served() {
@@ -219,9 +240,9 @@ impl Route {
     async fn issue<T>(
         self: Rc<Self>,
         first: Option<Io<T>>,
+        deadline: Instant,
         command: impl Fn(&Device) -> Io<T>,
     ) -> Result<T, BlockError> {
-        let deadline = Instant::now() + ROUTE_WAIT.min(self.kato / 4);
         let mut pending = first;
         loop {
             let io = match pending.take() {
@@ -245,15 +266,16 @@ impl Route {
     }
 
     fn start<T: 'static>(self: &Rc<Self>, command: impl Fn(&Device) -> Io<T> + 'static) -> Io<T> {
-        match self.device_now() {
+        let deadline = self.deadline();
+        match self.device_now(deadline) {
             // The usual way: the command starts now, as the block contract asks.
             Some(device) => {
                 let first = command(&device);
-                Io::running(self.clone().issue(Some(first), command))
+                Io::running(self.clone().issue(Some(first), deadline, command))
             }
             None => {
                 let (sender, receiver) = tokio::sync::oneshot::channel();
-                let waiting = self.clone().issue(None, command);
+                let waiting = self.clone().issue(None, deadline, command);
                 tokio::task::spawn_local(async move {
                     let _ = sender.send(waiting.await);
                 });
@@ -356,8 +378,48 @@ mod tests {
     use weft_block::faulty::{Fault, Faulty, Ops};
     use weft_block::memory::MemoryDrive;
     use weft_proto::id::HostId;
+    use weft_proto::nvme::log::AnaState;
+    use weft_target::{
+        AllowedHosts, NamespaceConfig, Registry, RegistryConfig, Source, SubsystemConfig, serve,
+    };
 
     use super::*;
+
+    const KATO: Duration = Duration::from_secs(2);
+    const OWNER: &str = "nqn.2026-01.io.weft:owner";
+    const FIRST: LbaRange = LbaRange {
+        start: Lba(0),
+        count: 1,
+    };
+
+    /// A drive and where it is served as an owner serves a volume.
+    async fn owner() -> (Device, SocketAddr) {
+        let registry = Registry::new(RegistryConfig::default());
+        let subsystem = SubsystemConfig {
+            nqn: OWNER.parse().unwrap(),
+            serial: "1".into(),
+            model: "Weft".into(),
+            hosts: AllowedHosts::Any,
+            namespaces_max: 1,
+        };
+        registry.add_subsystem(subsystem).unwrap();
+        let drive = MemoryDrive::device(1 << 20);
+        let served = drive.clone();
+        let namespace = NamespaceConfig {
+            nsid: 1,
+            uuid: [1; 16],
+            ana_group: 1,
+            ana_state: AnaState::OPTIMIZED,
+            source: Source::PerAssociation(Rc::new(move |_, _| served.clone())),
+        };
+        registry
+            .add_namespace(&OWNER.parse().unwrap(), namespace)
+            .unwrap();
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::task::spawn_local(serve(listener, registry));
+        (drive, address)
+    }
 
     /// Runs `test` as the data thread runs.
     fn on_data_thread(test: impl Future<Output = ()>) {
@@ -381,7 +443,8 @@ mod tests {
             let (drive, faults) = Faulty::wrap(MemoryDrive::device(1 << 20));
             let slot = Slot::new("nqn.owner".parse().unwrap(), drive.info());
             slot.set_served(Served::Here(drive.clone()));
-            for device in [slot.device(host(), None), slot.owner_device()] {
+            let arrival = Arrival::new(std::time::Instant::now());
+            for device in [slot.device(host(), None, &arrival), slot.owner_device()] {
                 let write =
                     |byte| device.write(Lba(0), vec![Bytes::from(vec![byte; 4096])], Durability::Durable);
                 faults.next(Ops::WRITE, 1, Fault::Hold);
@@ -402,7 +465,7 @@ mod tests {
         on_data_thread(async {
             let drive = MemoryDrive::device(1 << 20);
             let slot = Slot::new("nqn.owner".parse().unwrap(), drive.info());
-            let routed = slot.device(host(), None);
+            let routed = slot.device(host(), None, &Arrival::new(std::time::Instant::now()));
             let block = |byte| vec![Bytes::from(vec![byte; 4096])];
             let mut held = routed.write(Lba(0), block(7), Durability::Durable);
             // It waits for a route when the process is stopped; and when it goes on, there is one.
@@ -411,13 +474,57 @@ mod tests {
             std::thread::sleep(ROUTE_WAIT);
             slot.set_served(Served::Here(drive.clone()));
             assert_eq!(held.await, Err(BlockError::NotReady));
-            let first = LbaRange {
-                start: Lba(0),
-                count: 1,
-            };
-            assert!(drive.read(first).await.unwrap() == vec![0; 4096]);
+            assert!(drive.read(FIRST).await.unwrap() == vec![0; 4096]);
             routed.write(Lba(0), block(8), Durability::Durable).await.unwrap();
-            assert!(drive.read(first).await.unwrap() == vec![8; 4096]);
+            assert!(drive.read(FIRST).await.unwrap() == vec![8; 4096]);
+        });
+    }
+
+    #[test]
+    fn the_time_of_a_command_that_an_engine_gave_back_counts_from_when_it_arrived() {
+        on_data_thread(async {
+            let (drive, faults) = Faulty::wrap(MemoryDrive::device(1 << 20));
+            let slot = Slot::new("nqn.owner".parse().unwrap(), drive.info());
+            slot.set_served(Served::Here(drive.clone()));
+            let routed = slot.device(host(), Some(KATO), &Arrival::new(std::time::Instant::now()));
+            faults.next(Ops::WRITE, 1, Fault::Fail(BlockError::NotReady));
+            // The engine has it. The process is stopped before anybody waits for what the engine says, which is that it did nothing.
+            let held = routed.write(Lba(0), vec![Bytes::from(vec![7; 4096])], Durability::Durable);
+            std::thread::sleep(ROUTE_WAIT);
+            assert_eq!(held.await, Err(BlockError::NotReady), "and nobody else gets it");
+            assert!(drive.read(FIRST).await.unwrap() == vec![0; 4096]);
+        });
+    }
+
+    #[test]
+    fn an_old_command_is_not_forwarded_although_the_way_stands_open() {
+        on_data_thread(async {
+            let (drive, address) = owner().await;
+            let slot = Slot::new(OWNER.parse().unwrap(), drive.info());
+            slot.set_served(Served::By(address));
+            let arrival = Arrival::new(std::time::Instant::now());
+            let write = |routed: &Device, byte| {
+                routed.write(Lba(0), vec![Bytes::from(vec![byte; 4096])], Durability::Durable)
+            };
+            let routed = slot.device(host(), Some(KATO), &arrival);
+            while write(&routed, 7).await.is_err() {
+                // The first ones make the way.
+                arrival.set(std::time::Instant::now());
+            }
+            // Stopped since it was read; and whatever it was that let it wait before it was given to its device.
+            std::thread::sleep(ROUTE_WAIT);
+            assert_eq!(write(&routed, 8).await, Err(BlockError::NotReady));
+            assert!(drive.read(FIRST).await.unwrap() == vec![7; 4096]);
+            arrival.set(std::time::Instant::now());
+            while write(&routed, 9).await.is_err() {
+                arrival.set(std::time::Instant::now());
+            }
+            assert!(drive.read(FIRST).await.unwrap() == vec![9; 4096]);
+            // A host without a keep-alive timeout gives no path up: its commands go on at any age.
+            let patient = slot.device(host(), None, &arrival);
+            std::thread::sleep(ROUTE_WAIT);
+            while write(&patient, 10).await.is_err() {}
+            assert!(drive.read(FIRST).await.unwrap() == vec![10; 4096]);
         });
     }
 }

@@ -65,7 +65,7 @@ async fn volume(addresses: Vec<SocketAddr>) -> anyhow::Result<Source> {
         .await?;
     let device: Device = Rc::new(engine);
     Load::new(Rc::clone(&device), Clock::Wall).fill().await?;
-    Ok(Source::PerAssociation(Rc::new(move |_| Rc::clone(&device))))
+    Ok(Source::PerAssociation(Rc::new(move |_, _| Rc::clone(&device))))
 }
 
 /// The drives of the cluster as its owner reaches them. Within a `LocalSet`.

@@ -49,7 +49,7 @@ fn namespace(nsid: u32, device: Device) -> NamespaceConfig {
         uuid: [nsid as u8; 16],
         ana_group: 1,
         ana_state: AnaState::OPTIMIZED,
-        source: Source::PerAssociation(Rc::new(move |_| Rc::clone(&device))),
+        source: Source::PerAssociation(Rc::new(move |_, _| Rc::clone(&device))),
     }
 }
 
