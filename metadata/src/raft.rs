@@ -1,5 +1,7 @@
 //! The types that openraft is told to use.
 
+mod runtime;
+
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -24,6 +26,7 @@ openraft::declare_raft_types!(
         R = Reply,
         NodeId = u64,
         Node = openraft::BasicNode,
+        AsyncRuntime = runtime::RareTicks,
 );
 
 /// openraft's names, with our configuration.

@@ -84,9 +84,9 @@ pub struct Timing {
 impl Default for Timing {
     fn default() -> Self {
         Self {
-            // openraft looks at its clocks, and sends, at multiples of 13/64 of this (26 ms): what a member costs that has nothing
-            // to do. 128 and no round number, because five of these multiples are 130: just after, not just before.
-            heartbeat: Duration::from_millis(128),
+            // openraft sends at its ticks, which are 13/64 of this apart, of which every third is taken (see `raft::runtime`): 63 ms.
+            // So a heartbeat goes out every 126 ms, and also when a tick is 20 ms late.
+            heartbeat: Duration::from_millis(106),
             // Together a silence of 400 to 500 ms: a heartbeat may be 270 ms late or two of them lost, and an unplanned failover
             // has more than 1.4 of its two seconds for the lease, the fence and the scan.
             election_min: Duration::from_millis(150),

@@ -67,10 +67,10 @@ pub(crate) struct Plane {
 /// Names the configuration key, file or address that stands in the way.
 pub(crate) fn run(config: Config, exit_with_stdin: bool) -> anyhow::Result<Ending> {
     let data_dir = DataDir::open(&config.data_dir)?;
-    let control = tokio::runtime::Builder::new_multi_thread()
-        // Whatever waits for a disk has threads of its own, and two workers would spend more on waking each other than on work.
-        .worker_threads(1)
-        .thread_name("weft-control")
+    // One thread, this one: whatever waits for a disk has threads of its own, and a second one would spend more on waking the
+    // first than on work.
+    let control = tokio::runtime::Builder::new_current_thread()
+        .thread_name("weft-blocking")
         .enable_all()
         .build()
         .context("start the control runtime")?;
