@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::rc::{Rc, Weak};
 use std::task::{Poll, Waker};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 use weft_proto::nvme::command::submit;
@@ -28,6 +28,8 @@ pub(crate) struct Association {
     listeners: RefCell<Vec<Weak<Listener>>>,
     /// This side has asked the controller to shut down: however it ends now, it was disconnected.
     ending: Cell<bool>,
+    /// To the controller, every command is as good as a Keep Alive.
+    traffic_based: Cell<bool>,
 }
 
 impl Association {
@@ -37,6 +39,7 @@ impl Association {
             closed: watch::Sender::new(None),
             listeners: RefCell::default(),
             ending: Cell::new(false),
+            traffic_based: Cell::new(false),
         })
     }
 
@@ -108,17 +111,47 @@ impl Association {
         Events(listener)
     }
 
-    /// Sends a Keep Alive every half of `kato`, and ends the association when one is not answered within it.
+    /// Every command is as good as a Keep Alive from now on (Traffic Based Keep Alive Support, TBKAS).
+    pub(crate) fn set_traffic_based(&self) {
+        self.traffic_based.set(true);
+    }
+
+    /// When the youngest command was sent that is known to have kept the association alive, if there is any but Keep Alives.
+    fn kept_alive(&self) -> Option<Instant> {
+        if !self.traffic_based.get() {
+            return None;
+        }
+        let connections = self.connections.borrow();
+        connections
+            .iter()
+            .filter_map(|connection| connection.answered())
+            .max()
+    }
+
+    /// Sends a Keep Alive when half of `kato` has passed since the last one, or the last command that was as good, was sent;
+    /// and ends the association when one is not answered within `kato`. So something is sent every half of it, and what is
+    /// concluded from silence, here and there, does not depend on which it was.
     pub(crate) fn keep_alive(self: &Rc<Self>, admin: Rc<Connection>, kato: Duration) {
         let association = Rc::downgrade(self);
+        let mut sent = Instant::now();
         tokio::task::spawn_local(async move {
             loop {
-                tokio::time::sleep(kato / 2).await;
-                let answer = admin.submit(Command {
+                tokio::time::sleep_until((sent + kato / 2).into()).await;
+                let Some(kept_alive) = association.upgrade().map(|association| association.kept_alive())
+                else {
+                    return;
+                };
+                if let Some(at) = kept_alive.filter(|at| *at > sent) {
+                    sent = at;
+                    continue;
+                }
+                sent = Instant::now();
+                let keep_alive = Command {
                     sqe: submit::keep_alive(),
                     payload: Payload::None,
                     expires: false,
-                });
+                };
+                let answer = admin.submit_at(keep_alive, sent);
                 let reason = match tokio::time::timeout(kato, answer).await {
                     Ok(Ok(completion)) if completion.status.is_success() => continue,
                     Ok(Ok(completion)) => CloseReason::KeepAliveRefused(completion.status),

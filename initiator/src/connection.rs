@@ -100,6 +100,11 @@ impl Connection {
         self.queue.borrow().outstanding()
     }
 
+    /// When the youngest of the commands was started that have been answered.
+    pub(crate) fn answered(&self) -> Option<Instant> {
+        self.queue.borrow().answered()
+    }
+
     fn wake(&self) {
         if let Some(waker) = self.waker.take() {
             waker.wake();

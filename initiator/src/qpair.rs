@@ -97,7 +97,9 @@ enum Transfer {
 #[derive(Debug)]
 struct InFlight<T> {
     context: T,
-    deadline: Option<Instant>,
+    started: Instant,
+    /// Silence about it ends the connection.
+    expires: bool,
     /// Where the capsule starts in the byte stream, to know whether any of it was written.
     stream_position: u64,
     transfer: Transfer,
@@ -127,6 +129,7 @@ pub struct HostQueue<T> {
     /// Commands that wait for ICResp or for a slot, in order.
     waiting: VecDeque<(Command, T)>,
     completions: VecDeque<(T, Result<Completion, CommandError>)>,
+    answered: Option<Instant>,
 }
 
 impl<T> HostQueue<T> {
@@ -153,6 +156,7 @@ impl<T> HostQueue<T> {
             free: (0..depth).rev().collect(),
             waiting: VecDeque::new(),
             completions: VecDeque::new(),
+            answered: None,
         }
     }
 
@@ -225,8 +229,16 @@ impl<T> HostQueue<T> {
     pub fn poll_timeout(&self) -> Option<Instant> {
         self.slots
             .iter()
-            .filter_map(|slot| slot.in_flight.as_ref()?.deadline)
+            .filter_map(|slot| slot.in_flight.as_ref())
+            .filter(|command| command.expires)
+            .map(|command| command.started + self.options.command_timeout)
             .min()
+    }
+
+    /// When the youngest of the commands was started that have been answered: what was sent then has arrived.
+    #[must_use]
+    pub fn answered(&self) -> Option<Instant> {
+        self.answered
     }
 
     /// The connection has ended. Commands without an answer complete as lost, or as not sent where no byte of them
@@ -324,7 +336,8 @@ impl<T> HostQueue<T> {
         self.encoder.capsule_cmd(&mut self.transmit, &entry, in_capsule);
         slot.in_flight = Some(InFlight {
             context,
-            deadline: command.expires.then(|| now + self.options.command_timeout),
+            started: now,
+            expires: command.expires,
             stream_position,
             transfer,
             damaged: false,
@@ -484,6 +497,7 @@ impl<T> HostQueue<T> {
             return;
         };
         self.free.push(index);
+        self.answered = self.answered.max(Some(command.started));
         let status = if command.damaged && status.is_success() {
             Status::TRANSIENT_TRANSPORT_ERROR
         } else {

@@ -9,7 +9,7 @@
 //!   been read empty once, and the host sends them again. The last quarter is for the time between the host's clock and this one:
 //!   what a command takes from here to its device, or to the volume's owner.
 //!
-//! A host sends a Keep Alive every half of its timeout, so none of this happens to one that is heard. Without a timeout
+//! A host that sends nothing else sends a Keep Alive every half of its timeout, so none of this happens to one that is heard. Without a timeout
 //! there is nothing that could be concluded from silence.
 //!
 //! NVM Express Base Specification 2.0, "Keep Alive".

@@ -1,8 +1,8 @@
 //! Connections that last: from a host to an agent, and from an agent to the owner that it forwards to.
 //!
 //! What is sent on one arrives in order or not at all, late if the wire loses it, and lies in the socket of the receiving process until that
-//! runs. It may outlive its sender. The sender sends a Keep Alive every half of a timeout; when one is not answered for a whole timeout it
-//! gives the connection up, and with it every command that has no answer. What the receiving side makes of what it reads, and of
+//! runs. It may outlive its sender. The sender sends a Keep Alive half of a timeout after the last thing that it sent and got an answer to; when
+//! one is not answered for a whole timeout it gives the connection up, and with it every command that has no answer. What the receiving side makes of what it reads, and of
 //! silence, is in [`super::association`].
 
 use std::cell::{Cell, RefCell};
@@ -16,6 +16,7 @@ use futures_util::future::{Either, LocalBoxFuture, select};
 use weft_block::BlockError;
 use weft_incarnation::published::Published;
 use weft_proto::id::{IncarnationId, NodeId};
+use weft_volume::seams::Timestamp;
 use weft_volume::testing::answer::{Answer, Giver, answer};
 
 use super::association::Kind;
@@ -165,6 +166,8 @@ pub(super) struct Connection {
     socket: Rc<Socket>,
     kato: Duration,
     sent: Cell<u64>,
+    /// When the youngest request was sent that has been answered.
+    answered: Cell<Timestamp>,
     lost: Rc<Published<bool>>,
 }
 
@@ -192,6 +195,7 @@ impl Connection {
             socket,
             kato,
             sent: Cell::new(0),
+            answered: Cell::new(process.now()),
             lost,
         });
         process.spawn(Rc::clone(&connection).keep_alive());
@@ -216,12 +220,16 @@ impl Connection {
 
     /// Sends a command, at once. `None` when the connection is lost before the answer is here.
     pub(super) fn send(self: &Rc<Self>, command: HostCommand) -> LocalBoxFuture<'static, Option<Answered>> {
+        let sent = self.process.now();
         let answered = self.post(Request::Command(command));
         let connection = Rc::clone(self);
         async move {
             let lost = std::pin::pin!(connection.lost());
             match select(answered, lost).await {
-                Either::Left((answered, _)) => Some(answered),
+                Either::Left((answered, _)) => {
+                    connection.note_answered(sent);
+                    Some(answered)
+                }
                 Either::Right(_) => None,
             }
         }
@@ -253,15 +261,25 @@ impl Connection {
 
     async fn keep_alive(self: Rc<Self>) {
         loop {
-            self.process.sleep(self.kato / 2).await;
+            let kept_alive = self.answered.get();
+            self.process.sleep_until(kept_alive.after(self.kato / 2)).await;
             if self.is_lost() {
                 return;
             }
+            if self.answered.get() > kept_alive {
+                continue;
+            }
+            let sent = self.process.now();
             let answered = self.post(Request::KeepAlive);
             if self.process.within(self.kato, answered).await.is_none() {
                 return self.give_up();
             }
+            self.note_answered(sent);
         }
+    }
+
+    fn note_answered(&self, sent: Timestamp) {
+        self.answered.set(self.answered.get().max(sent));
     }
 
     /// Resets the connection.

@@ -58,6 +58,9 @@ pub(super) async fn establish(options: ConnectOptions) -> Result<Controller, Con
     }
     let cap = enable(&admin).await?;
     let identity = identify_controller(&admin).await?;
+    if identity.ctratt.get() & ctratt::TBKAS != 0 {
+        association.set_traffic_based();
+    }
     let mut info = controller_info(&admin, &identity, cap, cntlid).await;
 
     let notices = identity.oaes.get()

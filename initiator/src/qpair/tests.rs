@@ -464,6 +464,28 @@ fn silence_past_the_command_timeout_ends_the_connection() {
 }
 
 #[test]
+fn what_was_sent_last_of_all_that_was_answered_tells_when_the_controller_was_there() {
+    let (mut peer, mut queue) = Peer::initialised(options(), Digests::default(), 4096);
+    let start = Instant::now();
+    let at = |ms| start + Duration::from_millis(ms);
+    for (tag, started) in [(1, at(0)), (2, at(100)), (3, at(200))] {
+        queue.submit(Command::new(submit::flush(1), Payload::None), tag, started);
+    }
+    let cids: Vec<u16> = peer
+        .receive(&mut queue)
+        .iter()
+        .map(|pdu| capsule(pdu).0.cid.get())
+        .collect();
+    assert_eq!(queue.answered(), None, "nothing is known of what was only sent");
+    peer.respond(&mut queue, cids[1], Status::SUCCESS);
+    assert_eq!(queue.answered(), Some(at(100)));
+    peer.respond(&mut queue, cids[0], Status::SUCCESS);
+    assert_eq!(queue.answered(), Some(at(100)), "an older one adds nothing");
+    queue.handle_closed(CloseReason::PeerClosed);
+    assert_eq!(queue.answered(), Some(at(100)), "the third one was lost");
+}
+
+#[test]
 fn a_controllers_term_req_is_the_reason() {
     let (mut peer, mut queue) = Peer::initialised(options(), Digests::default(), 4096);
     let reason = TermReason::invalid_field(4);

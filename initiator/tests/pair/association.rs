@@ -1,7 +1,7 @@
 //! The life of one association: who may have one, what is heard through it of namespaces that come and change, and how it ends when a
 //! peer says nothing, an answer stays away, or nobody holds it any more.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpListener;
@@ -138,6 +138,46 @@ fn silence_is_noticed_by_keep_alive() {
             }
         }
         panic!("associations end although their keep alives are answered");
+    });
+}
+
+#[test]
+fn traffic_stands_in_for_keep_alives_until_it_ends() {
+    run(async {
+        let node = memory_node().await;
+        // Where a machine stands still for a while a Keep Alive is right: the next one has more time.
+        for kato in [1, 4, 16].map(Duration::from_secs) {
+            let relay = Relay::start(node.address).await;
+            let connect = Controller::connect(ConnectOptions {
+                kato,
+                ..options(relay.address)
+            });
+            let Ok(controller) = connect.await else {
+                continue;
+            };
+            let namespace = controller.namespace(1).await.unwrap();
+            let mut keep_alives = relay.keep_alives();
+            let start = Instant::now();
+            let mut slowest = Duration::ZERO;
+            while start.elapsed() < kato * 2 {
+                let sent = Instant::now();
+                tokio::time::sleep(kato / 10).await;
+                let answered = namespace.read(range(2, 1)).await.is_ok();
+                slowest = slowest.max(if answered { sent.elapsed() } else { kato });
+            }
+            if slowest > kato / 5 {
+                continue;
+            }
+            assert_eq!(*keep_alives.borrow_and_update(), 0);
+            tokio::select! {
+                counted = keep_alives.changed() => counted.unwrap(),
+                _ = controller.closed() => continue,
+            }
+            relay.set_silent(true);
+            assert_eq!(controller.closed().await, CloseReason::KeepAliveTimeout);
+            return;
+        }
+        panic!("no machine stands still for so long");
     });
 }
 

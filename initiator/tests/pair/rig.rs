@@ -157,6 +157,7 @@ pub async fn until_state(mut state: watch::Receiver<PathState>, wanted: impl Fn(
 pub struct Relay {
     pub address: SocketAddr,
     silent: watch::Sender<bool>,
+    keep_alives: watch::Receiver<usize>,
 }
 
 impl Relay {
@@ -164,6 +165,7 @@ impl Relay {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (silent, watched) = watch::channel(false);
+        let (counted, keep_alives) = watch::channel(0);
         tokio::task::spawn_local(async move {
             while let Ok((near, _)) = listener.accept().await {
                 let Ok(far) = TcpStream::connect(to).await else {
@@ -171,11 +173,26 @@ impl Relay {
                 };
                 let (near_read, near_write) = near.into_split();
                 let (far_read, far_write) = far.into_split();
-                tokio::task::spawn_local(pump(near_read, far_write, watched.clone()));
-                tokio::task::spawn_local(pump(far_read, near_write, watched.clone()));
+                let counted = counted.clone();
+                let count = move |bytes: &[u8]| {
+                    if is_keep_alive(bytes) {
+                        counted.send_modify(|count| *count += 1);
+                    }
+                };
+                tokio::task::spawn_local(pump(near_read, far_write, watched.clone(), count));
+                tokio::task::spawn_local(pump(far_read, near_write, watched.clone(), |_| {}));
             }
         });
-        Self { address, silent }
+        Self {
+            address,
+            silent,
+            keep_alives,
+        }
+    }
+
+    /// Keep Alives that were forwarded.
+    pub fn keep_alives(&self) -> watch::Receiver<usize> {
+        self.keep_alives.clone()
     }
 
     pub fn set_silent(&self, silent: bool) {
@@ -183,10 +200,16 @@ impl Relay {
     }
 }
 
+/// Whether this is the capsule of a Keep Alive, which is sent alone: PDU type 04h, eight bytes of header, opcode 18h.
+fn is_keep_alive(bytes: &[u8]) -> bool {
+    bytes.len() == 72 && bytes[0] == 0x04 && bytes[8] == 0x18
+}
+
 async fn pump(
     mut from: tokio::net::tcp::OwnedReadHalf,
     mut to: tokio::net::tcp::OwnedWriteHalf,
     mut silent: watch::Receiver<bool>,
+    look: impl Fn(&[u8]),
 ) {
     let mut buffer = vec![0; 64 * 1024];
     loop {
@@ -196,6 +219,7 @@ async fn pump(
             return;
         }
         let Ok(len @ 1..) = received else { return };
+        look(&buffer[..len]);
         if to.write_all(&buffer[..len]).await.is_err() {
             return;
         }
