@@ -4,11 +4,12 @@
 //! cluster map has for it now; the address in the membership only counts until the map has one.
 
 use std::future::Future;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::StreamExt;
+use futures_util::{Stream, StreamExt};
 use openraft::BasicNode;
 use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
 use openraft::network::{Backoff, RPCOption, RaftNetworkFactory, RaftNetworkV2};
@@ -18,6 +19,8 @@ use openraft::raft::{
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Request, Response, Status, Streaming};
 use weft_proto::grpc::metadata as grpc;
@@ -56,6 +59,7 @@ impl RaftNetworkFactory<TypeConfig> for Network {
             fallback: node.addr.clone(),
             shared: Arc::clone(&self.shared),
             connected: None,
+            appends: None,
         }
     }
 }
@@ -68,6 +72,34 @@ pub(super) struct Peer {
     fallback: String,
     shared: Arc<Shared>,
     connected: Option<(String, Channel)>,
+    /// Over `connected`, between two calls.
+    appends: Option<Appends>,
+}
+
+/// AppendEntries and their answers, one at a time, on one stream: most of what an idle leader does is to send these, and a call
+/// for each has a stream of its own, with headers both ways.
+#[derive(Debug)]
+struct Appends {
+    requests: mpsc::Sender<RaftMessage>,
+    answers: Streaming<RaftMessage>,
+}
+
+impl Appends {
+    async fn open(mut client: RaftClient<Channel>) -> Result<Self, Status> {
+        let (requests, sent) = mpsc::channel(1);
+        let answers = client.append_entries(ReceiverStream::new(sent)).await?;
+        Ok(Self {
+            requests,
+            answers: answers.into_inner(),
+        })
+    }
+
+    /// Sends one request and waits for its answer. To be dropped unless it has one: the next answer would be this one's.
+    async fn call(&mut self, request: RaftMessage) -> Result<RaftMessage, Status> {
+        let ended = || Status::unavailable("the stream of entries has ended");
+        self.requests.send(request).await.map_err(|_| ended())?;
+        self.answers.message().await?.ok_or_else(ended)
+    }
 }
 
 impl Peer {
@@ -83,6 +115,7 @@ impl Peer {
         let channel = match &self.connected {
             Some((known, channel)) if *known == address => channel.clone(),
             _ => {
+                self.appends = None;
                 let channel = client::connect(&address)
                     .ok_or_else(|| Unreachable::new(&Status::invalid_argument("not an address")))?;
                 self.connected = Some((address, channel.clone()));
@@ -107,12 +140,21 @@ impl Peer {
         F: Future<Output = Result<Response<RaftMessage>, Status>>,
     {
         let client = self.client()?;
-        let message = RaftMessage {
-            body: envelope::seal(Kind::RAFT, message),
-        };
-        match tokio::time::timeout(option.soft_ttl(), call(client, message)).await {
-            Ok(Ok(response)) => envelope::open(Kind::RAFT, &response.into_inner().body)
-                .map_err(|error| NetworkError::new(&error).into()),
+        let answer = call(client, sealed(message));
+        let answer = async { Ok(answer.await?.into_inner()) };
+        self.within(option, answer).await
+    }
+
+    /// Waits for the answer of the peer's openraft, and forgets the connection if it does not come.
+    async fn within<Resp: DeserializeOwned>(
+        &mut self,
+        option: &RPCOption,
+        answer: impl Future<Output = Result<RaftMessage, Status>>,
+    ) -> Result<Resp, RPCError<TypeConfig>> {
+        match tokio::time::timeout(option.soft_ttl(), answer).await {
+            Ok(Ok(answer)) => {
+                envelope::open(Kind::RAFT, &answer.body).map_err(|error| NetworkError::new(&error).into())
+            }
             Ok(Err(status)) => {
                 self.connected = None;
                 Err(Unreachable::new(&status).into())
@@ -133,10 +175,27 @@ impl RaftNetworkV2<TypeConfig> for Peer {
         rpc: AppendEntriesRequest<TypeConfig>,
         option: RPCOption,
     ) -> Result<AppendEntriesResponse<TypeConfig>, RPCError<TypeConfig>> {
-        self.call(&rpc, &option, |mut client, message| async move {
-            client.append_entries(message).await
-        })
-        .await
+        let client = self.client()?;
+        let request = sealed(&rpc);
+        // Not kept meanwhile: this may be given up half-way.
+        let kept = self.appends.take();
+        let mut appends = None;
+        let answer = async {
+            if let Some(mut kept) = kept
+                && let Ok(answer) = kept.call(request.clone()).await
+            {
+                appends = Some(kept);
+                return Ok(answer);
+            }
+            // What was kept may have ended long ago, with the peer's process. Entries may be sent twice.
+            let mut opened = Appends::open(client).await?;
+            let answer = opened.call(request).await?;
+            appends = Some(opened);
+            Ok(answer)
+        };
+        let response = self.within(&option, answer).await;
+        self.appends = appends;
+        response
     }
 
     async fn vote(
@@ -180,9 +239,7 @@ impl RaftNetworkV2<TypeConfig> for Peer {
         _option: RPCOption,
     ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
         let mut client = self.client()?;
-        let head = RaftMessage {
-            body: envelope::seal(Kind::RAFT, &(vote, snapshot.meta)),
-        };
+        let head = sealed(&(vote, snapshot.meta));
         let data = snapshot.snapshot;
         let pieces = (0..data.len().div_ceil(PIECE_BYTES)).map(move |index| {
             let end = data.len().min((index + 1) * PIECE_BYTES);
@@ -212,36 +269,49 @@ pub struct RaftService {
     pub(super) raft: RaftGroup,
 }
 
-fn read<T: DeserializeOwned>(message: Request<RaftMessage>) -> Result<T, Status> {
-    envelope::open(Kind::RAFT, &message.into_inner().body)
-        .map_err(|error| Status::invalid_argument(error.to_string()))
+fn sealed<T: Serialize>(message: &T) -> RaftMessage {
+    RaftMessage {
+        body: envelope::seal(Kind::RAFT, message),
+    }
 }
 
-fn answer<T: Serialize, E: std::fmt::Display>(result: Result<T, E>) -> Result<Response<RaftMessage>, Status> {
+fn read<T: DeserializeOwned>(message: &RaftMessage) -> Result<T, Status> {
+    envelope::open(Kind::RAFT, &message.body).map_err(|error| Status::invalid_argument(error.to_string()))
+}
+
+fn answer<T: Serialize, E: std::fmt::Display>(result: Result<T, E>) -> Result<RaftMessage, Status> {
     match result {
-        Ok(value) => Ok(Response::new(RaftMessage {
-            body: envelope::seal(Kind::RAFT, &value),
-        })),
+        Ok(value) => Ok(sealed(&value)),
         Err(error) => Err(Status::internal(error.to_string())),
     }
 }
 
 #[tonic::async_trait]
 impl grpc::raft_server::Raft for RaftService {
-    async fn append_entries(&self, message: Request<RaftMessage>) -> Result<Response<RaftMessage>, Status> {
-        answer(self.raft.append_entries(read(message)?).await)
+    type AppendEntriesStream = Pin<Box<dyn Stream<Item = Result<RaftMessage, Status>> + Send>>;
+
+    async fn append_entries(
+        &self,
+        requests: Request<Streaming<RaftMessage>>,
+    ) -> Result<Response<Self::AppendEntriesStream>, Status> {
+        let raft = self.raft.clone();
+        let answers = requests.into_inner().then(move |request| {
+            let raft = raft.clone();
+            async move { answer(raft.append_entries(read(&request?)?).await) }
+        });
+        Ok(Response::new(answers.boxed()))
     }
 
     async fn vote(&self, message: Request<RaftMessage>) -> Result<Response<RaftMessage>, Status> {
-        answer(self.raft.vote(read(message)?).await)
+        answer(self.raft.vote(read(message.get_ref())?).await).map(Response::new)
     }
 
     async fn pre_vote(&self, message: Request<RaftMessage>) -> Result<Response<RaftMessage>, Status> {
-        answer(self.raft.pre_vote(read(message)?).await)
+        answer(self.raft.pre_vote(read(message.get_ref())?).await).map(Response::new)
     }
 
     async fn transfer_leader(&self, message: Request<RaftMessage>) -> Result<Response<RaftMessage>, Status> {
-        answer(self.raft.handle_transfer_leader(read(message)?).await)
+        answer(self.raft.handle_transfer_leader(read(message.get_ref())?).await).map(Response::new)
     }
 
     async fn install_snapshot(
@@ -253,8 +323,7 @@ impl grpc::raft_server::Raft for RaftService {
             .next()
             .await
             .ok_or_else(|| Status::invalid_argument("an empty snapshot"))??;
-        let (vote, meta): (Vote, SnapshotMeta) = envelope::open(Kind::RAFT, &head.body)
-            .map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let (vote, meta): (Vote, SnapshotMeta) = read(&head)?;
         let mut data = Vec::new();
         while let Some(piece) = messages.next().await {
             data.extend_from_slice(&piece?.body);
@@ -266,6 +335,9 @@ impl grpc::raft_server::Raft for RaftService {
             meta,
             snapshot: Bytes::from(data),
         };
-        answer(self.raft.install_full_snapshot(vote, snapshot).await)
+        answer(self.raft.install_full_snapshot(vote, snapshot).await).map(Response::new)
     }
 }
+
+#[cfg(test)]
+mod tests;
