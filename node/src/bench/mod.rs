@@ -95,7 +95,7 @@ impl Output {
 pub(crate) fn run(args: &BenchArgs, json: bool) -> u8 {
     let plan = if args.quick {
         Plan {
-            window: Duration::from_millis(40),
+            window: Duration::from_millis(32),
             pairs: 9,
             idle: Duration::from_secs(3),
             scale: 1,
