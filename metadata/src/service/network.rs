@@ -59,7 +59,15 @@ impl RaftNetworkFactory<TypeConfig> for Network {
             fallback: node.addr.clone(),
             shared: Arc::clone(&self.shared),
             connected: None,
+            keeps_stream: false,
             appends: None,
+        }
+    }
+
+    async fn new_heartbeat_client(&mut self, target: u64, node: &BasicNode) -> Peer {
+        Peer {
+            keeps_stream: true,
+            ..self.new_client(target, node).await
         }
     }
 }
@@ -72,12 +80,15 @@ pub(super) struct Peer {
     fallback: String,
     shared: Arc<Shared>,
     connected: Option<(String, Channel)>,
+    /// Whether the stream of requests stays open between two calls. Where they are rare it costs more than it saves: its
+    /// connection is tested while it is silent.
+    keeps_stream: bool,
     /// Over `connected`, between two calls.
     appends: Option<Appends>,
 }
 
-/// AppendEntries and their answers, one at a time, on one stream: most of what an idle leader does is to send these, and a call
-/// for each has a stream of its own, with headers both ways.
+/// AppendEntries and their answers, one at a time, on one stream: most of what an idle leader does is to send heartbeats, and a
+/// call for each would have a stream of its own, with headers both ways.
 #[derive(Debug)]
 struct Appends {
     requests: mpsc::Sender<RaftMessage>,
@@ -194,7 +205,7 @@ impl RaftNetworkV2<TypeConfig> for Peer {
             Ok(answer)
         };
         let response = self.within(&option, answer).await;
-        self.appends = appends;
+        self.appends = appends.filter(|_| self.keeps_stream);
         response
     }
 

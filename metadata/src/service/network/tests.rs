@@ -83,7 +83,8 @@ async fn peer(member: Echo) -> (Peer, tempfile::TempDir) {
     let node = BasicNode {
         addr: member.serve().await.to_string(),
     };
-    (Network { shared }.new_client(2, &node).await, directory)
+    let peer = Network { shared }.new_heartbeat_client(2, &node).await;
+    (peer, directory)
 }
 
 /// Sends a request of this term; answers whether the answer is its own.
@@ -99,7 +100,7 @@ async fn call(peer: &mut Peer, term: u64, limit: Duration) -> Result<bool, RPCEr
 }
 
 #[tokio::test]
-async fn requests_share_a_stream() {
+async fn heartbeats_share_a_stream() {
     let member = Echo::default();
     let streams = Arc::clone(&member.streams);
     let (mut peer, _directory) = peer(member).await;
@@ -107,6 +108,18 @@ async fn requests_share_a_stream() {
         assert!(call(&mut peer, term, PATIENCE).await.unwrap());
     }
     assert_eq!(streams.load(Ordering::Relaxed), 1);
+}
+
+#[tokio::test]
+async fn whoever_calls_seldom_leaves_no_stream_open() {
+    let member = Echo::default();
+    let streams = Arc::clone(&member.streams);
+    let (mut peer, _directory) = peer(member).await;
+    peer.keeps_stream = false;
+    for term in 1..=3 {
+        assert!(call(&mut peer, term, PATIENCE).await.unwrap());
+    }
+    assert_eq!(streams.load(Ordering::Relaxed), 3);
 }
 
 #[tokio::test]
