@@ -129,6 +129,7 @@ pub struct HostQueue<T> {
     /// Commands that wait for ICResp or for a slot, in order.
     waiting: VecDeque<(Command, T)>,
     completions: VecDeque<(T, Result<Completion, CommandError>)>,
+    /// When the youngest of the commands was started that have been answered.
     answered: Option<Instant>,
 }
 

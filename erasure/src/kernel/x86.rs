@@ -18,8 +18,8 @@ use crate::field::{BIT_MATRICES, NIBBLE_PRODUCTS, NibbleProducts};
 /// - sources, on a Zen 5: nothing for up to eight of them and two rows, which the window reaches by itself; a few percent with three
 ///   rows; with 16 sources and four rows 0.67 of what memory can do instead of 0.52, in shards of 64 KiB. Longer ways were no better;
 /// - outputs, on a Granite Rapids, whose stores otherwise wait for their lines in order behind all loads that the window reaches:
-///   4+2 of 4 KiB 0.62 → 1.03 of what memory can do, everything else 1.1 to 1.3 times as fast, the second-level cache up to 1.8
-///   times. Further ahead was worse. On the Zen 5 it changed nothing.
+///   4+2 of 4 KiB 0.62 → 1.03 of what memory can do, other stripes of four sources and more 1.03 to 1.3 times as fast, in the
+///   second-level cache up to 1.8 times. Outputs alone further ahead were worse. On the Zen 5 they were no better for it.
 const AHEAD: usize = 256;
 
 /// One kernel: what differs is the vector, its loads and stores, and how a product is made.

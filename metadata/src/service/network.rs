@@ -4,12 +4,12 @@
 //! cluster map has for it now; the address in the membership only counts until the map has one.
 
 use std::future::Future;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::{Stream, StreamExt};
+use futures_util::StreamExt;
+use futures_util::stream::BoxStream;
 use openraft::BasicNode;
 use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
 use openraft::network::{Backoff, RPCOption, RaftNetworkFactory, RaftNetworkV2};
@@ -80,7 +80,7 @@ pub(super) struct Peer {
     fallback: String,
     shared: Arc<Shared>,
     connected: Option<(String, Channel)>,
-    /// Whether the stream of requests stays open between two calls. Where they are rare it costs more than it saves: its
+    /// Whether the stream of AppendEntries stays open between two calls. Where they are rare it costs more than it saves: its
     /// connection is tested while it is silent.
     keeps_stream: bool,
     /// Over `connected`, between two calls.
@@ -107,7 +107,7 @@ impl Appends {
 
     /// Sends one request and waits for its answer. To be dropped unless it has one: the next answer would be this one's.
     async fn call(&mut self, request: RaftMessage) -> Result<RaftMessage, Status> {
-        let ended = || Status::unavailable("the stream of entries has ended");
+        let ended = || Status::unavailable("the stream of AppendEntries has ended");
         self.requests.send(request).await.map_err(|_| ended())?;
         self.answers.message().await?.ok_or_else(ended)
     }
@@ -299,7 +299,7 @@ fn answer<T: Serialize, E: std::fmt::Display>(result: Result<T, E>) -> Result<Ra
 
 #[tonic::async_trait]
 impl grpc::raft_server::Raft for RaftService {
-    type AppendEntriesStream = Pin<Box<dyn Stream<Item = Result<RaftMessage, Status>> + Send>>;
+    type AppendEntriesStream = BoxStream<'static, Result<RaftMessage, Status>>;
 
     async fn append_entries(
         &self,

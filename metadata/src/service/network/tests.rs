@@ -1,10 +1,11 @@
-//! The stream of entries, against a member that says what the test wants.
+//! The stream of AppendEntries, against a member that says what the test wants.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use openraft::raft::AppendEntriesResponse::HigherVote;
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tonic::transport::Server;
 use weft_proto::grpc::metadata::raft_server::{Raft, RaftServer};
 
@@ -21,8 +22,8 @@ struct Echo {
     streams: Arc<AtomicUsize>,
     /// Ends each stream behind so many answers, as a member does that is started again.
     answers_of_a_stream: Option<usize>,
-    /// A request of this term is answered so much later.
-    slow: Option<(u64, Duration)>,
+    /// A request of this term is answered once the test says so.
+    late: Option<(u64, watch::Receiver<bool>)>,
 }
 
 impl Echo {
@@ -37,21 +38,24 @@ impl Echo {
 
 #[tonic::async_trait]
 impl Raft for Echo {
-    type AppendEntriesStream = Pin<Box<dyn Stream<Item = Result<RaftMessage, Status>> + Send>>;
+    type AppendEntriesStream = <RaftService as Raft>::AppendEntriesStream;
 
     async fn append_entries(
         &self,
         requests: Request<Streaming<RaftMessage>>,
     ) -> Result<Response<Self::AppendEntriesStream>, Status> {
         self.streams.fetch_add(1, Ordering::Relaxed);
-        let slow = self.slow;
-        let answers = requests.into_inner().then(move |request| async move {
-            let request: AppendEntriesRequest<TypeConfig> = read(&request?)?;
-            let term = request.vote.leader_id.term;
-            if let Some((_, pause)) = slow.filter(|(of, _)| *of == term) {
-                tokio::time::sleep(pause).await;
+        let late = self.late.clone();
+        let answers = requests.into_inner().then(move |request| {
+            let late = late.clone();
+            async move {
+                let request: AppendEntriesRequest<TypeConfig> = read(&request?)?;
+                let term = request.vote.leader_id.term;
+                if let Some((_, mut now)) = late.filter(|(of, _)| *of == term) {
+                    let _ = now.wait_for(|now| *now).await;
+                }
+                Ok(sealed(&HigherVote::<TypeConfig>(request.vote)))
             }
-            Ok(sealed(&HigherVote::<TypeConfig>(request.vote)))
         });
         let answers_of_a_stream = self.answers_of_a_stream.unwrap_or(usize::MAX);
         Ok(Response::new(answers.take(answers_of_a_stream).boxed()))
@@ -138,16 +142,20 @@ async fn a_stream_that_has_ended_is_replaced_and_nobody_is_told() {
 
 #[tokio::test]
 async fn an_answer_that_comes_too_late_is_nobody_elses() {
+    let (now, watched) = watch::channel(false);
     let member = Echo {
-        slow: Some((2, Duration::from_millis(300))),
+        late: Some((2, watched)),
         ..Echo::default()
     };
     let (mut peer, _directory) = peer(member).await;
     assert!(call(&mut peer, 1, PATIENCE).await.unwrap());
     call(&mut peer, 2, Duration::from_millis(10)).await.unwrap_err();
+    now.send_replace(true);
     assert!(call(&mut peer, 3, PATIENCE).await.unwrap());
     // Given up by openraft, in the middle.
+    now.send_replace(false);
     let given_up = tokio::time::timeout(Duration::from_millis(10), call(&mut peer, 2, PATIENCE));
     given_up.await.unwrap_err();
+    now.send_replace(true);
     assert!(call(&mut peer, 4, PATIENCE).await.unwrap());
 }
