@@ -48,6 +48,7 @@
 //! ```
 
 pub mod buffer;
+pub mod copy;
 pub mod counted;
 pub mod drive;
 pub mod faulty;

@@ -26,6 +26,7 @@ use bytes::Bytes;
 use weft_proto::units::{BLOCK_BYTES, Lba, LbaRange};
 
 use crate::buffer::AlignedBuf;
+use crate::copy::copy_cold;
 use crate::huge::HugeMemory;
 use crate::{BlockDevice, BlockError, Device, DeviceInfo, Durability, Io};
 
@@ -95,7 +96,7 @@ impl Memory {
         assert!(at + data.len() <= CHUNK_BYTES);
         // SAFETY: within the allocation; nobody else looks at it, by the caller's promise.
         unsafe {
-            std::ptr::copy_nonoverlapping(data.as_ptr(), self.pages.start().as_ptr().add(at), data.len())
+            copy_cold(data.as_ptr(), self.pages.start().as_ptr().add(at), data.len());
         }
     }
 }

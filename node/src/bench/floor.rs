@@ -5,6 +5,7 @@ use std::hint::black_box;
 
 use rand::rngs::SmallRng;
 use rand::{RngCore as _, SeedableRng as _};
+use weft_block::copy::copy_cold_slice;
 use weft_block::huge::HugeMemory;
 use weft_erasure::Codec;
 use weft_proto::tcp::crc32c;
@@ -108,7 +109,7 @@ impl StripeFloor {
             header[4..8].copy_from_slice(&crc32c(shard).to_le_bytes());
             let place = &mut device[self.at..self.at + BLOCK + shard_bytes];
             place[..BLOCK].copy_from_slice(&header);
-            place[BLOCK..].copy_from_slice(shard);
+            copy_cold_slice(shard, &mut place[BLOCK..]);
         }
         self.at += BLOCK + shard_bytes;
     }
@@ -117,7 +118,7 @@ impl StripeFloor {
     pub(super) fn read(&self, place: u64, out: &mut [u8]) {
         let device = &self.devices[place as usize % self.devices.len()];
         let block = (place / self.devices.len() as u64) as usize % (device.len() / BLOCK);
-        out.copy_from_slice(&device[block * BLOCK..(block + 1) * BLOCK]);
+        copy_cold_slice(&device[block * BLOCK..(block + 1) * BLOCK], out);
         black_box(crc32c(out));
     }
 }

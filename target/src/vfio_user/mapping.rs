@@ -17,6 +17,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use weft_block::copy::copy_cold;
 
 /// A mapped part of a file.
 #[derive(Debug)]
@@ -74,7 +75,7 @@ impl Mapping {
         let from = self.at(offset, to.len());
         // SAFETY: `from` is mapped for as many bytes and `to` is our own memory, so they do not overlap. The guest may
         // write meanwhile: what is copied is then a mixture, which whoever uses it expects of a guest's bytes.
-        unsafe { std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), to.len()) };
+        unsafe { copy_cold(from, to.as_mut_ptr(), to.len()) };
     }
 
     /// Copies bytes in. The mapping has to be writable.
@@ -82,7 +83,7 @@ impl Mapping {
         assert!(self.writable, "a write to memory that is read-only");
         let to = self.at(offset, from.len());
         // SAFETY: as in `read`, in the other direction.
-        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) };
+        unsafe { copy_cold(from.as_ptr(), to, from.len()) };
     }
 
     /// Reads a word at a multiple of 4, before whatever is read after it.
