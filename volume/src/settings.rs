@@ -42,10 +42,8 @@ pub struct Settings {
     pub log_budget_bytes: u64,
     /// Largest chunk asked for. Volumes start with 1 MiB and grow.
     pub chunk_size_max: ChunkSize,
-    /// Share of dead blocks in the sealed bands above which idle compaction starts.
-    pub garbage_max: f64,
-    /// The same while the pool is tight.
-    pub garbage_max_tight: f64,
+    /// How much garbage is left lying while nobody needs its space.
+    pub garbage_max: GarbageMax,
     /// How long a write waits for compaction to find space in a full pool before it fails with Capacity Exceeded: well
     /// below the 30 s after which a Linux host gives a command up.
     pub space_wait: Duration,
@@ -67,11 +65,45 @@ impl Default for Settings {
             retry: Duration::from_millis(20),
             log_budget_bytes: 128 * MIB,
             chunk_size_max: ChunkSize::Mib64,
-            garbage_max: 0.5,
-            garbage_max_tight: 0.15,
+            garbage_max: GarbageMax::default(),
             space_wait: Duration::from_secs(15),
             compaction_blocks: 512,
             map: MapSettings::default(),
+        }
+    }
+}
+
+/// Shares of dead blocks in the sealed bands above which compaction starts unasked. The space it wins is nobody's need yet,
+/// and the longer a block is left, the likelier it is dead when its band's turn comes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GarbageMax {
+    /// While hosts fill bands, and the pool has space: at three quarters hardly anything in a band lives when it is emptied.
+    pub busy: f64,
+    /// Once hosts have filled none for a while, or the pool is tight: what lies there is rebuilt with the rest when a drive is
+    /// lost, and looks like used space to whoever watches the pool.
+    pub settled: f64,
+    /// Once both: it may be all the space that another volume needs.
+    pub wanted: f64,
+}
+
+impl GarbageMax {
+    /// One share at all times.
+    #[must_use]
+    pub fn always(share: f64) -> Self {
+        Self {
+            busy: share,
+            settled: share,
+            wanted: share,
+        }
+    }
+}
+
+impl Default for GarbageMax {
+    fn default() -> Self {
+        Self {
+            busy: 0.75,
+            settled: 0.5,
+            wanted: 0.15,
         }
     }
 }

@@ -14,6 +14,7 @@ use std::time::Duration;
 use common::{Fabric, Host, Owner, Spec, seeds};
 use futures_util::future::{LocalBoxFuture, join, join_all, join3};
 use weft_proto::id::DriveId;
+use weft_volume::settings::GarbageMax;
 use weft_volume::testing::drive::Health;
 use weft_volume::testing::rng::Rng;
 use weft_volume::testing::world::{InFlight, Stopped};
@@ -428,7 +429,7 @@ fn compaction() {
     let mut spec = small();
     // Four bands of data, and two of garbage when it begins.
     spec.blocks = 2048;
-    spec.settings.garbage_max = 0.2;
+    spec.settings.garbage_max = GarbageMax::always(0.2);
     sweep("compaction", &spec, |host| {
         Box::pin(async move {
             join_all((0..2048).step_by(64).map(|start| host.put(start, 64))).await;

@@ -15,7 +15,7 @@ use weft_metadata::state::{Command, Reply};
 use weft_proto::band::ChunkSize;
 use weft_proto::id::{ClusterId, DriveId, DriveUuid, HostId, IncarnationId, NodeId, PoolId, VolumeId};
 use weft_volume::map::MapSettings;
-use weft_volume::settings::Settings;
+use weft_volume::settings::{GarbageMax, Settings};
 use weft_volume::testing::World;
 use weft_volume::testing::drive::{DriveSpec, Health};
 use weft_volume::testing::rng::Rng;
@@ -192,8 +192,11 @@ impl Cluster {
         Settings {
             chunk_size_max: ChunkSize::Mib1,
             log_budget_bytes: self.plan.log_budget_bytes,
-            garbage_max: self.plan.garbage_max,
-            garbage_max_tight: self.plan.garbage_max.min(0.15),
+            garbage_max: GarbageMax {
+                busy: self.plan.garbage_max,
+                settled: self.plan.garbage_max / 2.0,
+                wanted: (self.plan.garbage_max / 2.0).min(0.15),
+            },
             map: MapSettings {
                 cache_bytes: 64 << 10,
                 runs_max: 4,

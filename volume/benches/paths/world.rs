@@ -21,7 +21,7 @@ use weft_proto::units::MIB;
 use weft_volume::engine::Engine;
 use weft_volume::format::header::HeaderKey;
 use weft_volume::seams::{BandPurpose, Directory, DirectoryError, Drives, Env, Lease, Seams, Timestamp};
-use weft_volume::settings::{Identity, Settings};
+use weft_volume::settings::{GarbageMax, Identity, Settings};
 
 const GEOMETRY: Geometry = Geometry { k: 4, m: 2 };
 
@@ -69,7 +69,7 @@ impl World {
         // No checkpoint and no compaction comes in between: one write is like the next.
         let settings = Settings {
             log_budget_bytes: u64::MAX,
-            garbage_max: 1.0,
+            garbage_max: GarbageMax::always(1.0),
             ..Settings::default()
         };
         self.run(Engine::open(seams, settings, identity, grant)).unwrap()

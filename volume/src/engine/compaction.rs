@@ -7,9 +7,9 @@
 //! next checkpoint.
 //!
 //! When it runs: as soon as a grant was refused for want of space, which is half a band or more ahead of need; otherwise when the
-//! share of garbage passes a setting. That is lower while the pool is tight and this volume is quiet: its garbage may be all
-//! the space another one needs, while a busy volume's own garbage grows by itself the longer it is left. It goes on beside
-//! user I/O, in its own stripes, which may use the pool's reserve.
+//! share of garbage passes a setting. That is highest for a busy volume of a pool with space, whose garbage grows by itself
+//! the longer it is left, and lowest while the pool is tight and this volume is quiet: its garbage may be all the space another
+//! one needs. It goes on beside user I/O, in its own stripes, which may use the pool's reserve.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -30,6 +30,7 @@ use crate::entry::MapEntry;
 use crate::error::VolumeError;
 use crate::map::{Generation, HOST_LBA_END, Mapping, PageState, is_map_lba};
 use crate::seams::BandPurpose;
+use crate::settings::GarbageMax;
 use crate::sync::{Changed, give_way, within};
 
 /// Rows read at once when a band is walked for its headers: few, because a deep stripe is mostly payload.
@@ -49,7 +50,7 @@ const SORTED_OUT_PER_TURN: usize = 512;
 const BANDS_PER_EMPTIED: usize = 192;
 const EMPTIED_MIN: usize = 2;
 const EMPTIED_MAX: usize = 5;
-/// A volume whose hosts have filled no band for so long leaves its garbage to others. Guessed.
+/// A volume whose hosts have filled no band for so long is quiet. Guessed.
 const QUIET_AFTER: Duration = Duration::from_secs(5);
 /// Sealed bands below which garbage is no reason to compact.
 const SEALED_BANDS_MIN: usize = 4;
@@ -98,9 +99,9 @@ impl Core {
         }
     }
 
-    /// Waits until there may be something to compact: also until a busy volume of a tight pool has become quiet.
+    /// Waits until there may be something to compact: also until a busy volume has become quiet.
     async fn wait_for_garbage(&self, changed: Changed) {
-        if !self.space.tight.get() || self.is_quiet() {
+        if self.is_quiet() {
             return changed.await;
         }
         let deadline = self.seams.env.now().after(QUIET_AFTER);
@@ -120,10 +121,15 @@ impl Core {
             capacity += band.capacity_blocks();
             live += self.live_estimate(&band);
         }
-        let garbage_max = if self.space.tight.get() && self.is_quiet() {
-            self.settings.garbage_max_tight
-        } else {
-            self.settings.garbage_max
+        let GarbageMax {
+            busy,
+            settled,
+            wanted,
+        } = self.settings.garbage_max;
+        let garbage_max = match (self.space.tight.get(), self.is_quiet()) {
+            (false, false) => busy,
+            (false, true) | (true, false) => settled,
+            (true, true) => wanted,
         };
         count >= SEALED_BANDS_MIN
             && (capacity - live) as f64 > garbage_max * capacity as f64

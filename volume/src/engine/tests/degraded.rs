@@ -261,7 +261,7 @@ fn a_drive_that_misdirects_writes_costs_no_read() {
         let settings = Settings {
             chunk_size_max: weft_proto::band::ChunkSize::Mib1,
             log_budget_bytes: MIB,
-            garbage_max: 0.3,
+            garbage_max: crate::settings::GarbageMax::always(0.3),
             map: crate::map::MapSettings {
                 cache_bytes: 64 << 10,
                 runs_max: 4,

@@ -209,6 +209,39 @@ fn a_trim_that_comes_during_a_checkpoint_is_not_freed_with_its_band() {
 }
 
 #[test]
+fn garbage_that_a_busy_volume_keeps_goes_once_it_is_quiet() {
+    let mut settings = tight();
+    settings.map.runs_max = 1; // merged at every checkpoint, so that band counts are exact
+    let mut fixture = Fixture::with(6, 128, GEOMETRY, 256 * MIB, settings);
+    // Everything once and, all over, twice more: two thirds are dead in the end, some of every band.
+    let mut rng = Rng::new(11);
+    for pass in 1..=3_u64 {
+        for start in (0..4_096).step_by(64) {
+            let lba = |at: u64, rng: &mut Rng| if pass == 1 { at } else { rng.below(4_096) };
+            let writes: BTreeMap<u64, u64> = (start..start + 64)
+                .map(|at| (lba(at, &mut rng), pass * 1_000_000 + at))
+                .collect();
+            fixture.write_all(&writes.into_iter().collect::<Vec<_>>());
+        }
+    }
+    fixture.checkpoint();
+    fixture.world.run_for(std::time::Duration::from_secs(2)).unwrap();
+    let kept = fixture.engine.stats();
+    assert_eq!(kept.compacted_blocks, 0, "while hosts fill bands: {kept:?}");
+    fixture.world.run_for(std::time::Duration::from_secs(8)).unwrap();
+    fixture.checkpoint();
+    let quiet = fixture.engine.stats();
+    assert!(quiet.compacted_blocks > 0, "{quiet:?}");
+    assert!(
+        quiet.allocated_bytes < kept.allocated_bytes,
+        "{} of {} bytes are still held",
+        quiet.allocated_bytes,
+        kept.allocated_bytes
+    );
+    fixture.check_all();
+}
+
+#[test]
 fn a_tight_pool_makes_a_volume_give_up_garbage_that_it_would_keep() {
     let mut settings = tight();
     settings.map.runs_max = 1; // merged at every checkpoint, so that band counts are exact
