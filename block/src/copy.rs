@@ -32,6 +32,12 @@ pub unsafe fn copy_cold(from: *const u8, to: *mut u8, bytes: usize) {
     }
 }
 
+/// Asks for the beginning of what is copied to `to` next, which [`copy_cold`] cannot know of.
+#[inline]
+pub fn fetch_first(to: *const u8) {
+    fetch(to, 0, PIECE_BYTES);
+}
+
 /// [`copy_cold`] between slices of one length.
 ///
 /// # Panics

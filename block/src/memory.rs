@@ -26,7 +26,7 @@ use bytes::Bytes;
 use weft_proto::units::{BLOCK_BYTES, Lba, LbaRange};
 
 use crate::buffer::AlignedBuf;
-use crate::copy::copy_cold;
+use crate::copy::{copy_cold, fetch_first};
 use crate::huge::HugeMemory;
 use crate::{BlockDevice, BlockError, Device, DeviceInfo, Durability, Io};
 
@@ -86,6 +86,13 @@ impl Memory {
         assert!(range.start <= range.end && range.end <= CHUNK_BYTES);
         // SAFETY: within the allocation, which is initialised; the rest is the caller's promise.
         unsafe { std::slice::from_raw_parts(self.pages.start().as_ptr().add(range.start), range.len()) }
+    }
+
+    /// Fetches ahead what is written at `at` next, if that is here.
+    fn expect_write(&self, at: usize) {
+        if at < CHUNK_BYTES {
+            fetch_first(self.pages.start().as_ptr().wrapping_add(at));
+        }
     }
 
     /// Copies `data` to `at`.
@@ -199,12 +206,15 @@ impl Chunk {
         }
     }
 
-    /// Copies `data` to `at`.
-    fn write(&mut self, at: usize, mut data: &[u8]) {
+    /// Copies `data` to `at`. Whether `more` follows it at once.
+    fn write(&mut self, at: usize, mut data: &[u8], more: bool) {
         let mut to = at;
         while !data.is_empty() {
             let within = to % BLOCK_BYTES;
             let (part, rest) = data.split_at((BLOCK_BYTES - within).min(data.len()));
+            if more || !rest.is_empty() {
+                self.memory.expect_write(to + part.len());
+            }
             self.write_page(to / BLOCK_BYTES, within, part);
             to += part.len();
             data = rest;
@@ -344,12 +354,17 @@ impl MemoryDrive {
         let range = self.info.check_write(start, data)?;
         let (mut to, _) = self.byte_range(range);
         let mut chunks = self.chunks.borrow_mut();
+        let end = to + data.iter().map(|segment| segment.len() as u64).sum::<u64>();
         for segment in data {
             let mut rest = &segment[..];
             while !rest.is_empty() {
                 let (number, at) = place(to);
                 let (part, next) = rest.split_at(rest.len().min(CHUNK_BYTES - at));
-                chunks.entry(number).or_insert_with(Chunk::new).write(at, part);
+                let more = to + (part.len() as u64) < end;
+                chunks
+                    .entry(number)
+                    .or_insert_with(Chunk::new)
+                    .write(at, part, more);
                 to += part.len() as u64;
                 rest = next;
             }

@@ -62,6 +62,13 @@ enum Evacuation {
     Pending,
 }
 
+/// A band that may be emptied.
+struct Victim {
+    band: Rc<BandState>,
+    /// Blocks of it that live, as far as is known.
+    live: u64,
+}
+
 /// A live block that was found in a victim.
 struct Live {
     copy: Rc<Copy>,
@@ -80,8 +87,8 @@ impl Core {
             self.space.busy.set(true);
             let result = if self.space.is_wanted() {
                 self.find_space().await
-            } else if self.is_wasteful() {
-                self.compact_one(GAIN_MIN_IDLE, u64::MAX).await.map(|_| ())
+            } else if let Some(band) = self.wasteful() {
+                self.compact(&band).await.map(|_| ())
             } else {
                 self.space.busy.set(false);
                 self.wait_for_garbage(changed).await;
@@ -113,13 +120,13 @@ impl Core {
         self.seams.env.now() >= self.host.opened_at.get().after(QUIET_AFTER)
     }
 
-    /// Whether garbage passes the setting.
-    fn is_wasteful(&self) -> bool {
-        let (mut capacity, mut live, mut count) = (0, 0, 0);
-        for band in self.victims() {
-            count += 1;
-            capacity += band.capacity_blocks();
-            live += self.live_estimate(&band);
+    /// The best victim, if garbage passes the setting.
+    fn wasteful(&self) -> Option<Rc<BandState>> {
+        let victims = self.victims();
+        let (mut capacity, mut live) = (0, 0);
+        for victim in &victims {
+            capacity += victim.band.capacity_blocks();
+            live += victim.live;
         }
         let GarbageMax {
             busy,
@@ -131,9 +138,9 @@ impl Core {
             (false, true) | (true, false) => settled,
             (true, true) => wanted,
         };
-        count >= SEALED_BANDS_MIN
-            && (capacity - live) as f64 > garbage_max * capacity as f64
-            && self.victim(GAIN_MIN_IDLE, u64::MAX).is_some()
+        let much =
+            victims.len() >= SEALED_BANDS_MIN && (capacity - live) as f64 > garbage_max * capacity as f64;
+        much.then(|| self.best(victims, GAIN_MIN_IDLE)).flatten()
     }
 
     /// Turns garbage into free bands until the volume holds less than when the pool refused, hosts have been granted
@@ -146,7 +153,11 @@ impl Core {
         let granted = self.host.granted.get();
         let before = self.bands_opened.get();
         let emptied_max = (self.bands.borrow().len() / BANDS_PER_EMPTIED).clamp(EMPTIED_MIN, EMPTIED_MAX);
-        if self.victims().iter().any(|band| !self.map().refers_to(band.id)) {
+        if self
+            .victims()
+            .iter()
+            .any(|victim| !self.map().refers_to(victim.band.id))
+        {
             // What is dead already costs nothing but a root.
             self.checkpoint(Purpose::Ordinary).await?;
         }
@@ -156,9 +167,11 @@ impl Core {
             if self.host.granted.get() > granted || self.held_bytes() < held {
                 break true;
             }
-            match self.compact_one(GAIN_MIN, before).await? {
-                Some(share) => {
-                    gained += share;
+            let mut victims = self.victims();
+            victims.retain(|victim| victim.band.order.get() <= before);
+            match self.best(victims, GAIN_MIN) {
+                Some(band) => {
+                    gained += self.compact(&band).await?;
                     emptied += 1;
                     let enough = gained >= 1.0 && self.host.starved_since.get().is_some();
                     if emptied < emptied_max && !enough {
@@ -187,23 +200,19 @@ impl Core {
         Ok(())
     }
 
-    /// Moves the live blocks of one band that was opened before the one numbered `before`. Answers the share of a band
-    /// that was gained; `None` when no band is worth it.
-    async fn compact_one(self: &Rc<Self>, gain_min: f64, before: u64) -> Result<Option<f64>, VolumeError> {
-        let Some(band) = self.victim(gain_min, before) else {
-            return Ok(None);
-        };
-        let share = gain(&band, self.live_estimate(&band));
-        match self.evacuate(&band).await? {
+    /// Moves the live blocks of one band. Answers the share of a band that was gained.
+    async fn compact(self: &Rc<Self>, band: &Rc<BandState>) -> Result<f64, VolumeError> {
+        let share = gain(band, self.live_estimate(band));
+        match self.evacuate(band).await? {
             Evacuation::Emptied => {
                 self.map().evacuated(band.id);
                 band.evacuated.set(true);
-                Ok(Some(share))
+                Ok(share)
             }
             Evacuation::Pending => {
                 // A checkpoint ends the run that is being written.
                 self.checkpoint(Purpose::Ordinary).await?;
-                Ok(Some(0.0))
+                Ok(0.0)
             }
         }
     }
@@ -213,7 +222,7 @@ impl Core {
         self.map().live_estimate(band.id).min(band.capacity_blocks())
     }
 
-    fn victims(&self) -> Vec<Rc<BandState>> {
+    fn victims(&self) -> Vec<Victim> {
         self.bands
             .borrow()
             .values()
@@ -222,18 +231,20 @@ impl Core {
                     && !band.evacuated.get()
                     && !band.writer.borrow().has_open_stripes()
             })
-            .cloned()
+            .map(|band| Victim {
+                band: Rc::clone(band),
+                live: self.live_estimate(band),
+            })
             .collect()
     }
 
-    /// The band whose move gains most for its cost.
-    fn victim(&self, gain_min: f64, before: u64) -> Option<Rc<BandState>> {
+    /// Of `victims` the band whose move gains most for its cost, and `gain_min` at least.
+    fn best(&self, victims: Vec<Victim>, gain_min: f64) -> Option<Rc<BandState>> {
         let now = self.bands_opened.get() + 1;
-        self.victims()
+        victims
             .into_iter()
-            .filter(|band| band.order.get() <= before)
-            .filter_map(|band| {
-                let share = gain(&band, self.live_estimate(&band));
+            .filter_map(|Victim { band, live }| {
+                let share = gain(&band, live);
                 let age = (now - band.order.get().min(now)) as f64 + 1.0;
                 let score = share * age.sqrt() / (2.0 - share);
                 (share >= gain_min).then_some((score, band))

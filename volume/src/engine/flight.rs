@@ -355,7 +355,7 @@ impl Core {
             self.close_parts(&record.was_in);
             record.op.part_done();
         }
-        for (index, block) in blocks.into_iter().enumerate() {
+        for (index, block) in blocks.iter().enumerate() {
             let (shard, depth) = (index / d as usize, index % d as usize);
             let entry = MapEntry {
                 band: band.id,
@@ -368,6 +368,13 @@ impl Core {
                 crc: block.crc,
             };
             self.block_written(block, entry);
+        }
+        // After all of them are entered: whoever is woken, and whatever is given back, takes locked instructions, and each of those
+        // waits for the stores before it.
+        for block in blocks {
+            if let Target::Host(op) = &block.target {
+                op.part_done();
+            }
         }
         self.close_stripe(number, &band);
     }
@@ -410,12 +417,12 @@ impl Core {
         }
     }
 
-    fn block_written(self: &Rc<Self>, block: BlockWork, entry: MapEntry) {
+    /// Makes a durable block visible. A host is answered by the caller.
+    fn block_written(self: &Rc<Self>, block: &BlockWork, entry: MapEntry) {
         match &block.target {
-            Target::Host(op) => {
+            Target::Host(_) => {
                 self.kill_copies(block.lba.0, 1, block.sequence);
                 self.map().insert(block.lba, entry);
-                op.part_done();
             }
             Target::Page(..) => block.target.page_done(entry),
             Target::Copy { copy, expected, seen } => {
