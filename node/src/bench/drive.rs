@@ -4,10 +4,12 @@ use std::cell::RefCell;
 
 use anyhow::Context as _;
 use tokio::task::LocalSet;
+use weft_block::buffer::AlignedBuf;
 use weft_block::drive::{Drive, DriveOptions, create_file};
 use weft_proto::units::MIB;
 
-use super::load::{Clock, Load, Pattern};
+use super::floor::noise;
+use super::load::{Clock, Load, PAYLOAD_BYTES, Pattern};
 use super::pairs::measure;
 use super::report::{Heading, Required, Row};
 use super::ring_floor::RingFloor;
@@ -30,11 +32,13 @@ pub(super) fn run(plan: &Plan, output: &mut Output) -> anyhow::Result<()> {
         .build()?;
     let local = LocalSet::new();
     let drive = local.block_on(&runtime, Drive::open(&path, DriveOptions::default()))?;
-    let load = Load::new(drive.device(), Clock::Wall);
+    // Aligned, for both: what a drive copies because it is not is not the drive's.
+    let payload = AlignedBuf::gather(&[noise(PAYLOAD_BYTES).into()]).freeze();
+    let load = Load::of(payload.clone(), drive.device(), Clock::Wall);
     local
         .block_on(&runtime, load.fill())
         .context("filling the file")?;
-    let floor = RefCell::new(RingFloor::open(&path, drive.is_direct())?);
+    let floor = RefCell::new(RingFloor::open(&path, drive.is_direct(), payload)?);
     let drive_kind = match (drive.is_direct(), drive.uses_threads()) {
         (true, false) => "file, direct, io_uring",
         (false, false) => "file, page cache, io_uring",

@@ -58,6 +58,14 @@ pub(super) enum Clock {
     Wall,
 }
 
+/// What writes are cut from.
+pub(super) const PAYLOAD_BYTES: usize = 4 << 20;
+
+/// Where in it the `bytes` for the place numbered so are.
+pub(super) fn payload_at(place: u64, bytes: usize) -> usize {
+    (place as usize * BLOCK) % (PAYLOAD_BYTES - bytes + BLOCK)
+}
+
 /// See the module.
 pub(super) struct Load {
     device: Device,
@@ -67,10 +75,16 @@ pub(super) struct Load {
 }
 
 impl Load {
+    /// Of bytes that lie anywhere, as those from a socket do.
     pub(super) fn new(device: Device, clock: Clock) -> Self {
+        Self::of(Bytes::from(noise(PAYLOAD_BYTES)), device, clock)
+    }
+
+    /// Of pieces of `payload`, [`PAYLOAD_BYTES`] long.
+    pub(super) fn of(payload: Bytes, device: Device, clock: Clock) -> Self {
         Self {
             device,
-            payload: Bytes::from(noise(4 << 20)),
+            payload,
             random: RefCell::new(SmallRng::seed_from_u64(1)),
             clock,
         }
@@ -167,7 +181,7 @@ impl Load {
                 Err(io) => Started::Running(Running::Read(io)),
             };
         }
-        let at = (place as usize * BLOCK) % (self.payload.len() - bytes + BLOCK);
+        let at = payload_at(place, bytes);
         let data = vec![self.payload.slice(at..at + bytes)];
         match self
             .device

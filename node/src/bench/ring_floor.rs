@@ -1,4 +1,4 @@
-//! The floor of a drive: an io_uring loop on the same file, with its buffers made once and nothing around it.
+//! The floor of a drive: an io_uring loop on the same file, with the same payload, its buffers made once and nothing around it.
 
 #![allow(
     unsafe_code,
@@ -12,6 +12,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use io_uring::{IoUring, opcode, squeue, types};
 use rand::rngs::SmallRng;
 use rand::{Rng as _, SeedableRng as _};
@@ -19,7 +20,7 @@ use weft_block::buffer::AlignedBuf;
 
 use super::floor::BLOCK;
 use super::histogram::Histogram;
-use super::load::Pattern;
+use super::load::{Pattern, payload_at};
 use super::machine::CpuClock;
 use super::pairs::{CpuPerIo, Window};
 
@@ -31,6 +32,7 @@ pub(super) struct RingFloor {
     ring: IoUring,
     file: File,
     bytes: u64,
+    payload: Bytes,
     random: SmallRng,
 }
 
@@ -39,7 +41,7 @@ impl RingFloor {
     ///
     /// # Errors
     /// The system's.
-    pub(super) fn open(path: &Path, direct: bool) -> io::Result<Self> {
+    pub(super) fn open(path: &Path, direct: bool, payload: Bytes) -> io::Result<Self> {
         let flags = if direct {
             rustix::fs::OFlags::DIRECT
         } else {
@@ -55,6 +57,7 @@ impl RingFloor {
             ring: IoUring::builder().setup_coop_taskrun().build(256)?,
             file,
             bytes,
+            payload,
             random: SmallRng::seed_from_u64(5),
         })
     }
@@ -66,9 +69,6 @@ impl RingFloor {
     pub(super) fn run(&mut self, pattern: Pattern, window: Duration) -> io::Result<Window> {
         let bytes = pattern.blocks() as usize * BLOCK;
         let mut buffers: Vec<AlignedBuf> = (0..pattern.depth).map(|_| AlignedBuf::zeroed(bytes)).collect();
-        for (index, buffer) in buffers.iter_mut().enumerate() {
-            buffer.fill(index as u8 + 1);
-        }
         let outcome = self.keep_going(pattern, window, &mut buffers);
         if outcome.is_err() {
             // The kernel may still write into them.
@@ -105,9 +105,17 @@ impl RingFloor {
                     };
                     sent_at[slot] = now;
                     let offset = place * pattern.blocks() * BLOCK as u64;
-                    let entry = entry(&self.file, pattern, &mut buffers[slot], offset).user_data(slot as u64);
+                    let buffer = &mut buffers[slot];
+                    let entry = if pattern.read {
+                        read(&self.file, buffer, offset)
+                    } else {
+                        let at = payload_at(place, buffer.len());
+                        write(&self.file, &self.payload[at..at + buffer.len()], offset)
+                    };
+                    let entry = entry.user_data(slot as u64);
                     // SAFETY: the entry points into a buffer that lives until its completion was seen: this function
-                    // returns before that only with an error, after which the caller leaks the buffers.
+                    // returns before that only with an error, after which the caller leaks the buffers. What is written is
+                    // part of a payload that nobody changes, and `RingFloor` has it as long as it has the ring.
                     unsafe { self.ring.submission().push(&entry) }.map_err(io::Error::other)?;
                 }
             } else if free.len() == pattern.depth {
@@ -140,16 +148,19 @@ impl RingFloor {
     }
 }
 
-fn entry(file: &File, pattern: Pattern, buffer: &mut AlignedBuf, offset: u64) -> squeue::Entry {
-    let (file, length) = (types::Fd(file.as_raw_fd()), buffer.len() as u32);
-    if pattern.read {
-        opcode::Read::new(file, buffer.as_mut_ptr(), length)
-            .offset(offset)
-            .build()
-    } else {
-        opcode::Write::new(file, buffer.as_ptr(), length)
-            .offset(offset)
-            .rw_flags(RWF_DSYNC as i32)
-            .build()
-    }
+fn read(file: &File, buffer: &mut [u8], offset: u64) -> squeue::Entry {
+    opcode::Read::new(
+        types::Fd(file.as_raw_fd()),
+        buffer.as_mut_ptr(),
+        buffer.len() as u32,
+    )
+    .offset(offset)
+    .build()
+}
+
+fn write(file: &File, data: &[u8], offset: u64) -> squeue::Entry {
+    opcode::Write::new(types::Fd(file.as_raw_fd()), data.as_ptr(), data.len() as u32)
+        .offset(offset)
+        .rw_flags(RWF_DSYNC as i32)
+        .build()
 }
