@@ -193,9 +193,10 @@ impl Cluster {
             chunk_size_max: ChunkSize::Mib1,
             log_budget_bytes: self.plan.log_budget_bytes,
             garbage_max: GarbageMax {
-                busy: self.plan.garbage_max,
-                settled: self.plan.garbage_max / 2.0,
-                wanted: (self.plan.garbage_max / 2.0).min(0.15),
+                // As far apart as an agent's.
+                busy: self.plan.garbage_max * 1.5,
+                settled: self.plan.garbage_max,
+                wanted: self.plan.garbage_max.min(0.15),
             },
             map: MapSettings {
                 cache_bytes: 64 << 10,
