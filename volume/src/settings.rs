@@ -79,14 +79,27 @@ impl Default for Settings {
 pub struct GarbageMax {
     /// While hosts fill bands, and the pool has space: at three quarters hardly anything in a band lives when it is emptied.
     pub busy: f64,
-    /// Once hosts have filled none for a while, or the pool is tight: what lies there is rebuilt with the rest when a drive is
-    /// lost, and looks like used space to whoever watches the pool.
+    /// Once hosts have filled none for a while, or the pool is tight, or the bands are very many: what lies there is rebuilt with
+    /// the rest when a drive is lost, looks like used space to whoever watches the pool, and every band is a line in every root.
     pub settled: f64,
     /// Once both: it may be all the space that another volume needs.
     pub wanted: f64,
 }
 
+/// Sealed bands beyond which a busy volume keeps no more garbage than any other. A guess: a root of so many has 1 to 2 MB, a
+/// hundredth of what is written between two of them, and is far from the longest that can be written.
+const BUSY_BANDS_MAX: usize = 1 << 16;
+
 impl GarbageMax {
+    /// The share that counts for a volume of so many sealed bands.
+    pub(crate) fn now(self, tight: bool, quiet: bool, bands: usize) -> f64 {
+        match (tight, quiet) {
+            (false, false) if bands <= BUSY_BANDS_MAX => self.busy,
+            (false, _) | (true, false) => self.settled,
+            (true, true) => self.wanted,
+        }
+    }
+
     /// One share at all times.
     #[must_use]
     pub fn always(share: f64) -> Self {
@@ -104,6 +117,30 @@ impl Default for GarbageMax {
             busy: 0.75,
             settled: 0.5,
             wanted: 0.15,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn garbage_is_kept_by_busy_volumes_of_not_too_many_bands_and_given_up_where_it_is_wanted() {
+        let shares = GarbageMax::default();
+        for (tight, quiet, bands, share) in [
+            (false, false, 65_536, 0.75),
+            (false, false, 65_537, 0.5),
+            (false, true, 100, 0.5),
+            (true, false, 100, 0.5),
+            (true, true, 100, 0.15),
+            (true, true, 65_537, 0.15),
+        ] {
+            let now = shares.now(tight, quiet, bands);
+            assert!(
+                (now - share).abs() < f64::EPSILON,
+                "{now} of {bands} bands, tight {tight}, quiet {quiet}"
+            );
         }
     }
 }

@@ -30,7 +30,6 @@ use crate::entry::MapEntry;
 use crate::error::VolumeError;
 use crate::map::{Generation, HOST_LBA_END, Mapping, PageState, is_map_lba};
 use crate::seams::BandPurpose;
-use crate::settings::GarbageMax;
 use crate::sync::{Changed, give_way, within};
 
 /// Rows read at once when a band is walked for its headers: few, because a deep stripe is mostly payload.
@@ -128,16 +127,10 @@ impl Core {
             capacity += victim.band.capacity_blocks();
             live += victim.live;
         }
-        let GarbageMax {
-            busy,
-            settled,
-            wanted,
-        } = self.settings.garbage_max;
-        let garbage_max = match (self.space.tight.get(), self.is_quiet()) {
-            (false, false) => busy,
-            (false, true) | (true, false) => settled,
-            (true, true) => wanted,
-        };
+        let garbage_max =
+            self.settings
+                .garbage_max
+                .now(self.space.tight.get(), self.is_quiet(), victims.len());
         let much =
             victims.len() >= SEALED_BANDS_MIN && (capacity - live) as f64 > garbage_max * capacity as f64;
         much.then(|| self.best(victims, GAIN_MIN_IDLE)).flatten()
