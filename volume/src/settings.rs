@@ -82,7 +82,7 @@ pub struct GarbageMax {
     /// Once hosts have filled none for a while, or the pool is tight, or the bands are very many: what lies there is rebuilt with
     /// the rest when a drive is lost, looks like used space to whoever watches the pool, and every band is a line in every root.
     pub settled: f64,
-    /// Once both: it may be all the space that another volume needs.
+    /// Once hosts have filled none for a while and the pool is tight: it may be all the space that another volume needs.
     pub wanted: f64,
 }
 
