@@ -11,7 +11,6 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use bytes::Bytes;
-use rustix::thread::CpuSet;
 use weft_block::polling::SPAN_DEFAULT;
 
 use super::floor::noise;
@@ -29,8 +28,6 @@ const DRIVES: usize = 6;
 /// # Errors
 /// A process does not start, a command fails.
 pub(super) fn run(plan: &Plan, output: &mut Output) -> anyhow::Result<()> {
-    // Children inherit it: here the scheduler decides.
-    let all = machine::unpin()?;
     let mut cluster = Cluster::start()?;
     let target = Target::start(SPAN_DEFAULT)?;
     let sleeping = Target::start(Duration::ZERO)?;
@@ -44,7 +41,7 @@ pub(super) fn run(plan: &Plan, output: &mut Output) -> anyhow::Result<()> {
         let workload = random(reads, 128);
         let paired = measure(
             plan.pairs,
-            || on_host_core(&all, || single.run(&workload, plan.window)),
+            || single.run(&workload, plan.window),
             || cluster.window(&mut whole, &workload, plan.window),
         )?;
         let floor_is = "one NVMe/TCP target with a memory drive, polling load generator";
@@ -123,26 +120,24 @@ fn heading(workload: String, unit: &'static str, floor_is: &'static str, require
     }
 }
 
-/// The single target is measured as its own stage measures it: it and the host on a core each.
-fn on_host_core<T>(all: &CpuSet, run: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
-    machine::pin(machine::host_core())?;
-    let outcome = run();
-    rustix::thread::sched_setaffinity(None, all)?;
-    outcome
-}
-
 struct Cluster {
     owner: Option<Peer>,
     drives: Vec<Peer>,
 }
 
 impl Cluster {
+    /// Each process has its core, as an agent's data thread has. What the rate hangs on is the owner, so it has one, and the others
+    /// share the host's. Processes inherit the core of this thread, which is on the host's afterwards.
     fn start() -> anyhow::Result<Self> {
+        let host_core = machine::host_core();
+        machine::pin(host_core)?;
         let drives = (0..DRIVES)
             .map(|_| Peer::start(&[]))
             .collect::<anyhow::Result<Vec<_>>>()?;
         let addresses: Vec<SocketAddr> = drives.iter().map(|peer| peer.address).collect();
+        machine::pin(machine::SUBJECT_CORE)?;
         let owner = Peer::start(&addresses).context("owner")?;
+        machine::pin(host_core)?;
         Ok(Self {
             owner: Some(owner),
             drives,

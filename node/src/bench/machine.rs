@@ -65,7 +65,8 @@ fn cpu_ticks() -> Option<(u64, u64)> {
 /// The core of whatever is measured.
 pub(super) const SUBJECT_CORE: usize = 0;
 
-/// The core of the load generator; the same where there is only one.
+/// The core of the load generator; the same where there is only one. For a thread that is not pinned yet: it counts the cores that
+/// the thread may use.
 pub(super) fn host_core() -> usize {
     usize::from(std::thread::available_parallelism().map_or(1, usize::from) > 1)
 }
