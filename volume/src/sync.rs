@@ -7,7 +7,7 @@ use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use futures_util::FutureExt;
@@ -173,12 +173,43 @@ pub(crate) async fn give_way() {
 /// Parts in which a wait for others is measured. A guess: after a stop of this process at least three of four are left.
 const PATIENCE_PARTS: u32 = 4;
 
-/// Completes after `time` in which this process ran. A machine that stands still stops its clock of nothing: whoever was asked
-/// may have stood still with it, so a part that took too long counts as one part, and blames nobody.
-pub(crate) async fn patience(env: &dyn Env, time: Duration) {
-    for _ in 0..PATIENCE_PARTS {
-        env.sleep_until(env.now().after(time / PATIENCE_PARTS)).await;
+/// Time in which this process ran. A machine that stands still stops its clock of nothing: whoever was asked may have stood still
+/// with it, so a part that took too long counts as one part, and blames nobody.
+pub(crate) struct Patience {
+    part: Duration,
+    /// After the one under way.
+    left: u32,
+    sleep: LocalBoxFuture<'static, ()>,
+}
+
+impl Patience {
+    /// For `time` from now on.
+    pub(crate) fn new(env: &dyn Env, time: Duration) -> Self {
+        let part = time / PATIENCE_PARTS;
+        Self {
+            part,
+            left: PATIENCE_PARTS - 1,
+            sleep: env.sleep_until(env.now().after(part)),
+        }
     }
+
+    /// Ready when it has come to its end, once.
+    pub(crate) fn poll(&mut self, env: &dyn Env, context: &mut Context<'_>) -> Poll<()> {
+        loop {
+            ready!(self.sleep.as_mut().poll(context));
+            if self.left == 0 {
+                return Poll::Ready(());
+            }
+            self.left -= 1;
+            self.sleep = env.sleep_until(env.now().after(self.part));
+        }
+    }
+}
+
+/// Completes after `time` in which this process ran, see [`Patience`].
+pub(crate) async fn patience(env: &dyn Env, time: Duration) {
+    let mut patience = Patience::new(env, time);
+    poll_fn(|context| patience.poll(env, context)).await;
 }
 
 /// The output of `future`, or `None` when [`patience`] for `time` ends first. The future is dropped then.

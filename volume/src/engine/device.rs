@@ -12,6 +12,7 @@ use weft_proto::deliberate::{Bug, planted};
 use weft_proto::id::Sequence;
 use weft_proto::units::{BLOCK_BYTES, Lba, LbaRange};
 
+use super::block_read::BlockRead;
 use super::flight::ZERO_BLOCK;
 use super::work::{BlockWork, Op, Target, Work, ZeroWork};
 use super::{Core, Engine};
@@ -49,29 +50,10 @@ impl BlockDevice for Engine {
             return Io::ready(Err(BlockError::NotReady));
         }
         let arrived = core.seams.env.now();
-        let usual = if range.count == 1 {
-            core.start_block(range.start)
-        } else {
-            None
-        };
-        if let Some((asked, io)) = usual {
-            match io.take_ready() {
-                Ok(Ok(bytes)) if core.is_sound(&asked, &bytes) && core.accepts() => {
-                    let now = core.seams.env.now();
-                    if core.is_leased_at(now) {
-                        core.count_read(range, arrived, now);
-                        return Io::ready(Ok(bytes));
-                    }
-                }
-                // What is wrong is found out below.
-                Ok(_) => {}
-                Err(io) => {
-                    return started(async move {
-                        let result = core.finish_block(asked, io).await;
-                        core.answer(range, result, arrived).await
-                    });
-                }
-            }
+        if range.count == 1
+            && let Some(io) = BlockRead::start(&core, range.start, arrived)
+        {
+            return io;
         }
         started(async move {
             let result = core.read_range(range).await;
@@ -166,7 +148,7 @@ impl Core {
     }
 
     /// What the host is told of a read: nothing without a lease.
-    async fn answer(
+    pub(super) async fn answer(
         self: &Rc<Self>,
         range: LbaRange,
         result: Result<Bytes, VolumeError>,
@@ -183,7 +165,7 @@ impl Core {
         })
     }
 
-    fn count_read(&self, range: LbaRange, arrived: Timestamp, now: Timestamp) {
+    pub(super) fn count_read(&self, range: LbaRange, arrived: Timestamp, now: Timestamp) {
         let counters = &self.counters;
         counters.user_read_bytes.add(range.count * BLOCK_BYTES as u64);
         counters.read_seconds.record(seconds_between(arrived, now));

@@ -14,6 +14,7 @@
 //! under an [`EpochGrant`] once the former owner is fenced. `docs/design/engine.md` tells the reasons.
 
 mod append;
+mod block_read;
 mod checkpoint;
 mod compaction;
 mod device;

@@ -3,15 +3,16 @@
 //! A column that is out of service, fails, stalls or brings the wrong bytes is replaced by reconstruction from the
 //! same row of the stripe's other columns. Before a mismatch is believed, the map is asked again (compaction may
 //! have moved the block) and so is the directory (a rebuild may have moved the chunk).
+//!
+//! One block that is where the map says takes a shorter way, [`super::block_read`], and comes here if it does not work out.
 
 use std::rc::Rc;
 
 use bytes::{Bytes, BytesMut};
 use futures_util::future::join_all;
-use weft_block::{BlockError, Device, Io};
+use weft_block::{BlockError, Device};
 use weft_erasure::Codec;
 use weft_proto::deliberate::{Bug, planted};
-use weft_proto::id::DriveId;
 use weft_proto::units::{BLOCK_BYTES, Lba, LbaRange};
 
 use super::flight::ZERO_BLOCK;
@@ -39,60 +40,7 @@ struct Piece {
     entries: Vec<MapEntry>,
 }
 
-/// One block that was asked of the drive that the map names.
-pub(crate) struct BlockRead {
-    lba: Lba,
-    entry: MapEntry,
-    drive: DriveId,
-    /// Its band is not freed meanwhile.
-    _pin: Rc<()>,
-}
-
 impl Core {
-    /// Starts the read of a block that is where the map says, without a read of the map: the usual case. `None` where it takes
-    /// more than that, which is for [`Self::read_range`].
-    pub(crate) fn start_block(&self, lba: Lba) -> Option<(BlockRead, Io<Bytes>)> {
-        let entry = self.map().lookup_cached(lba)?.entry()?;
-        let band = self.band(entry.band)?;
-        let drive = band.chunk(entry.column)?.drive;
-        let (device, range) = self.rows(&band, entry.column, entry.row, 1)?;
-        self.counters.drive_reads.add(1);
-        let asked = BlockRead {
-            lba,
-            entry,
-            drive,
-            _pin: Rc::clone(&band.pin),
-        };
-        Some((asked, device.read(range)))
-    }
-
-    /// Whether these are the bytes that were asked for.
-    pub(crate) fn is_sound(&self, asked: &BlockRead, bytes: &[u8]) -> bool {
-        let BlockRead { lba, entry, .. } = asked;
-        let crc = block_crc(self.volume, *lba, entry.sequence, bytes);
-        bytes.len() == BLOCK_BYTES && (crc == entry.crc || planted(Bug::ForgetChecksum))
-    }
-
-    /// Waits for a block that was asked for. Whatever is wrong with it, the general way deals with.
-    pub(crate) async fn finish_block(
-        self: &Rc<Self>,
-        asked: BlockRead,
-        io: Io<Bytes>,
-    ) -> Result<Bytes, VolumeError> {
-        match patiently(&*self.seams.env, self.settings.read_stall, io).await {
-            Some(Ok(bytes)) if self.is_sound(&asked, &bytes) => return Ok(bytes),
-            Some(Ok(_)) => {}
-            Some(Err(error)) => {
-                if !self.is_over() {
-                    self.drive_error(asked.drive, &error);
-                }
-            }
-            None => self.suspect(asked.drive),
-        }
-        let start = asked.lba;
-        self.read_range(LbaRange { start, count: 1 }).await
-    }
-
     /// The blocks of `range` as of the last write that was visible when this was called, or a later one.
     pub(crate) async fn read_range(self: &Rc<Self>, range: LbaRange) -> Result<Bytes, VolumeError> {
         let mappings = self.map().lookup_range(range).await?;
@@ -399,7 +347,13 @@ impl Core {
     }
 
     /// Where rows of a column are; `None` when its drive is out of service.
-    fn rows(&self, band: &BandState, column: u8, row: u32, count: u32) -> Option<(Device, LbaRange)> {
+    pub(super) fn rows(
+        &self,
+        band: &BandState,
+        column: u8,
+        row: u32,
+        count: u32,
+    ) -> Option<(Device, LbaRange)> {
         let chunk = band.chunk(column)?;
         if self.health.is_suspect(chunk.drive) || row.checked_add(count)? > band.rows {
             return None;
