@@ -16,9 +16,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use futures_util::StreamExt;
 use futures_util::future::LocalBoxFuture;
-use futures_util::stream::FuturesUnordered;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::TcpStream;
 use tokio::time::Sleep;
@@ -34,6 +32,7 @@ use crate::metrics::{self, Op, Tally};
 use crate::qpair::{QueuePair, R2T_BYTES_MAX};
 use crate::registry::Registry;
 use crate::request::Completion;
+use crate::running_set::RunningSet;
 use crate::silence::{Heard, ReadEmpty};
 
 /// Bytes asked of the socket at a time. Measured by others on this kind of socket: larger reads gain nothing.
@@ -57,10 +56,6 @@ const SLICES_MAX: usize = 256;
 const LINGER: Duration = Duration::from_secs(1);
 
 /// What this connection waits for.
-#[expect(
-    clippy::large_enum_variant,
-    reason = "the large one is what there are many of, and the set gives each a place of its own"
-)]
 enum Task {
     /// A command, with so many bytes of data.
     Command(nvm::Running, usize),
@@ -96,7 +91,7 @@ struct Connection {
     qpair: QueuePair<Option<crate::namespace::Admitted>>,
     /// Once connected.
     queue: Option<Queue>,
-    running: FuturesUnordered<Task>,
+    running: RunningSet<Task>,
     /// Data that the commands among them hold.
     executing_bytes: usize,
     tally: Tally,
@@ -130,7 +125,7 @@ pub(crate) async fn run(stream: TcpStream, peer: SocketAddr, registry: Rc<Regist
         framer: Framer::new(),
         qpair: QueuePair::new(Instant::now()),
         queue: None,
-        running: FuturesUnordered::new(),
+        running: RunningSet::new(),
         executing_bytes: 0,
         tally: Tally::default(),
         timer: Box::pin(tokio::time::sleep(Duration::ZERO)),
@@ -401,7 +396,7 @@ impl Connection {
 
     fn poll_running(&mut self, cx: &mut Context<'_>) -> bool {
         let mut progress = false;
-        while let Poll::Ready(Some(done)) = self.running.poll_next_unpin(cx) {
+        while let Poll::Ready(Some(done)) = self.running.poll_next(cx) {
             progress = true;
             match done {
                 Done::Command(finished, bytes) => {

@@ -7,6 +7,8 @@
 
 mod running;
 
+use std::time::Instant;
+
 use bytes::{Bytes, BytesMut};
 use futures_util::FutureExt;
 use smallvec::smallvec;
@@ -112,10 +114,12 @@ pub(crate) fn start(mut request: IoRequest, tally: Option<&mut Tally>) -> Execut
     };
     let outcome = match submitted.map(DeviceIo::take_ready) {
         Err(status) => Err(status),
-        Ok(Ok(result)) => result.map_err(|error| status(&request, &error)),
+        Ok(Ok(result)) => result.map_err(|error| status(request.admitted.as_ref(), &error)),
         Ok(Err(io)) => {
             return Execution::Running(Running::InDevice(InDevice {
-                request,
+                cid: request.cid(),
+                arrived: request.arrived,
+                admitted: request.admitted,
                 op,
                 received,
                 io,
@@ -125,7 +129,7 @@ pub(crate) fn start(mut request: IoRequest, tally: Option<&mut Tally>) -> Execut
     let completion = match tally {
         Some(tally) => {
             tally.add(op, outcome.is_ok(), received + answered(&outcome));
-            complete(&request, outcome)
+            complete(request.cid(), outcome)
         }
         None => finish(&request, op, received, outcome),
     };
@@ -141,9 +145,9 @@ fn set_arrived(request: &mut IoRequest) {
     }
 }
 
-/// What the host is told of an error of the request's device.
-fn status(request: &IoRequest, error: &BlockError) -> Status {
-    match &request.admitted {
+/// What the host is told of an error of the device that its command was admitted to.
+fn status(admitted: Option<&Admitted>, error: &BlockError) -> Status {
+    match admitted {
         Some(admitted) => status_of(&admitted.access, error),
         None => of_block_error(error),
     }
@@ -218,9 +222,13 @@ pub(crate) fn refuse_late(mut request: IoRequest) -> Finished {
 }
 
 fn finish(request: &IoRequest, op: Op, received: u64, outcome: Outcome) -> Completion {
-    let bytes = received + answered(&outcome);
-    metrics::command_completed(op, outcome.is_ok(), bytes, request.arrived.elapsed());
-    complete(request, outcome)
+    count(request.arrived, op, received, &outcome);
+    complete(request.cid(), outcome)
+}
+
+fn count(arrived: Instant, op: Op, received: u64, outcome: &Outcome) {
+    let bytes = received + answered(outcome);
+    metrics::command_completed(op, outcome.is_ok(), bytes, arrived.elapsed());
 }
 
 /// Bytes for the host.
@@ -228,10 +236,10 @@ fn answered(outcome: &Outcome) -> u64 {
     outcome.as_ref().map_or(0, |data| total(data))
 }
 
-fn complete(request: &IoRequest, outcome: Outcome) -> Completion {
+fn complete(cid: u16, outcome: Outcome) -> Completion {
     match outcome {
-        Ok(data) => request.complete(Status::SUCCESS).with_data(data),
-        Err(status) => request.complete(status),
+        Ok(data) => Completion::new(cid, Status::SUCCESS).with_data(data),
+        Err(status) => Completion::new(cid, status),
     }
 }
 

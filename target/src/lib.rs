@@ -36,6 +36,7 @@ mod refusals;
 mod registry;
 mod request;
 pub mod reservation;
+mod running_set;
 mod serve;
 pub mod silence;
 pub mod status;

@@ -44,12 +44,7 @@ impl<T> Request<T> {
     /// A completion of this command.
     #[must_use]
     pub fn complete(&self, status: Status) -> Completion {
-        Completion {
-            cid: self.cid(),
-            status,
-            result: 0,
-            data: Pieces::new(),
-        }
+        Completion::new(self.cid(), status)
     }
 }
 
@@ -67,6 +62,17 @@ pub struct Completion {
 }
 
 impl Completion {
+    /// Of the command with this identifier, without a result or data.
+    #[must_use]
+    pub fn new(cid: u16, status: Status) -> Self {
+        Self {
+            cid,
+            status,
+            result: 0,
+            data: Pieces::new(),
+        }
+    }
+
     /// With a result.
     #[must_use]
     pub fn with_result(mut self, result: u64) -> Self {

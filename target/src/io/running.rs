@@ -6,23 +6,20 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
+use std::time::Instant;
 
 use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
 use smallvec::smallvec;
 use weft_block::{BlockError, Io};
 
-use super::{Finished, finish, status};
-use crate::controller::IoRequest;
+use super::{Finished, complete, count, status};
 use crate::fused::Pass;
 use crate::metrics::Op;
+use crate::namespace::Admitted;
 use crate::request::Pieces;
 
 /// A request in execution.
-#[expect(
-    clippy::large_enum_variant,
-    reason = "the large one is what there are many of, and it saves a box for each"
-)]
 pub(crate) enum Running {
     /// A read or a write, without a box: whoever keeps many of them has a place for each anyway.
     InDevice(InDevice),
@@ -30,9 +27,11 @@ pub(crate) enum Running {
     InSteps(LocalBoxFuture<'static, Finished>),
 }
 
-/// A read or a write that its device has.
+/// A read or a write that its device has, and what is needed of its request to end it. There are hundreds: it is kept small.
 pub(crate) struct InDevice {
-    pub(super) request: IoRequest,
+    pub(super) cid: u16,
+    pub(super) arrived: Instant,
+    pub(super) admitted: Option<Admitted>,
     pub(super) op: Op,
     /// Bytes from the host.
     pub(super) received: u64,
@@ -44,7 +43,9 @@ impl Future for Running {
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Finished> {
         let InDevice {
-            request,
+            cid,
+            arrived,
+            admitted,
             op,
             received,
             io,
@@ -52,10 +53,11 @@ impl Future for Running {
             Self::InDevice(command) => command,
             Self::InSteps(future) => return future.as_mut().poll(context),
         };
-        let outcome = ready!(Pin::new(io).poll(context)).map_err(|error| status(request, &error));
+        let outcome = ready!(Pin::new(io).poll(context)).map_err(|error| status(admitted.as_ref(), &error));
+        count(*arrived, *op, *received, &outcome);
         Poll::Ready(Finished {
             first: None,
-            completion: finish(request, *op, *received, outcome),
+            completion: complete(*cid, outcome),
         })
     }
 }
