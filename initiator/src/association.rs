@@ -24,7 +24,9 @@ const EVENTS_MAX: usize = 64;
 #[derive(Debug)]
 pub(crate) struct Association {
     connections: RefCell<Vec<Rc<Connection>>>,
-    closed: watch::Sender<Option<CloseReason>>,
+    /// Why it has ended, for those who ask with every command; `watch` is for those who wait for it.
+    closed: Cell<Option<CloseReason>>,
+    watch: watch::Sender<Option<CloseReason>>,
     listeners: RefCell<Vec<Weak<Listener>>>,
     /// This side has asked the controller to shut down: however it ends now, it was disconnected.
     ending: Cell<bool>,
@@ -36,7 +38,8 @@ impl Association {
     pub(crate) fn new() -> Rc<Self> {
         Rc::new(Self {
             connections: RefCell::default(),
-            closed: watch::Sender::new(None),
+            closed: Cell::new(None),
+            watch: watch::Sender::new(None),
             listeners: RefCell::default(),
             ending: Cell::new(false),
             traffic_based: Cell::new(false),
@@ -66,14 +69,11 @@ impl Association {
         } else {
             reason
         };
-        let first = self.closed.send_if_modified(|closed| {
-            let first = closed.is_none();
-            closed.get_or_insert(reason);
-            first
-        });
-        if !first {
+        if self.closed.get().is_some() {
             return;
         }
+        self.closed.set(Some(reason));
+        self.watch.send_replace(Some(reason));
         let connections = self.connections.take();
         for connection in connections {
             connection.close(reason);
@@ -91,11 +91,11 @@ impl Association {
     }
 
     pub(crate) fn closed(&self) -> Option<CloseReason> {
-        *self.closed.borrow()
+        self.closed.get()
     }
 
     pub(crate) fn watch_closed(&self) -> watch::Receiver<Option<CloseReason>> {
-        self.closed.subscribe()
+        self.watch.subscribe()
     }
 
     /// Events from now on.

@@ -16,6 +16,7 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
+use futures_util::FutureExt as _;
 use futures_util::future::join_all;
 use weft_block::{BlockDevice, BlockError, DeviceInfo, Durability, Io};
 use weft_proto::nvme::command::{DsmRange, submit};
@@ -305,7 +306,7 @@ impl BlockDevice for Namespace {
             return Io::ready(Ok(Bytes::new()));
         };
         let Some(second) = parts.next() else {
-            return Io::running(async move { Ok(first.await?.data) });
+            return Io::running(first.map(|outcome| Ok(outcome?.data)));
         };
         let parts: Vec<_> = std::iter::once(second).chain(parts).map(&start).collect();
         Io::running(async move {
@@ -331,10 +332,7 @@ impl BlockDevice for Namespace {
         if parts.peek().is_none() {
             let sqe = submit::write(self.nsid, at, count, fua);
             let whole = self.start(Op::Write, Effect::Writes, range, sqe, Payload::Out(data));
-            return Io::running(async move {
-                whole.await?;
-                Ok(())
-            });
+            return Io::running(whole.map(|outcome| Ok(outcome.map(drop)?)));
         }
         let started: Vec<_> = std::iter::once((at, count))
             .chain(parts)

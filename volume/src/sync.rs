@@ -183,13 +183,13 @@ pub(crate) struct Patience {
 }
 
 impl Patience {
-    /// For `time` from now on.
-    pub(crate) fn new(env: &dyn Env, time: Duration) -> Self {
+    /// For `time` from `start` on, which is now.
+    pub(crate) fn new(env: &dyn Env, start: Timestamp, time: Duration) -> Self {
         let part = time / PATIENCE_PARTS;
         Self {
             part,
             left: PATIENCE_PARTS - 1,
-            sleep: env.sleep_until(env.now().after(part)),
+            sleep: env.sleep_until(start.after(part)),
         }
     }
 
@@ -208,7 +208,7 @@ impl Patience {
 
 /// Completes after `time` in which this process ran, see [`Patience`].
 pub(crate) async fn patience(env: &dyn Env, time: Duration) {
-    let mut patience = Patience::new(env, time);
+    let mut patience = Patience::new(env, env.now(), time);
     poll_fn(|context| patience.poll(env, context)).await;
 }
 

@@ -120,7 +120,7 @@ enum Waiting {
     Asked {
         read: BlockRead,
         io: Io<Bytes>,
-        /// From the first look at the answer on.
+        /// As soon as the answer was looked for.
         patience: Option<Patience>,
     },
     General(LocalBoxFuture<'static, Result<Bytes, BlockError>>),
@@ -138,7 +138,7 @@ impl Future for Waiting {
             Poll::Ready(answer) => Some(answer),
             Poll::Pending => {
                 let (env, stall) = (&*read.core.seams.env, read.core.settings.read_stall);
-                let patience = patience.get_or_insert_with(|| Patience::new(env, stall));
+                let patience = patience.get_or_insert_with(|| Patience::new(env, read.arrived, stall));
                 ready!(patience.poll(env, context));
                 None
             }
