@@ -192,6 +192,32 @@ fn a_flipped_bit_is_noticed_served_around_and_repaired() {
     fixture.check_all();
 }
 
+/// A block that is read by itself takes a shorter way than several.
+#[test]
+fn a_single_block_is_served_around_a_drive_that_lies_fails_or_hangs() {
+    for health in [Health::Serving, Health::Dead, Health::Stalled] {
+        let mut fixture = Fixture::new(6, 128, GEOMETRY, 32 * MIB);
+        let writes: Vec<(u64, u64)> = (0..64).map(|lba| (lba, lba + 1)).collect();
+        fixture.write_all(&writes);
+        let drive = fixture.world.drive(DriveId(3));
+        drive.set_health(health);
+        for at in (0..128 * 256).filter(|at| health == Health::Serving && drive.holds(*at)) {
+            drive.flip_bit(at, 77);
+        }
+        for lba in 0..64 {
+            fixture.check(lba, 1);
+        }
+        let stats = fixture.engine.stats();
+        assert!(stats.reconstructed > 0, "{stats:?}");
+        assert_eq!(
+            stats.checksum_mismatches > 0,
+            health == Health::Serving,
+            "{stats:?}"
+        );
+        assert_eq!(stats.drives_suspected > 0, health == Health::Stalled, "{stats:?}");
+    }
+}
+
 #[test]
 fn recovery_needs_all_but_m_columns_and_says_which_are_missing() {
     for missing in 0..=3 {
