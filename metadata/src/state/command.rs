@@ -583,9 +583,11 @@ pub enum Refusal {
         /// The first drive that is not usable.
         drive: DriveId,
     },
-    /// More than the settings allow.
-    #[error("{size_bytes} bytes are more than the largest volume, {max_bytes}")]
+    /// More than the settings allow, or than a volume of this geometry can keep account of.
+    #[error("{size_bytes} bytes are more than the largest {geometry} volume, {max_bytes}")]
     VolumeTooLarge {
+        /// The volume's; wider ones may be larger.
+        geometry: Geometry,
         /// Asked for.
         size_bytes: u64,
         /// Allowed.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use weft_proto::band::{ChunkAddress, Geometry};
+use weft_proto::band::{ChunkAddress, ChunkSize, Geometry};
 use weft_proto::id::{Epoch, LayerId, NodeId, PoolId, VolumeId};
 use weft_proto::nqn::Nqn;
 use weft_proto::units::BLOCK_BYTES;
@@ -11,6 +11,10 @@ use super::command::{NewPool, NewVolume, Refusal, Reply};
 use super::layout::VolumeLayout;
 use super::map::{Domain, DriveState, Phase, Pool, Presentation, Volume};
 use super::{ClusterState, check_name, invalid};
+
+/// Bands that a volume's live blocks may fill. Hosts leave as much garbage beside them, and a root, which names every band, has room for
+/// some 550,000 (the engine's checkpoint: 20 bytes a band in 2,700 blocks).
+const FULL_BANDS_MAX: u64 = 1 << 18;
 
 impl ClusterState {
     pub(super) fn create_pool(&mut self, new: NewPool) -> Result<Reply, Refusal> {
@@ -60,7 +64,6 @@ impl ClusterState {
             };
         }
         check_name("name", &new.name)?;
-        self.check_size(new.size_bytes)?;
         if !matches!(new.block_bytes, 512 | 4096) {
             return Err(invalid("block_bytes", "512 or 4096"));
         }
@@ -71,6 +74,7 @@ impl ClusterState {
             .ok_or(Refusal::NoSuchPool(new.pool))?;
         let geometry = new.geometry.unwrap_or(pool.geometry);
         check_geometry(geometry)?;
+        self.check_size(new.size_bytes, geometry)?;
         if self
             .map
             .volumes
@@ -140,7 +144,8 @@ impl ClusterState {
     }
 
     pub(super) fn resize_volume(&mut self, id: VolumeId, size_bytes: u64) -> Result<Reply, Refusal> {
-        self.check_size(size_bytes)?;
+        let geometry = self.volume_mut(id)?.geometry;
+        self.check_size(size_bytes, geometry)?;
         let volume = self.volume_mut(id)?;
         if size_bytes < volume.size_bytes {
             return Err(Refusal::WouldShrink {
@@ -277,17 +282,19 @@ impl ClusterState {
         self.map.volumes.remove(&id);
     }
 
-    fn check_size(&self, size_bytes: u64) -> Result<(), Refusal> {
+    fn check_size(&self, size_bytes: u64, geometry: Geometry) -> Result<(), Refusal> {
         if size_bytes == 0 || !size_bytes.is_multiple_of(BLOCK_BYTES as u64) {
             return Err(invalid("size_bytes", "whole blocks of 4096 bytes, at least one"));
         }
-        let max_bytes = self
+        let by_settings = self
             .map
             .cluster
             .as_ref()
             .map_or(u64::MAX, |cluster| cluster.settings.volume_bytes_max);
+        let max_bytes = by_settings.min(FULL_BANDS_MAX * u64::from(geometry.k) * ChunkSize::Mib64.bytes());
         if size_bytes > max_bytes {
             return Err(Refusal::VolumeTooLarge {
+                geometry,
                 size_bytes,
                 max_bytes,
             });

@@ -151,6 +151,12 @@ fn too_few_domains_are_refused_with_what_would_fit() {
     );
     let mut fitting = new_volume("v");
     fitting.geometry = Some(geometry(3, 2));
+    fitting.size_bytes = 65 << 40;
+    assert!(matches!(
+        cluster.refuse(Command::CreateVolume(fitting.clone())),
+        Refusal::VolumeTooLarge { max_bytes, .. } if max_bytes == 3 << 44
+    ));
+    fitting.size_bytes = 1 << 30;
     assert_eq!(
         cluster.accept(Command::CreateVolume(fitting)),
         Reply::Volume(VolumeId(1))
@@ -167,10 +173,16 @@ fn volumes_grow_and_do_not_shrink_and_have_a_largest_size() {
         cluster.refuse(resize(1 << 30)),
         Refusal::WouldShrink { .. }
     ));
-    assert!(matches!(
-        cluster.refuse(resize(65 << 40)),
-        Refusal::VolumeTooLarge { .. }
-    ));
+    // Of 1+1, 2^18 bands of one data chunk of 64 MiB each.
+    assert_eq!(
+        cluster.refuse(resize((16 << 40) + 4096)),
+        Refusal::VolumeTooLarge {
+            geometry: geometry(1, 1),
+            size_bytes: (16 << 40) + 4096,
+            max_bytes: 16 << 40,
+        }
+    );
+    assert_eq!(cluster.accept(resize(16 << 40)), Reply::Applied);
     assert!(matches!(
         cluster.refuse(resize((2 << 30) + 512)),
         Refusal::Invalid { .. }
