@@ -27,6 +27,12 @@ fn a_seed_is_replayed_poll_by_poll() {
     assert_eq!(distinct.len(), first.len(), "every seed is a history of its own");
 }
 
+/// Its owner was stopped, declared dead, and went on when its volume had been deleted: what it answered then counted as lost.
+#[test]
+fn an_owner_that_outlives_its_volume_loses_nothing() {
+    assert_eq!(sim::run(8_727_249, false).failures, Vec::<String>::new());
+}
+
 #[test]
 fn a_few_seeds_do_what_a_run_is_for_and_nothing_is_wrong() {
     let mut coverage = sim::Coverage::default();

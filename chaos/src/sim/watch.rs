@@ -4,7 +4,8 @@
 //!   sender, or that waits for its sender's fence, and gives a row the bytes it gave it before, wherever the column lay then;
 //! - nothing lands in a chunk once a rebuild has installed it;
 //! - nothing lands of an incarnation after its fence on that drive was complete;
-//! - an acknowledged write has a stripe with full m, all w+m shards of which have landed;
+//! - an acknowledged write has a stripe with full m, all w+m shards of which have landed, unless its volume has been deleted: an owner
+//!   that was declared dead and lives answers its hosts until it is fenced, from chunks in quarantine, and nobody asks for those bytes again;
 //! - an epoch is granted once, to one incarnation, and one process answers for it;
 //! - a root is never followed by an older one.
 //!
@@ -43,6 +44,8 @@ pub(super) struct Watch {
     fenced: RefCell<BTreeSet<(IncarnationId, DriveId)>>,
     answering: RefCell<BTreeMap<(VolumeId, Epoch), IncarnationId>>,
     granted: RefCell<BTreeMap<(VolumeId, Epoch), IncarnationId>>,
+    /// Volumes whose deletion is over. What lands of them is in chunks of no band.
+    deleted: RefCell<BTreeSet<VolumeId>>,
     acknowledgements: Cell<u64>,
     stale: Cell<bool>,
     holders: RefCell<BTreeMap<(DriveId, u32), Holder>>,
@@ -188,6 +191,9 @@ impl Watch {
     /// A write was acknowledged by its engine: every block of it must lie in a stripe that is complete. The bytes are the command's own,
     /// so their names are enough; what landed was compared byte by byte.
     pub(super) fn acknowledged(&self, volume: VolumeId, range: LbaRange, bytes: &Bytes) {
+        if self.deleted.borrow().contains(&volume) {
+            return;
+        }
         self.acknowledgements.set(self.acknowledgements.get() + 1);
         for (lba, bytes) in (range.start.0..).zip(bytes.chunks(BLOCK_BYTES)) {
             let block = Block {
@@ -221,6 +227,11 @@ impl Watch {
     /// one that the same epoch wrote before.
     pub(super) fn layout_changed(&self, before: &ClusterState, after: &ClusterState) {
         self.stale.set(true);
+        let gone = before
+            .layouts
+            .keys()
+            .filter(|volume| !after.layouts.contains_key(volume));
+        self.deleted.borrow_mut().extend(gone);
         let written = |state: &ClusterState, volume: &VolumeId| {
             let layout = state.layouts.get(volume)?;
             let root = layout.root?;
