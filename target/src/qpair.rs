@@ -232,6 +232,7 @@ impl<T> QueuePair<T> {
     }
 
     /// The next command to execute.
+    #[inline]
     pub fn poll_request(&mut self) -> Option<Request<T>> {
         self.requests.pop_front()
     }
@@ -331,14 +332,7 @@ impl<T> QueuePair<T> {
         if !self.pair_up(cid, fuse) {
             return self.fail(cid, Status::ABORTED_MISSING_FUSED.dnr());
         }
-        let mut request = Request {
-            sqe,
-            data: Vec::new(),
-            answer_bytes_max: 0,
-            admitted: admit(&sqe),
-            arrived: now,
-            fused_first: None,
-        };
+        let admitted = admit(&sqe);
         let pointer = match sqe.data_pointer() {
             Ok(pointer) => pointer,
             Err(status) => return self.fail(cid, status),
@@ -346,40 +340,47 @@ impl<T> QueuePair<T> {
         if pointer.length() > TRANSFER_BYTES_MAX {
             return self.fail(cid, Status::INVALID_FIELD.dnr());
         }
-        match direction(&sqe) {
+        let mut asked_for = None;
+        let (data, answer_bytes_max) = match direction(&sqe) {
             Transfer::FromHost => {
                 let Ok(data) = capsule.data else {
                     return self.fail(cid, Status::TRANSIENT_TRANSPORT_ERROR);
                 };
                 match (in_capsule(pointer, data), pointer) {
-                    (Err(status), _) => self.fail(cid, status),
-                    (Ok(Some(data)), _) => {
-                        request.data = vec![data];
-                        self.accept(request);
+                    (Err(status), _) => return self.fail(cid, status),
+                    (Ok(Some(data)), _) => (vec![data], 0),
+                    (Ok(None), DataPointer::Transport { length }) => {
+                        asked_for = Some(length).filter(|&length| length > 0);
+                        (Vec::new(), 0)
                     }
-                    (Ok(None), DataPointer::Transport { length }) if length > 0 => {
-                        self.receiving.insert(
-                            cid,
-                            Receiving {
-                                request,
-                                length,
-                                received: 0,
-                                asked: false,
-                                damaged: false,
-                            },
-                        );
-                        self.waiting.push_back(cid);
-                        self.ask_for_data();
-                    }
-                    (Ok(None), _) => self.accept(request),
+                    (Ok(None), _) => (Vec::new(), 0),
                 }
             }
-            Transfer::ToHost => {
-                request.answer_bytes_max = pointer.length();
-                self.accept(request);
-            }
-            Transfer::None => self.accept(request),
-        }
+            Transfer::ToHost => (Vec::new(), pointer.length()),
+            Transfer::None => (Vec::new(), 0),
+        };
+        // Made once all of it is known: it is large, and moved as seldom as can be.
+        let request = Request {
+            sqe,
+            data,
+            answer_bytes_max,
+            admitted,
+            arrived: now,
+            fused_first: None,
+        };
+        let Some(length) = asked_for else {
+            return self.accept(request);
+        };
+        let receiving = Receiving {
+            request,
+            length,
+            received: 0,
+            asked: false,
+            damaged: false,
+        };
+        self.receiving.insert(cid, receiving);
+        self.waiting.push_back(cid);
+        self.ask_for_data();
     }
 
     fn handle_data(&mut self, pdu: H2CData, now: Instant) {
@@ -467,21 +468,22 @@ impl<T> QueuePair<T> {
     }
 
     /// Yields a command that has all its data, or keeps it until its other half has.
+    #[inline]
     fn accept(&mut self, request: Request<T>) {
+        match request.sqe.fuse() {
+            Ok(Fuse::Normal) | Err(_) => self.requests.push_back(request),
+            Ok(Fuse::First) => self.accept_half(request, true),
+            Ok(Fuse::Second) => self.accept_half(request, false),
+        }
+    }
+
+    /// The same of one half of a fused pair, the first or the second.
+    fn accept_half(&mut self, request: Request<T>, is_first: bool) {
         let cid = request.cid();
-        let pair = match request.sqe.fuse() {
-            Ok(Fuse::First) => self.fused.pairs.get(&cid).map(|&second| (cid, second)),
-            Ok(Fuse::Second) => self
-                .fused
-                .pairs
-                .iter()
-                .find(|&(_, &second)| second == cid)
-                .map(|(&first, _)| (first, cid)),
-            Ok(Fuse::Normal) | Err(_) => {
-                self.requests.push_back(request);
-                return;
-            }
-        };
+        let mut pairs = self.fused.pairs.iter();
+        let pair = pairs
+            .find(|&(&first, &second)| cid == if is_first { first } else { second })
+            .map(|(&first, &second)| (first, second));
         self.fused.ready.insert(cid, request);
         let Some((first, second)) = pair else { return };
         if self.fused.ready.contains_key(&first)

@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::io::IoSlice;
 
 use bytes::{Buf, Bytes};
-use zerocopy::IntoBytes;
+use zerocopy::{Immutable, IntoBytes};
 
 use super::header::{
     CommonHeader, DataPduHeader, IcReq, IcResp, PduFlags, PduType, R2T, TERM_REQ_DATA_MAX, TermReqHeader,
@@ -165,12 +165,12 @@ pub struct Encoder {
 impl Encoder {
     /// Initialize Connection Request.
     pub fn ic_req(self, queue: &mut TransmitQueue, request: &IcReq) {
-        self.header_only(queue, PduType::IC_REQ, request.as_bytes());
+        self.header_only(queue, PduType::IC_REQ, request);
     }
 
     /// Initialize Connection Response.
     pub fn ic_resp(self, queue: &mut TransmitQueue, response: &IcResp) {
-        self.header_only(queue, PduType::IC_RESP, response.as_bytes());
+        self.header_only(queue, PduType::IC_RESP, response);
     }
 
     /// A host's Terminate Connection Request; `offending` is the header of the PDU in error.
@@ -185,7 +185,8 @@ impl Encoder {
 
     /// A command capsule with its in-capsule data, if any.
     pub fn capsule_cmd(self, queue: &mut TransmitQueue, sqe: &[u8; 64], data: impl Scattered) {
-        self.pdu(queue, PduType::CAPSULE_CMD, PduFlags::default(), sqe, data);
+        let bytes = data_len(data.as_ref());
+        self.pdu(queue, PduType::CAPSULE_CMD, PduFlags::default(), sqe, bytes, data);
     }
 
     /// A response capsule.
@@ -224,7 +225,7 @@ impl Encoder {
 
     /// Ready to Transfer.
     pub fn r2t(self, queue: &mut TransmitQueue, r2t: &R2T) {
-        self.header_only(queue, PduType::R2T, r2t.as_bytes());
+        self.header_only(queue, PduType::R2T, r2t);
     }
 
     fn data_pdu(
@@ -236,18 +237,24 @@ impl Encoder {
         ttag: u16,
         data: impl Scattered,
     ) {
+        let bytes = data_len(data.as_ref());
         let header = DataPduHeader {
             cccid: at.cccid.into(),
             ttag: ttag.into(),
             datao: at.datao.into(),
-            datal: data_len(data.as_ref()).into(),
+            datal: bytes.into(),
             rsvd20: [0; 4],
         };
-        self.pdu(queue, pdu_type, flags, header.as_bytes(), data);
+        self.pdu(queue, pdu_type, flags, &header, bytes, data);
     }
 
-    fn header_only(self, queue: &mut TransmitQueue, pdu_type: PduType, specific: &[u8]) {
-        self.pdu(queue, pdu_type, PduFlags::default(), specific, []);
+    fn header_only(
+        self,
+        queue: &mut TransmitQueue,
+        pdu_type: PduType,
+        specific: &(impl IntoBytes + Immutable),
+    ) {
+        self.pdu(queue, pdu_type, PduFlags::default(), specific, 0, []);
     }
 
     /// The PDU in error follows the header directly: no PDO, no digests.
@@ -264,24 +271,28 @@ impl Encoder {
         queue.push_copied(offending);
     }
 
-    fn pdu(
+    /// `specific` is the header after the common one, of a length that the compiler knows; `data` is of so many `bytes`.
+    fn pdu<H: IntoBytes + Immutable>(
         self,
         queue: &mut TransmitQueue,
         pdu_type: PduType,
         flags: PduFlags,
-        specific: &[u8],
+        specific: &H,
+        bytes: u32,
         data: impl Scattered,
     ) {
-        let hlen = size_of::<CommonHeader>() + specific.len();
+        let hlen = size_of::<CommonHeader>() + size_of::<H>();
         let header_digest = self.digests.header && pdu_type.takes_header_digest();
         let head_len = hlen + if header_digest { DIGEST_BYTES } else { 0 };
-        let data_len = data_len(data.as_ref()) as usize;
-        let data_digest = self.digests.data && data_len > 0;
-        let (pdo, plen) = if data_len == 0 {
+        let data_digest = self.digests.data && bytes > 0;
+        let (pdo, plen) = if bytes == 0 {
             (0, head_len)
         } else {
             let pdo = head_len.next_multiple_of((usize::from(self.pda_z) + 1) * 4);
-            (pdo, pdo + data_len + if data_digest { DIGEST_BYTES } else { 0 })
+            (
+                pdo,
+                pdo + bytes as usize + if data_digest { DIGEST_BYTES } else { 0 },
+            )
         };
         let flags = flags
             .with(PduFlags::HEADER_DIGEST, header_digest)
@@ -290,14 +301,17 @@ impl Encoder {
         let before_data = head_len.max(pdo);
         let head = queue.room(before_data);
         let start = head.len();
+        head.reserve(before_data);
         head.extend_from_slice(common.as_bytes());
-        head.extend_from_slice(specific);
-        if header_digest {
-            let digest = crc32c(&head[start..]);
-            head.extend_from_slice(&digest.to_le_bytes());
+        head.extend_from_slice(specific.as_bytes());
+        if before_data > hlen {
+            if header_digest {
+                let digest = crc32c(&head[start..]);
+                head.extend_from_slice(&digest.to_le_bytes());
+            }
+            head.resize(start + before_data, 0);
         }
-        head.resize(start + before_data, 0);
-        if data_len == 0 {
+        if bytes == 0 {
             return;
         }
         let digest = data_digest.then(|| match data.as_ref() {
