@@ -232,7 +232,6 @@ impl<T> QueuePair<T> {
     }
 
     /// The next command to execute.
-    #[inline]
     pub fn poll_request(&mut self) -> Option<Request<T>> {
         self.requests.pop_front()
     }
@@ -468,21 +467,19 @@ impl<T> QueuePair<T> {
     }
 
     /// Yields a command that has all its data, or keeps it until its other half has.
-    #[inline]
     fn accept(&mut self, request: Request<T>) {
         match request.sqe.fuse() {
             Ok(Fuse::Normal) | Err(_) => self.requests.push_back(request),
-            Ok(Fuse::First) => self.accept_half(request, true),
-            Ok(Fuse::Second) => self.accept_half(request, false),
+            Ok(Fuse::First | Fuse::Second) => self.accept_half(request),
         }
     }
 
-    /// The same of one half of a fused pair, the first or the second.
-    fn accept_half(&mut self, request: Request<T>, is_first: bool) {
+    /// The same of one half of a fused pair.
+    fn accept_half(&mut self, request: Request<T>) {
         let cid = request.cid();
         let mut pairs = self.fused.pairs.iter();
         let pair = pairs
-            .find(|&(&first, &second)| cid == if is_first { first } else { second })
+            .find(|&(&first, &second)| cid == first || cid == second)
             .map(|(&first, &second)| (first, second));
         self.fused.ready.insert(cid, request);
         let Some((first, second)) = pair else { return };

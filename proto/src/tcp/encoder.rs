@@ -281,6 +281,7 @@ impl Encoder {
         bytes: u32,
         data: impl Scattered,
     ) {
+        debug_assert_eq!(bytes, data_len(data.as_ref()));
         let hlen = size_of::<CommonHeader>() + size_of::<H>();
         let header_digest = self.digests.header && pdu_type.takes_header_digest();
         let head_len = hlen + if header_digest { DIGEST_BYTES } else { 0 };
