@@ -34,6 +34,12 @@ impl<T> Io<T> {
         Self(State::Running(Box::pin(future)))
     }
 
+    /// Whether the operation was over when it was asked for, and its answer was not taken.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        matches!(self.0, State::Ready(Some(_)))
+    }
+
     /// The answer, if the operation was over when it was asked for.
     ///
     /// # Errors

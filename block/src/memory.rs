@@ -20,7 +20,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use bytes::Bytes;
 use weft_proto::units::{BLOCK_BYTES, Lba, LbaRange};
@@ -56,20 +56,21 @@ struct Chunk {
     moved: BTreeMap<usize, Bytes>,
 }
 
-/// The memory of a chunk, [`CHUNK_BYTES`] of it, and how often each page is lent.
+/// The memory of a chunk, [`CHUNK_BYTES`] of it, and how often each page is lent. These counts are short, so that many of them share a
+/// line of the cache: every read and write all over the drive looks at one.
 ///
 /// Invariant: only the chunk's owner writes, and no page that is lent. So what threads share is only read, and counted
 /// atomically.
 struct Memory {
     pages: HugeMemory,
-    lent: Box<[AtomicU32]>,
+    lent: Box<[AtomicU8]>,
 }
 
 impl Memory {
     fn new() -> Self {
         Self {
             pages: HugeMemory::zeroed(CHUNK_BYTES),
-            lent: (0..CHUNK_PAGES).map(|_| AtomicU32::new(0)).collect(),
+            lent: (0..CHUNK_PAGES).map(|_| AtomicU8::new(0)).collect(),
         }
     }
 
@@ -115,14 +116,20 @@ struct Lent {
 }
 
 impl Lent {
-    fn new(memory: &Arc<Memory>, range: Range<usize>) -> Self {
-        for page in pages(&range) {
-            memory.lent[page].fetch_add(1, Ordering::Relaxed);
+    /// `None` if a page is lent as often as can be counted.
+    fn new(memory: &Arc<Memory>, range: Range<usize>) -> Option<Self> {
+        let counts = &memory.lent[pages(&range)];
+        // Nobody else counts up.
+        if counts.iter().any(|lent| lent.load(Ordering::Relaxed) == u8::MAX) {
+            return None;
         }
-        Self {
+        for lent in counts {
+            lent.fetch_add(1, Ordering::Relaxed);
+        }
+        Some(Self {
             memory: Arc::clone(memory),
             range,
-        }
+        })
     }
 }
 
@@ -135,8 +142,8 @@ impl AsRef<[u8]> for Lent {
 
 impl Drop for Lent {
     fn drop(&mut self) {
-        for page in pages(&self.range) {
-            self.memory.lent[page].fetch_sub(1, Ordering::Release);
+        for lent in &self.memory.lent[pages(&self.range)] {
+            lent.fetch_sub(1, Ordering::Release);
         }
     }
 }
@@ -169,7 +176,7 @@ impl Chunk {
         self.written[page / 64] >> (page % 64) & 1 == 1
     }
 
-    /// The range without a copy, if it lies in one piece.
+    /// The range without a copy, if it lies in one piece, and has not been lent too often.
     fn lend(&self, range: Range<usize>) -> Option<Bytes> {
         let mut touched = pages(&range);
         let first = touched.start;
@@ -184,7 +191,10 @@ impl Chunk {
         }
         let in_place = touched.clone().all(|page| self.is_written(page))
             && (self.moved.is_empty() || !touched.any(|page| self.moved.contains_key(&page)));
-        in_place.then(|| Bytes::from_owner(Lent::new(&self.memory, range)))
+        if !in_place {
+            return None;
+        }
+        Lent::new(&self.memory, range).map(Bytes::from_owner)
     }
 
     /// Copies the bytes from `at` into `out`.
@@ -476,6 +486,26 @@ mod tests {
         assert!(whole(4).await);
         let read = drive.read(range(9, 4)).await.unwrap();
         assert_eq!(read.as_ptr(), at, "back where it was");
+    }
+
+    #[tokio::test]
+    async fn what_is_lent_more_often_than_can_be_counted_is_copied() {
+        let drive = MemoryDrive::new(4096, 64);
+        let write = |byte: u8| drive.write(Lba(0), vec![Bytes::from(vec![byte; 4096])], Durability::Durable);
+        write(1).await.unwrap();
+        let mut lent = Vec::new();
+        for _ in 0..2 * usize::from(u8::MAX) {
+            lent.push(drive.read(range(0, 1)).await.unwrap());
+        }
+        let place = lent[0].as_ptr();
+        let in_place = lent.iter().filter(|page| page.as_ptr() == place).count();
+        assert_eq!(in_place, usize::from(u8::MAX));
+        write(2).await.unwrap();
+        assert!(lent.iter().flatten().all(|&byte| byte == 1));
+        drop(lent);
+        write(3).await.unwrap();
+        let page = drive.read(range(0, 1)).await.unwrap();
+        assert!(page.as_ptr() == place && page.iter().all(|&byte| byte == 3));
     }
 
     #[tokio::test]

@@ -148,7 +148,6 @@ impl Host {
             step::CLOSE => self.queue.handle_close(),
             _ => unreachable!("a step is one of the above"),
         }
-        self.take_requests();
         self.check_answers();
     }
 
@@ -213,7 +212,9 @@ impl Host {
         while !self.queue.is_closing() {
             match self.framer.next_pdu() {
                 Ok(Some(pdu)) => {
-                    self.queue.handle_pdu(pdu, self.now, |_| ());
+                    if let Some(request) = self.queue.handle_pdu(pdu, self.now, |_| ()) {
+                        self.take_request(request);
+                    }
                     self.framer.set_limits(self.queue.framer_limits());
                 }
                 Ok(None) => break,
@@ -225,33 +226,31 @@ impl Host {
         }
     }
 
-    fn take_requests(&mut self) {
-        while let Some(request) = self.queue.poll_request() {
-            for half in [Some(&request), request.fused_first.as_deref()]
-                .into_iter()
-                .flatten()
-            {
-                let bytes: usize = half.data.iter().map(Bytes::len).sum();
-                let length = half
-                    .sqe
-                    .data_pointer()
-                    .expect("checked before it was yielded")
-                    .length();
-                assert!(length <= TRANSFER_BYTES_MAX);
-                assert!(
-                    bytes == 0 || bytes == length as usize,
-                    "{bytes} bytes of a command that announced {length}"
-                );
-                assert!(half.answer_bytes_max <= length);
-                if self.known {
-                    let sent = self.sent.get_mut(&half.cid()).expect("yielded, so it was sent");
-                    assert!(!sent.yielded, "yielded twice");
-                    sent.yielded = true;
-                    sent.asked = 0;
-                }
+    fn take_request(&mut self, request: Request<()>) {
+        for half in [Some(&request), request.fused_first.as_deref()]
+            .into_iter()
+            .flatten()
+        {
+            let bytes: usize = half.data.iter().map(Bytes::len).sum();
+            let length = half
+                .sqe
+                .data_pointer()
+                .expect("checked before it was yielded")
+                .length();
+            assert!(length <= TRANSFER_BYTES_MAX);
+            assert!(
+                bytes == 0 || bytes == length as usize,
+                "{bytes} bytes of a command that announced {length}"
+            );
+            assert!(half.answer_bytes_max <= length);
+            if self.known {
+                let sent = self.sent.get_mut(&half.cid()).expect("yielded, so it was sent");
+                assert!(!sent.yielded, "yielded twice");
+                sent.yielded = true;
+                sent.asked = 0;
             }
-            self.requests.push(request);
         }
+        self.requests.push(request);
     }
 
     fn complete(&mut self, input: &mut Input<'_>) {

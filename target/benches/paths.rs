@@ -56,7 +56,8 @@ fn capsule(sqe: &Sqe, data: &Bytes) -> FromHost {
 /// An I/O queue that takes commands, without flow control, as Linux asks for it.
 fn connected(now: Instant) -> QueuePair<Option<Admission>> {
     let mut queue = QueuePair::new(now);
-    queue.handle_pdu(FromHost::IcReq(IcReq::new(Digests::default(), 1)), now, |_| None);
+    let nothing = queue.handle_pdu(FromHost::IcReq(IcReq::new(Digests::default(), 1)), now, |_| None);
+    assert!(nothing.is_none());
     let connect = Connect {
         qid: 1,
         sqsize_z: 127,
@@ -66,8 +67,8 @@ fn connected(now: Instant) -> QueuePair<Option<Admission>> {
     let sqe = FabricsCommand::Connect(connect)
         .to_sqe()
         .with_data(SglDescriptor::in_capsule(1024));
-    queue.handle_pdu(capsule(&sqe, &vec![0; 1024].into()), now, |_| None);
-    let request = queue.poll_request().unwrap();
+    let request = queue.handle_pdu(capsule(&sqe, &vec![0; 1024].into()), now, |_| None);
+    let request = request.unwrap();
     queue.handle_connected(connect);
     queue.handle_completion(request.complete(Status::SUCCESS));
     let queued = queue.transmits().len();
@@ -104,9 +105,7 @@ fn commands(read: bool) -> Box<dyn FnMut()> {
                 ..sqe
             };
             let admit = |_: &Sqe| Some(host.admit());
-            queue.handle_pdu(capsule(&sqe, &data), now, admit);
-        }
-        while let Some(mut request) = queue.poll_request() {
+            let mut request = queue.handle_pdu(capsule(&sqe, &data), now, admit).unwrap();
             let data = std::mem::take(&mut request.data);
             let answer = execute(&request.sqe, request.admitted.as_ref().unwrap(), data);
             queue.handle_completion(request.complete(Status::SUCCESS).with_data(answer));

@@ -298,12 +298,15 @@ impl Connection {
             match self.framer.next_pdu() {
                 Ok(Some(pdu)) => {
                     let queue = &self.queue;
-                    self.qpair.handle_pdu(pdu, now, |sqe| match queue {
+                    let request = self.qpair.handle_pdu(pdu, now, |sqe| match queue {
                         Some(Queue {
                             controller, qid: 1.., ..
                         }) => controller.admit(sqe),
                         _ => None,
                     });
+                    if let Some(request) = request {
+                        self.start(request);
+                    }
                 }
                 Ok(None) => break,
                 Err(error) => {
@@ -313,9 +316,6 @@ impl Connection {
             }
             if self.qpair.is_closing() {
                 return;
-            }
-            while let Some(request) = self.qpair.poll_request() {
-                self.start(request);
             }
         }
     }
@@ -344,8 +344,7 @@ impl Connection {
                             let completion = completion.await;
                             let success = completion.status.is_success();
                             metrics::command_completed(Op::Admin, success, 0, arrived.elapsed());
-                            let first = None;
-                            Done::Command(Finished { first, completion }, 0)
+                            Done::Command(completion.into(), 0)
                         })));
                     }
                 }
@@ -364,13 +363,13 @@ impl Connection {
             }
             Some(Queue { heard, .. }) if *heard != Heard::InTime => {
                 commands_started(request.fused_first.is_some());
-                self.finish_command(nvm::refuse_late(request))
+                self.finish_command(nvm::refuse_late(request));
             }
             Some(_) => {
                 let bytes = request.data.iter().map(Bytes::len).sum();
                 let is_pair = request.fused_first.is_some();
                 match nvm::start(request, Some(&mut self.tally)) {
-                    nvm::Execution::Finished(finished) => self.finish_command(finished),
+                    nvm::Execution::Finished(completion) => self.qpair.handle_completion(completion),
                     nvm::Execution::Running(command) => {
                         commands_started(is_pair);
                         self.executing_bytes += bytes;

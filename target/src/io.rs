@@ -36,6 +36,15 @@ pub(crate) struct Finished {
     pub(crate) completion: Completion,
 }
 
+impl From<Completion> for Finished {
+    fn from(completion: Completion) -> Self {
+        Self {
+            first: None,
+            completion,
+        }
+    }
+}
+
 /// How a command ends: data for the host, or a status.
 type Outcome = Result<Pieces, Status>;
 
@@ -77,7 +86,7 @@ fn op_of(command: &Result<NvmCommand, Status>) -> Op {
 /// A request that was started.
 pub(crate) enum Execution {
     /// And is over: what a device in memory answers at once needs no future.
-    Finished(Finished),
+    Finished(Completion),
     Running(Running),
 }
 
@@ -103,40 +112,49 @@ pub(crate) fn start(mut request: IoRequest, tally: Option<&mut Tally>) -> Execut
         Ok(command) => {
             let execution = async move {
                 let outcome = execute_command(&request, command, data).await;
-                Finished {
-                    first: None,
-                    completion: finish(&request, op, received, outcome),
-                }
+                finish(&request, op, received, outcome).into()
             };
             return Execution::Running(Running::InSteps(execution.boxed_local()));
         }
         Err(status) => Err(status),
     };
-    let outcome = match submitted.map(DeviceIo::take_ready) {
-        Err(status) => Err(status),
-        Ok(Ok(result)) => result.map_err(|error| status(request.admitted.as_ref(), &error)),
-        Ok(Err(io)) => {
-            return Execution::Running(Running::InDevice(InDevice {
-                cid: request.cid(),
-                arrived: request.arrived,
-                admitted: request.admitted,
-                op,
-                received,
-                io,
-            }));
-        }
+    // From the device to the completion in as few steps as can be: each is a copy of what was stored a moment ago.
+    let completion = match submitted {
+        Ok(DeviceIo::Read(io)) => match io.take_ready() {
+            Ok(Ok(data)) => request.complete(Status::SUCCESS).with_data([data]),
+            Ok(Err(error)) => failed(&request, &error),
+            Err(io) => return in_device(request, op, received, DeviceIo::Read(io)),
+        },
+        Ok(DeviceIo::Write(io, pass)) => match io.take_ready() {
+            Ok(Ok(())) => request.complete(Status::SUCCESS),
+            Ok(Err(error)) => failed(&request, &error),
+            Err(io) => return in_device(request, op, received, DeviceIo::Write(io, pass)),
+        },
+        Ok(io) => return in_device(request, op, received, io),
+        Err(status) => request.complete(status),
     };
-    let completion = match tally {
-        Some(tally) => {
-            tally.add(op, outcome.is_ok(), received + answered(&outcome));
-            complete(request.cid(), outcome)
-        }
-        None => finish(&request, op, received, outcome),
-    };
-    Execution::Finished(Finished {
-        first: None,
-        completion,
-    })
+    let (success, bytes) = (completion.status.is_success(), received + total(&completion.data));
+    match tally {
+        Some(tally) => tally.add(op, success, bytes),
+        None => metrics::command_completed(op, success, bytes, request.arrived.elapsed()),
+    }
+    Execution::Finished(completion)
+}
+
+fn in_device(request: IoRequest, op: Op, received: u64, io: DeviceIo) -> Execution {
+    Execution::Running(Running::InDevice(InDevice {
+        cid: request.cid(),
+        arrived: request.arrived,
+        admitted: request.admitted,
+        op,
+        received,
+        io,
+    }))
+}
+
+/// The completion of a request that its device refused.
+fn failed(request: &IoRequest, error: &BlockError) -> Completion {
+    request.complete(status(request.admitted.as_ref(), error))
 }
 
 fn set_arrived(request: &mut IoRequest) {

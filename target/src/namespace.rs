@@ -83,7 +83,7 @@ pub(crate) struct OpenNamespace {
 
 pub(crate) enum Backend {
     Reserved(HostNamespace),
-    Plain(AssociationDevice),
+    Plain(Rc<AssociationDevice>),
 }
 
 impl OpenNamespace {
@@ -93,12 +93,11 @@ impl OpenNamespace {
             Source::PerAssociation(factory) => {
                 let now = Instant::now();
                 let arrival = Arrival::new(now);
-                Backend::Plain(AssociationDevice {
+                Backend::Plain(Rc::new(AssociationDevice {
                     device: factory(association, &arrival),
                     arrival,
                     kato: association.kato,
-                    arrived: now,
-                })
+                }))
             }
         };
         Self { namespace, backend }
@@ -122,7 +121,10 @@ impl OpenNamespace {
     pub(crate) fn admit(self: &Rc<Self>) -> Admitted {
         let access = match &self.backend {
             Backend::Reserved(reserved) => CommandDevice::Reserved(reserved.admit()),
-            Backend::Plain(plain) => CommandDevice::Plain(plain.clone()),
+            Backend::Plain(plain) => CommandDevice::Plain {
+                device: Rc::clone(plain),
+                arrived: plain.arrival.get(),
+            },
         };
         Admitted {
             open: Rc::clone(self),
@@ -131,7 +133,7 @@ impl OpenNamespace {
     }
 }
 
-/// What a command was admitted to when it arrived.
+/// What a command was admitted to when it arrived. There is one in each command: it is kept small.
 pub(crate) struct Admitted {
     pub(crate) open: Rc<OpenNamespace>,
     pub(crate) access: CommandDevice,
@@ -141,31 +143,33 @@ pub(crate) struct Admitted {
 #[derive(Clone)]
 pub(crate) enum CommandDevice {
     Reserved(Admission),
-    Plain(AssociationDevice),
+    Plain {
+        device: Rc<AssociationDevice>,
+        arrived: Instant,
+    },
 }
 
-/// A device of one association, for one of its commands.
-#[derive(Clone)]
+/// A device of one association.
 pub(crate) struct AssociationDevice {
     device: Device,
-    /// How the device is told when the command arrived.
+    /// How the device is told when a command arrived.
     arrival: Arrival,
     kato: Option<Duration>,
-    arrived: Instant,
 }
 
 impl AssociationDevice {
-    fn begin(&self) -> &Device {
-        self.arrival.set(self.arrived);
+    /// The device, for an operation of a command that arrived at `arrived`.
+    fn begin(&self, arrived: Instant) -> &Device {
+        self.arrival.set(arrived);
         &self.device
     }
 }
 
 impl CommandDevice {
     /// The command has arrived whole.
-    pub(crate) fn set_arrived(&mut self, arrived: Instant) {
-        if let Self::Plain(device) = self {
-            device.arrived = arrived;
+    pub(crate) fn set_arrived(&mut self, at: Instant) {
+        if let Self::Plain { arrived, .. } = self {
+            *arrived = at;
         }
     }
 
@@ -174,7 +178,7 @@ impl CommandDevice {
     pub(crate) fn is_late(&self) -> bool {
         match self {
             Self::Reserved(_) => false,
-            Self::Plain(plain) => plain.kato.is_some_and(|kato| plain.arrived.elapsed() >= kato / 4),
+            Self::Plain { device, arrived } => device.kato.is_some_and(|kato| arrived.elapsed() >= kato / 4),
         }
     }
 
@@ -182,42 +186,44 @@ impl CommandDevice {
     pub(crate) fn is_aborted(&self) -> bool {
         match self {
             Self::Reserved(admission) => admission.is_aborted(),
-            Self::Plain(_) => false,
+            Self::Plain { .. } => false,
         }
     }
 
     pub(crate) fn read(&self, range: LbaRange) -> Io<Bytes> {
         match self {
             Self::Reserved(admission) => admission.read(range),
-            Self::Plain(device) => device.begin().read(range),
+            Self::Plain { device, arrived } => device.begin(*arrived).read(range),
         }
     }
 
     pub(crate) fn write(&self, start: Lba, data: Vec<Bytes>, durability: Durability) -> Io<()> {
         match self {
             Self::Reserved(admission) => admission.write(start, data, durability),
-            Self::Plain(device) => device.begin().write(start, data, durability),
+            Self::Plain { device, arrived } => device.begin(*arrived).write(start, data, durability),
         }
     }
 
     pub(crate) fn write_zeroes(&self, range: LbaRange, deallocate: bool, durability: Durability) -> Io<()> {
         match self {
             Self::Reserved(admission) => admission.write_zeroes(range, deallocate, durability),
-            Self::Plain(device) => device.begin().write_zeroes(range, deallocate, durability),
+            Self::Plain { device, arrived } => {
+                device.begin(*arrived).write_zeroes(range, deallocate, durability)
+            }
         }
     }
 
     pub(crate) fn deallocate(&self, ranges: Vec<LbaRange>) -> Io<()> {
         match self {
             Self::Reserved(admission) => admission.deallocate(ranges),
-            Self::Plain(device) => device.begin().deallocate(ranges),
+            Self::Plain { device, arrived } => device.begin(*arrived).deallocate(ranges),
         }
     }
 
     pub(crate) fn flush(&self) -> Io<()> {
         match self {
             Self::Reserved(admission) => admission.flush(),
-            Self::Plain(device) => device.begin().flush(),
+            Self::Plain { device, arrived } => device.begin(*arrived).flush(),
         }
     }
 }

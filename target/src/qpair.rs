@@ -6,7 +6,7 @@
 //! - anything else looks and changes nothing.
 //!
 //! The caller owns the socket, the clock and the devices. It reads bytes into a framer, gives the PDUs here, executes
-//! what [`QueuePair::poll_request`] yields, gives the completions here, and writes [`QueuePair::transmits`]. It applies
+//! the requests that come of them, gives the completions here, and writes [`QueuePair::transmits`]. It applies
 //! [`QueuePair::framer_limits`] after every PDU.
 //!
 //! Legal bytes at the wrong time are as fatal as malformed ones: the connection ends with a TermReq, that connection
@@ -30,7 +30,7 @@ use weft_proto::tcp::{
     CapsuleCmd, DataAt, Digests, Encoder, FatalErrorStatus, FramerLimits, FromHost, H2CData, IcReq, IcResp,
     PduError, R2T, TermReason, TransmitQueue,
 };
-use zerocopy::{FromBytes, IntoBytes};
+use zerocopy::transmute_ref;
 
 pub use crate::request::{Completion, Pieces, Request, TRANSFER_BYTES_MAX};
 use crate::request::{Transfer, direction};
@@ -75,7 +75,6 @@ pub struct QueuePair<T> {
     encoder: Encoder,
     limits: FramerLimits,
     transmits: TransmitQueue,
-    requests: VecDeque<Request<T>>,
     /// Commands in flight, by CID.
     inflight: CidSet,
     /// Commands whose data is on its way, by CID, which is their transfer tag too.
@@ -122,7 +121,6 @@ impl<T> QueuePair<T> {
             encoder: Encoder::default(),
             limits: FramerLimits::default(),
             transmits: TransmitQueue::new(),
-            requests: VecDeque::new(),
             inflight: CidSet::default(),
             receiving: BTreeMap::new(),
             waiting: VecDeque::new(),
@@ -139,24 +137,34 @@ impl<T> QueuePair<T> {
         }
     }
 
-    /// Takes a PDU. `admit` is called once for a command, in the instant it arrives.
-    pub fn handle_pdu(&mut self, pdu: FromHost, now: Instant, admit: impl FnOnce(&Sqe) -> T) {
+    /// Takes a PDU; answers the request that it completes, which is to be executed. `admit` is called once for a command, in the
+    /// instant it arrives.
+    #[must_use]
+    pub fn handle_pdu(
+        &mut self,
+        pdu: FromHost,
+        now: Instant,
+        admit: impl FnOnce(&Sqe) -> T,
+    ) -> Option<Request<T>> {
         match (&self.state, pdu) {
+            (State::Ready, FromHost::CapsuleCmd(capsule)) => return self.handle_command(capsule, now, admit),
+            (State::Ready, FromHost::H2CData(data)) => return self.handle_data(data, now),
+            (State::ExpectConnect, FromHost::CapsuleCmd(capsule)) => {
+                return self.handle_connect(capsule, now, admit);
+            }
             (State::Closing, _) => {}
             (_, FromHost::TermReq(term)) => {
                 tracing::debug!(reason = %term.reason, "the host ended the connection");
                 self.state = State::Closing;
             }
             (State::ExpectIcReq, FromHost::IcReq(request)) => self.initialize(&request),
-            (State::ExpectConnect, FromHost::CapsuleCmd(capsule)) => self.handle_connect(capsule, now, admit),
-            (State::Ready, FromHost::CapsuleCmd(capsule)) => self.handle_command(capsule, now, admit),
-            (State::Ready, FromHost::H2CData(data)) => self.handle_data(data, now),
             // A well-formed PDU in the wrong state is as fatal as a malformed one.
             (
                 State::ExpectIcReq | State::ExpectConnect | State::Connecting | State::Ready,
                 FromHost::IcReq(_) | FromHost::CapsuleCmd(_) | FromHost::H2CData(_),
             ) => self.out_of_sequence(),
         }
+        None
     }
 
     /// Takes the framer's verdict on bytes that no state could accept.
@@ -190,7 +198,7 @@ impl<T> QueuePair<T> {
         }
     }
 
-    /// Takes the end of a command that was yielded by [`Self::poll_request`].
+    /// Takes the end of a command that was answered by [`Self::handle_pdu`].
     pub fn handle_completion(&mut self, completion: Completion) {
         let Completion {
             cid,
@@ -209,31 +217,25 @@ impl<T> QueuePair<T> {
         if status.is_success() && !data.is_empty() {
             // Without SQ flow control a response with nothing to say can be left out.
             answered = !self.flow_control && result == 0;
-            self.encoder.c2h_data(
-                &mut self.transmits,
-                DataAt { cccid: cid, datao: 0 },
-                true,
-                answered,
-                data,
-            );
+            let at = DataAt { cccid: cid, datao: 0 };
+            let transmits = &mut self.transmits;
+            // One piece is what nearly all have, and is handed on without a loop around it.
+            match data.into_inner() {
+                Ok(one) => self.encoder.c2h_data(transmits, at, true, answered, one),
+                Err(pieces) => self.encoder.c2h_data(transmits, at, true, answered, pieces),
+            }
         }
         if !answered {
             let sqhd = if self.flow_control { self.sqhd } else { 0xffff };
             let cqe = Cqe::new(cid, sqhd, status, result);
-            let mut bytes = [0; size_of::<Cqe>()];
-            bytes.copy_from_slice(cqe.as_bytes());
-            self.encoder.capsule_resp(&mut self.transmits, &bytes);
+            self.encoder
+                .capsule_resp(&mut self.transmits, transmute_ref!(&cqe));
         }
     }
 
     /// Ends the connection from this side, without an accusation: the controller is gone.
     pub fn handle_close(&mut self) {
         self.state = State::Closing;
-    }
-
-    /// The next command to execute.
-    pub fn poll_request(&mut self) -> Option<Request<T>> {
-        self.requests.pop_front()
     }
 
     /// When [`Self::handle_timeout`] has to be called.
@@ -287,66 +289,77 @@ impl<T> QueuePair<T> {
         self.state = State::ExpectConnect;
     }
 
-    fn handle_connect(&mut self, capsule: CapsuleCmd, now: Instant, admit: impl FnOnce(&Sqe) -> T) {
-        let sqe = entry(&capsule.sqe);
-        if !FabricsCommand::is_fabrics(&sqe) || sqe.nsid.get() as u8 != fctype::CONNECT {
-            return self.out_of_sequence();
+    fn handle_connect(
+        &mut self,
+        capsule: CapsuleCmd,
+        now: Instant,
+        admit: impl FnOnce(&Sqe) -> T,
+    ) -> Option<Request<T>> {
+        let sqe: &Sqe = transmute_ref!(&capsule.sqe);
+        if !FabricsCommand::is_fabrics(sqe) || sqe.nsid.get() as u8 != fctype::CONNECT {
+            self.out_of_sequence();
+            return None;
         }
         let cid = sqe.cid.get();
         self.inflight.insert(cid);
         self.state = State::Connecting;
-        let data = match capsule.data {
-            Ok(data) => data,
-            Err(_) => return self.fail(cid, Status::TRANSIENT_TRANSPORT_ERROR),
+        let Ok(data) = capsule.data else {
+            return self.refuse(cid, Status::TRANSIENT_TRANSPORT_ERROR);
         };
         match sqe.data_pointer().and_then(|pointer| in_capsule(pointer, data)) {
-            Ok(Some(data)) if data.len() == size_of::<ConnectData>() => {
-                self.requests.push_back(Request {
-                    sqe,
-                    data: vec![data],
-                    answer_bytes_max: 0,
-                    admitted: admit(&sqe),
-                    arrived: now,
-                    fused_first: None,
-                });
-            }
-            Ok(_) => self.fail(cid, Status::INVALID_SGL_LENGTH.dnr()),
-            Err(status) => self.fail(cid, status),
+            Ok(Some(data)) if data.len() == size_of::<ConnectData>() => Some(Request {
+                sqe: *sqe,
+                data: vec![data],
+                answer_bytes_max: 0,
+                admitted: admit(sqe),
+                arrived: now,
+                fused_first: None,
+            }),
+            Ok(_) => self.refuse(cid, Status::INVALID_SGL_LENGTH.dnr()),
+            Err(status) => self.refuse(cid, status),
         }
     }
 
-    fn handle_command(&mut self, capsule: CapsuleCmd, now: Instant, admit: impl FnOnce(&Sqe) -> T) {
-        let sqe = entry(&capsule.sqe);
+    fn handle_command(
+        &mut self,
+        capsule: CapsuleCmd,
+        now: Instant,
+        admit: impl FnOnce(&Sqe) -> T,
+    ) -> Option<Request<T>> {
+        let sqe: &Sqe = transmute_ref!(&capsule.sqe);
         let cid = sqe.cid.get();
         if self.inflight.len() >= usize::from(self.entries) || !self.inflight.insert(cid) {
             // More commands than the queue has entries, or one identifier for two of them: completions could not be
             // told apart any more.
-            return self.out_of_sequence();
+            self.out_of_sequence();
+            return None;
         }
         self.sqhd = (self.sqhd + 1) % self.entries;
         let fuse = match sqe.fuse() {
             Ok(fuse) => fuse,
-            Err(status) => return self.fail(cid, status),
+            Err(status) => return self.refuse(cid, status),
         };
         if !self.pair_up(cid, fuse) {
-            return self.fail(cid, Status::ABORTED_MISSING_FUSED.dnr());
+            return self.refuse(cid, Status::ABORTED_MISSING_FUSED.dnr());
         }
-        let admitted = admit(&sqe);
+        let admitted = admit(sqe);
         let pointer = match sqe.data_pointer() {
             Ok(pointer) => pointer,
-            Err(status) => return self.fail(cid, status),
+            Err(status) => return self.refuse(cid, status),
         };
         if pointer.length() > TRANSFER_BYTES_MAX {
-            return self.fail(cid, Status::INVALID_FIELD.dnr());
+            return self.refuse(cid, Status::INVALID_FIELD.dnr());
         }
         let mut asked_for = None;
-        let (data, answer_bytes_max) = match direction(&sqe) {
+        let (data, answer_bytes_max) = match direction(sqe) {
+            Transfer::None => (Vec::new(), 0),
+            Transfer::ToHost => (Vec::new(), pointer.length()),
             Transfer::FromHost => {
                 let Ok(data) = capsule.data else {
-                    return self.fail(cid, Status::TRANSIENT_TRANSPORT_ERROR);
+                    return self.refuse(cid, Status::TRANSIENT_TRANSPORT_ERROR);
                 };
                 match (in_capsule(pointer, data), pointer) {
-                    (Err(status), _) => return self.fail(cid, status),
+                    (Err(status), _) => return self.refuse(cid, status),
                     (Ok(Some(data)), _) => (vec![data], 0),
                     (Ok(None), DataPointer::Transport { length }) => {
                         asked_for = Some(length).filter(|&length| length > 0);
@@ -355,21 +368,29 @@ impl<T> QueuePair<T> {
                     (Ok(None), _) => (Vec::new(), 0),
                 }
             }
-            Transfer::ToHost => (Vec::new(), pointer.length()),
-            Transfer::None => (Vec::new(), 0),
         };
-        // Made once all of it is known: it is large, and moved as seldom as can be.
-        let request = Request {
-            sqe,
+        // Made where it goes, once all of it is known: what is moved right after it was stored in parts stalls the processor.
+        let request = || Request {
+            sqe: *sqe,
             data,
             answer_bytes_max,
             admitted,
             arrived: now,
             fused_first: None,
         };
-        let Some(length) = asked_for else {
-            return self.accept(request);
-        };
+        match (asked_for, fuse) {
+            (None, Fuse::Normal) => Some(request()),
+            (None, Fuse::First | Fuse::Second) => self.accept_half(request()),
+            (Some(length), _) => {
+                self.receive(request(), length);
+                None
+            }
+        }
+    }
+
+    /// Keeps a command until its data has come, which is asked for as soon as there is room.
+    fn receive(&mut self, request: Request<T>, length: u32) {
+        let cid = request.cid();
         let receiving = Receiving {
             request,
             length,
@@ -382,17 +403,17 @@ impl<T> QueuePair<T> {
         self.ask_for_data();
     }
 
-    fn handle_data(&mut self, pdu: H2CData, now: Instant) {
+    fn handle_data(&mut self, pdu: H2CData, now: Instant) -> Option<Request<T>> {
         let (cid, ttag) = (pdu.header.cccid.get(), pdu.header.ttag.get());
         let Some(receiving) = self.receiving.get_mut(&cid).filter(|receiving| receiving.asked) else {
-            return self.terminate(TermReason::invalid_field(8), &[]);
+            return self.refuse_data(TermReason::invalid_field(8));
         };
         if ttag != cid {
-            return self.terminate(TermReason::invalid_field(10), &[]);
+            return self.refuse_data(TermReason::invalid_field(10));
         }
         let (offset, length) = (pdu.header.datao.get(), pdu.header.datal.get());
         if offset != receiving.received || length > receiving.length - receiving.received {
-            return self.terminate(TermReason::new(FatalErrorStatus::DATA_TRANSFER_OUT_OF_RANGE), &[]);
+            return self.refuse_data(TermReason::new(FatalErrorStatus::DATA_TRANSFER_OUT_OF_RANGE));
         }
         receiving.received += length;
         match pdu.data {
@@ -404,21 +425,22 @@ impl<T> QueuePair<T> {
                 // The end of the R2T's data before all of it has come.
                 self.out_of_sequence();
             }
-            return;
+            return None;
         }
-        let Some(receiving) = self.receiving.remove(&cid) else {
-            return;
-        };
+        let receiving = self.receiving.remove(&cid)?;
         self.r2t_bytes -= receiving.length;
-        if receiving.damaged {
-            self.fail(cid, Status::TRANSIENT_TRANSPORT_ERROR);
+        let request = if receiving.damaged {
+            self.refuse(cid, Status::TRANSIENT_TRANSPORT_ERROR)
         } else {
-            self.accept(Request {
-                arrived: now,
-                ..receiving.request
-            });
-        }
+            let mut request = receiving.request;
+            request.arrived = now;
+            match request.sqe.fuse() {
+                Ok(Fuse::Normal) | Err(_) => Some(request),
+                Ok(Fuse::First | Fuse::Second) => self.accept_half(request),
+            }
+        };
         self.ask_for_data();
+        request
     }
 
     /// Sends the R2Ts that there is room for.
@@ -466,30 +488,34 @@ impl<T> QueuePair<T> {
         }
     }
 
-    /// Yields a command that has all its data, or keeps it until its other half has.
-    fn accept(&mut self, request: Request<T>) {
-        match request.sqe.fuse() {
-            Ok(Fuse::Normal) | Err(_) => self.requests.push_back(request),
-            Ok(Fuse::First | Fuse::Second) => self.accept_half(request),
-        }
-    }
-
-    /// The same of one half of a fused pair.
-    fn accept_half(&mut self, request: Request<T>) {
+    /// Keeps one half of a fused pair until the other has its data too, and yields both then.
+    fn accept_half(&mut self, request: Request<T>) -> Option<Request<T>> {
         let cid = request.cid();
         let mut pairs = self.fused.pairs.iter();
         let pair = pairs
             .find(|&(&first, &second)| cid == first || cid == second)
             .map(|(&first, &second)| (first, second));
         self.fused.ready.insert(cid, request);
-        let Some((first, second)) = pair else { return };
-        if self.fused.ready.contains_key(&first)
-            && let Some(mut request) = self.fused.ready.remove(&second)
-        {
-            self.fused.pairs.remove(&first);
-            request.fused_first = self.fused.ready.remove(&first).map(Box::new);
-            self.requests.push_back(request);
+        let (first, second) = pair?;
+        if !self.fused.ready.contains_key(&first) {
+            return None;
         }
+        let mut request = self.fused.ready.remove(&second)?;
+        self.fused.pairs.remove(&first);
+        request.fused_first = self.fused.ready.remove(&first).map(Box::new);
+        Some(request)
+    }
+
+    /// Completes a command with an error instead of yielding it.
+    fn refuse(&mut self, cid: u16, status: Status) -> Option<Request<T>> {
+        self.fail(cid, status);
+        None
+    }
+
+    /// Ends the connection for data that nobody asked for.
+    fn refuse_data(&mut self, reason: TermReason) -> Option<Request<T>> {
+        self.terminate(reason, &[]);
+        None
     }
 
     /// Completes a command that was not yielded, and its other half if it is one.
@@ -544,13 +570,8 @@ impl<T> QueuePair<T> {
         crate::metrics::connection_terminated();
         self.encoder.c2h_term_req(&mut self.transmits, reason, offending);
         self.state = State::Closing;
-        self.requests.clear();
         self.receiving.clear();
     }
-}
-
-fn entry(bytes: &[u8; 64]) -> Sqe {
-    Sqe::read_from_bytes(bytes).expect("an entry is 64 bytes")
 }
 
 /// The command's data where it is in the capsule; `None` where the transport moves it or there is none.

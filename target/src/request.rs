@@ -82,6 +82,7 @@ impl Completion {
 
     /// With data for the host.
     #[must_use]
+    #[inline]
     pub fn with_data(mut self, data: impl Into<Pieces>) -> Self {
         self.data = data.into();
         self

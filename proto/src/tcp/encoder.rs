@@ -7,16 +7,20 @@ use std::collections::VecDeque;
 use std::io::IoSlice;
 
 use bytes::{Buf, Bytes};
-use zerocopy::{Immutable, IntoBytes};
+use zerocopy::{Immutable, IntoBytes, Unaligned};
 
 use super::header::{
-    CommonHeader, DataPduHeader, IcReq, IcResp, PduFlags, PduType, R2T, TERM_REQ_DATA_MAX, TermReqHeader,
+    CommonHeader, DataPduHeader, IcReq, IcResp, PDA_MAX, PduFlags, PduType, R2T, TERM_REQ_DATA_MAX,
+    TermReqHeader,
 };
 use super::{DIGEST_BYTES, Digests, TermReason, crc32c, crc32c_scattered};
 
 /// Data up to this many bytes is copied beside its header instead of taking a slice of its own in the vectored
 /// write. A guess: copying this much costs less than the bookkeeping of a slice.
 const COPY_BYTES_MAX: usize = 256;
+
+/// Where data begins at the latest (PDO): a header and its digest are shorter than the coarsest alignment.
+const PDO_MAX: usize = (PDA_MAX as usize + 1) * 4;
 
 /// Memory for headers and short data that an empty queue keeps. Guessed: a deep queue's answers fit, and a hundred idle
 /// connections do not add up to much.
@@ -118,22 +122,24 @@ impl TransmitQueue {
         }
     }
 
-    /// Where copied bytes go.
-    fn room(&mut self, bytes: usize) -> &mut Vec<u8> {
+    #[inline]
+    fn push_copied(&mut self, bytes: &[u8]) {
         // A peer that never takes all of it must not make this grow for ever.
         if self.written > KEPT_BYTES && self.written * 2 > self.copied.len() {
             self.copied.drain(..self.written);
             self.written = 0;
         }
-        self.bytes += bytes;
-        self.tail += bytes;
-        &mut self.copied
+        self.bytes += bytes.len();
+        self.tail += bytes.len();
+        self.copied.extend_from_slice(bytes);
     }
 
-    fn push_copied(&mut self, bytes: &[u8]) {
-        self.room(bytes.len()).extend_from_slice(bytes);
+    /// The last bytes that were copied.
+    fn last_copied(&self, bytes: usize) -> &[u8] {
+        &self.copied[self.copied.len() - bytes..]
     }
 
+    #[inline]
     fn push_shared(&mut self, data: Bytes) {
         if data.len() <= COPY_BYTES_MAX {
             self.push_copied(&data);
@@ -190,6 +196,7 @@ impl Encoder {
     }
 
     /// A response capsule.
+    #[inline]
     pub fn capsule_resp(self, queue: &mut TransmitQueue, cqe: &[u8; 16]) {
         self.header_only(queue, PduType::CAPSULE_RESP, cqe);
     }
@@ -252,7 +259,7 @@ impl Encoder {
         self,
         queue: &mut TransmitQueue,
         pdu_type: PduType,
-        specific: &(impl IntoBytes + Immutable),
+        specific: &(impl IntoBytes + Immutable + Unaligned + Copy),
     ) {
         self.pdu(queue, pdu_type, PduFlags::default(), specific, 0, []);
     }
@@ -272,7 +279,7 @@ impl Encoder {
     }
 
     /// `specific` is the header after the common one, of a length that the compiler knows; `data` is of so many `bytes`.
-    fn pdu<H: IntoBytes + Immutable>(
+    fn pdu<H: IntoBytes + Immutable + Unaligned + Copy>(
         self,
         queue: &mut TransmitQueue,
         pdu_type: PduType,
@@ -282,7 +289,7 @@ impl Encoder {
         data: impl Scattered,
     ) {
         debug_assert_eq!(bytes, data_len(data.as_ref()));
-        let hlen = size_of::<CommonHeader>() + size_of::<H>();
+        let hlen = size_of::<Head<H>>();
         let header_digest = self.digests.header && pdu_type.takes_header_digest();
         let head_len = hlen + if header_digest { DIGEST_BYTES } else { 0 };
         let data_digest = self.digests.data && bytes > 0;
@@ -298,19 +305,18 @@ impl Encoder {
         let flags = flags
             .with(PduFlags::HEADER_DIGEST, header_digest)
             .with(PduFlags::DATA_DIGEST, data_digest);
-        let common = common(pdu_type, flags, hlen, pdo, plen);
+        let head = Head {
+            common: common(pdu_type, flags, hlen, pdo, plen),
+            specific: *specific,
+        };
+        queue.push_copied(head.as_bytes());
         let before_data = head_len.max(pdo);
-        let head = queue.room(before_data);
-        let start = head.len();
-        head.reserve(before_data);
-        head.extend_from_slice(common.as_bytes());
-        head.extend_from_slice(specific.as_bytes());
         if before_data > hlen {
+            let mut rest = [0; PDO_MAX];
             if header_digest {
-                let digest = crc32c(&head[start..]);
-                head.extend_from_slice(&digest.to_le_bytes());
+                rest[..DIGEST_BYTES].copy_from_slice(&crc32c(queue.last_copied(hlen)).to_le_bytes());
             }
-            head.resize(start + before_data, 0);
+            queue.push_copied(&rest[..before_data - hlen]);
         }
         if bytes == 0 {
             return;
@@ -326,6 +332,14 @@ impl Encoder {
             queue.push_copied(&digest.to_le_bytes());
         }
     }
+}
+
+/// A whole header, as it is sent: in one piece, of a length that the compiler knows.
+#[derive(IntoBytes, Immutable, Unaligned)]
+#[repr(C)]
+struct Head<H> {
+    common: CommonHeader,
+    specific: H,
 }
 
 /// Whose data a data PDU carries and where it belongs.

@@ -135,6 +135,7 @@ pub struct Received<'a> {
 }
 
 impl Received<'_> {
+    #[inline]
     fn layout<T: FromBytes>(&self) -> Result<T, PduError> {
         // HLEN has been checked against the type, so this can only fail if the table of HLENs is wrong.
         T::read_from_bytes(self.specific).map_err(|_| PduError::Hlen {
@@ -181,6 +182,7 @@ impl Direction for FromHost {
         )
     }
 
+    #[inline]
     fn pdu(received: Received<'_>) -> Result<Self, PduError> {
         let flags = received.common.flags;
         Ok(match received.common.pdu_type {
@@ -212,6 +214,7 @@ impl Direction for FromController {
         )
     }
 
+    #[inline]
     fn pdu(received: Received<'_>) -> Result<Self, PduError> {
         let flags = received.common.flags;
         Ok(match received.common.pdu_type {
@@ -327,16 +330,27 @@ impl<D: Direction> Framer<D> {
         if self.received.len() < frame.plen {
             return Ok(None);
         }
-        let mut header = [0; PduType::HLEN_MAX];
         let hlen = usize::from(common.hlen);
-        header[..hlen].copy_from_slice(&self.received[..hlen]);
-        let data = self.take(&frame);
-        D::pdu(Received {
+        // The header is copied only where data is taken out of the buffer with it.
+        let mut header = [0; PduType::HLEN_MAX];
+        let data = (frame.data_len > 0).then(|| {
+            header[..hlen].copy_from_slice(&self.received[..hlen]);
+            self.take(&frame)
+        });
+        let whole = if data.is_some() {
+            &header[..hlen]
+        } else {
+            &self.received[..hlen]
+        };
+        let pdu = D::pdu(Received {
             common,
-            specific: &header[COMMON_HEADER_BYTES..hlen],
-            data,
-        })
-        .map(Some)
+            specific: &whole[COMMON_HEADER_BYTES..],
+            data: data.unwrap_or(Ok(Bytes::new())),
+        })?;
+        if frame.data_len == 0 {
+            self.received.advance(frame.plen);
+        }
+        Ok(Some(pdu))
     }
 
     fn peek(&self) -> Option<CommonHeader> {
@@ -454,12 +468,8 @@ impl<D: Direction> Framer<D> {
         Ok(())
     }
 
-    /// Takes the whole PDU out of the buffer; answers its data.
+    /// Takes the whole PDU, which has data, out of the buffer; answers its data.
     fn take(&mut self, frame: &Frame) -> PduData {
-        if frame.data_len == 0 {
-            self.received.advance(frame.plen);
-            return Ok(Bytes::new());
-        }
         let mut pdu = self.received.split_to(frame.plen).freeze();
         if frame.data_digest {
             let end = frame.data_start + frame.data_len;

@@ -55,10 +55,7 @@ impl Future for Running {
         };
         let outcome = ready!(Pin::new(io).poll(context)).map_err(|error| status(admitted.as_ref(), &error));
         count(*arrived, *op, *received, &outcome);
-        Poll::Ready(Finished {
-            first: None,
-            completion: complete(*cid, outcome),
-        })
+        Poll::Ready(complete(*cid, outcome).into())
     }
 }
 
@@ -67,23 +64,6 @@ pub(super) enum DeviceIo {
     Read(Io<Bytes>),
     Write(Io<()>, Pass),
     InParts(Io<Pieces>),
-}
-
-impl DeviceIo {
-    /// As [`Io::take_ready`].
-    pub(super) fn take_ready(self) -> Result<Result<Pieces, BlockError>, Self> {
-        match self {
-            Self::Read(io) => io
-                .take_ready()
-                .map(|result| result.map(|bytes| smallvec![bytes]))
-                .map_err(Self::Read),
-            Self::Write(io, pass) => match io.take_ready() {
-                Ok(result) => Ok(result.map(|()| Pieces::new())),
-                Err(io) => Err(Self::Write(io, pass)),
-            },
-            Self::InParts(io) => io.take_ready().map_err(Self::InParts),
-        }
-    }
 }
 
 impl Future for DeviceIo {

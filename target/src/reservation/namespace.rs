@@ -158,11 +158,11 @@ impl ReservedNamespace {
     /// The namespace as `host` has it.
     #[must_use]
     pub fn of_host(&self, host: HostId) -> HostNamespace {
-        HostNamespace {
+        HostNamespace(Rc::new(OfHost {
             namespace: self.clone(),
             host,
             execution: self.execution(host),
-        }
+        }))
     }
 
     /// The namespace as a device of `host`, with no socket: every operation passes the same check.
@@ -446,7 +446,9 @@ impl Orphans {
 
 /// A namespace as one host has it. A cheap handle, which is looked up once and admits many commands.
 #[derive(Clone)]
-pub struct HostNamespace {
+pub struct HostNamespace(Rc<OfHost>);
+
+struct OfHost {
     namespace: ReservedNamespace,
     host: HostId,
     execution: Rc<Execution>,
@@ -456,7 +458,7 @@ impl HostNamespace {
     /// The namespace, and the host.
     #[must_use]
     pub fn parts(&self) -> (&ReservedNamespace, HostId) {
-        (&self.namespace, self.host)
+        (&self.0.namespace, self.0.host)
     }
 
     /// Admits one command: a later Preempt and Abort against the host ends it, even if the host has registered again by
@@ -464,7 +466,7 @@ impl HostNamespace {
     #[must_use]
     pub fn admit(&self) -> Admission {
         Admission {
-            generation: self.execution.generation.get(),
+            generation: self.0.execution.generation.get(),
             host: self.clone(),
         }
     }
@@ -482,20 +484,14 @@ impl Admission {
     /// Whether a Preempt and Abort has come since the command was admitted.
     #[must_use]
     pub fn is_aborted(&self) -> bool {
-        self.host.execution.generation.get() != self.generation
+        self.host.0.execution.generation.get() != self.generation
     }
 
     /// Whether the command may touch the blocks now.
     fn is_allowed(&self, access: Access) -> bool {
+        let OfHost { namespace, host, .. } = &*self.host.0;
         planted(Bug::WritesUnchecked)
-            || !self.is_aborted()
-                && self
-                    .host
-                    .namespace
-                    .0
-                    .table
-                    .borrow()
-                    .allows(self.host.host, access)
+            || !self.is_aborted() && namespace.0.table.borrow().allows(*host, access)
     }
 
     fn submit<T: 'static>(&self, access: Access, start: impl FnOnce(&Device) -> Io<T>) -> Io<T> {
@@ -503,14 +499,14 @@ impl Admission {
             metrics::reservation_conflict();
             return Io::ready(Err(BlockError::ReservationConflict));
         }
-        // What is over by now was in execution for no time in which anybody could have preempted it.
-        let HostNamespace {
+        let OfHost {
             namespace, execution, ..
-        } = &self.host;
-        let io = match start(&namespace.0.device).take_ready() {
-            Ok(result) => return Io::ready(result),
-            Err(io) => io,
-        };
+        } = &*self.host.0;
+        let io = start(&namespace.0.device);
+        // What is over by now was in execution for no time in which anybody could have preempted it.
+        if io.is_ready() {
+            return io;
+        }
         let running = InExecution {
             inner: Rc::clone(&namespace.0),
             execution: Rc::clone(execution),
@@ -605,7 +601,7 @@ impl<T: 'static> Drop for Tracked<T> {
 /// [`ReservedNamespace::local`].
 impl BlockDevice for HostNamespace {
     fn info(&self) -> DeviceInfo {
-        self.namespace.info()
+        self.0.namespace.info()
     }
 
     fn read(&self, range: LbaRange) -> Io<Bytes> {

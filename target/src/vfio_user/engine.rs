@@ -367,9 +367,10 @@ impl Engine {
         };
         let again = Again::new(&request, Rc::clone(&self.controller), Rc::clone(&self.life));
         let attempt = match nvm::start(request, None) {
-            nvm::Execution::Finished(finished) if !is_passing(&finished) => {
+            nvm::Execution::Finished(completion) if !is_passing(&completion) => {
                 self.executing_bytes += bytes;
                 self.running_on(sqid, 1);
+                let finished = completion.into();
                 return self.finish(Done { ticket, finished }, memory, now);
             }
             attempt => attempt,
@@ -378,10 +379,10 @@ impl Engine {
         self.running_on(sqid, 1);
         self.running.push(Box::pin(async move {
             let finished = match attempt {
-                nvm::Execution::Finished(finished) => finished,
+                nvm::Execution::Finished(completion) => completion.into(),
                 nvm::Execution::Running(running) => running.await,
             };
-            let finished = if is_passing(&finished) {
+            let finished = if is_passing(&finished.completion) {
                 again.until_served(finished).await
             } else {
                 finished
@@ -470,10 +471,7 @@ impl Engine {
             segments,
             bytes: 0,
         };
-        let finished = Finished {
-            first: None,
-            completion,
-        };
+        let finished = completion.into();
         self.running_on(sqid, 1);
         self.finish(Done { ticket, finished }, memory, now);
     }

@@ -11,7 +11,6 @@ use weft_proto::nvme::status::Status;
 
 use super::{Done, Engine, Shadow, Ticket};
 use crate::controller::{AdminAnswer, IoRequest};
-use crate::io::Finished;
 use crate::metrics::{self, Op};
 use crate::request::{Completion, Pieces};
 use crate::vfio_user::function::QUEUE_ENTRIES_MAX;
@@ -60,10 +59,7 @@ impl Engine {
                     let completion = completion.await;
                     let success = completion.status.is_success();
                     metrics::command_completed(Op::Admin, success, 0, arrived.elapsed());
-                    let finished = Finished {
-                        first: None,
-                        completion,
-                    };
+                    let finished = completion.into();
                     Done { ticket, finished }
                 }));
             }

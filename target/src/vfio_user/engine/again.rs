@@ -10,15 +10,15 @@ use weft_proto::nvme::sqe::Sqe;
 use crate::controller::{Controller, IoRequest};
 use crate::io::{self as nvm, Finished};
 use crate::metrics;
-use crate::request::Request;
+use crate::request::{Completion, Request};
 
 /// Between two attempts of a command that the volume cannot serve at the moment.
 const RETRY_PAUSE: Duration = Duration::from_millis(20);
 
 /// Whether a command can be served later: its volume moves, or is being taken over. A host with several paths would try
 /// another; this one has no other, and must not see an error for what passes.
-pub(super) fn is_passing(finished: &Finished) -> bool {
-    finished.completion.status.is_path_related()
+pub(super) fn is_passing(completion: &Completion) -> bool {
+    completion.status.is_path_related()
 }
 
 /// A command that may have to be tried again.
@@ -50,7 +50,7 @@ impl Again {
     /// Tries until the command is served or fails for good, or nobody waits for it any more.
     pub(super) async fn until_served(self, mut finished: Finished) -> Finished {
         // A fused pair is not repeated: whether its first half was executed is not known here.
-        while !self.fused && is_passing(&finished) && !self.is_over() {
+        while !self.fused && is_passing(&finished.completion) && !self.is_over() {
             tokio::time::sleep(RETRY_PAUSE).await;
             if self.is_over() {
                 break;
@@ -66,7 +66,7 @@ impl Again {
             };
             let attempt = nvm::start(again, None);
             finished = match attempt {
-                nvm::Execution::Finished(finished) => finished,
+                nvm::Execution::Finished(completion) => completion.into(),
                 nvm::Execution::Running(running) => running.await,
             };
         }
