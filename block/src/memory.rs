@@ -112,13 +112,29 @@ impl Memory {
 /// A range of pages that somebody reads.
 struct Lent {
     memory: Arc<Memory>,
-    range: Range<usize>,
+    span: Span,
 }
+
+/// A range of a chunk's bytes in one word, so that what is lent is two, and moved in registers.
+#[derive(Clone, Copy)]
+struct Span(u64);
+
+impl Span {
+    fn new(range: &Range<usize>) -> Self {
+        Self((range.start as u64) << 32 | range.end as u64)
+    }
+
+    fn range(self) -> Range<usize> {
+        (self.0 >> 32) as usize..self.0 as u32 as usize
+    }
+}
+
+const _: () = assert!(CHUNK_BYTES <= u32::MAX as usize);
 
 impl Lent {
     /// `None` if a page is lent as often as can be counted.
-    fn new(memory: &Arc<Memory>, range: Range<usize>) -> Option<Self> {
-        let counts = &memory.lent[pages(&range)];
+    fn new(memory: &Arc<Memory>, range: &Range<usize>) -> Option<Self> {
+        let counts = &memory.lent[pages(range)];
         // Nobody else counts up.
         if counts.iter().any(|lent| lent.load(Ordering::Relaxed) == u8::MAX) {
             return None;
@@ -128,7 +144,7 @@ impl Lent {
         }
         Some(Self {
             memory: Arc::clone(memory),
-            range,
+            span: Span::new(range),
         })
     }
 }
@@ -136,13 +152,13 @@ impl Lent {
 impl AsRef<[u8]> for Lent {
     fn as_ref(&self) -> &[u8] {
         // SAFETY: the pages are counted as lent as long as this lives, so they are not written.
-        unsafe { self.memory.bytes(self.range.clone()) }
+        unsafe { self.memory.bytes(self.span.range()) }
     }
 }
 
 impl Drop for Lent {
     fn drop(&mut self) {
-        for lent in &self.memory.lent[pages(&self.range)] {
+        for lent in &self.memory.lent[pages(&self.span.range())] {
             lent.fetch_sub(1, Ordering::Release);
         }
     }
@@ -194,7 +210,7 @@ impl Chunk {
         if !in_place {
             return None;
         }
-        Lent::new(&self.memory, range).map(Bytes::from_owner)
+        Lent::new(&self.memory, &range).map(Bytes::from_owner)
     }
 
     /// Copies the bytes from `at` into `out`.

@@ -261,7 +261,7 @@ impl Controller {
             match pdu {
                 FromHost::IcReq(_) | FromHost::TermReq(_) => {}
                 FromHost::CapsuleCmd(capsule) => {
-                    let sqe = Sqe::read_from_bytes(&capsule.sqe).expect("64 bytes");
+                    let sqe = Sqe::read_from_bytes(&*capsule.sqe).expect("64 bytes");
                     let context = sqe.cdw10.get();
                     let data = capsule.data.expect("digests are right");
                     if let Some(Asked::Out(bytes)) = self.commands.get(&context)

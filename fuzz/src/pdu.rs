@@ -54,7 +54,7 @@ impl Encode for FromHost {
 
     fn without_reserved(mut self) -> Self {
         if let Self::H2CData(data) = &mut self {
-            data.header.rsvd20 = [0; 4];
+            data.header.0.rsvd20 = [0; 4];
         }
         self
     }
@@ -86,7 +86,7 @@ impl Encode for FromController {
 
     fn without_reserved(mut self) -> Self {
         if let Self::C2HData(data) = &mut self {
-            data.header.rsvd20 = [0; 4];
+            data.header.0.rsvd20 = [0; 4];
             data.header.ttag = 0.into();
         }
         self

@@ -300,7 +300,7 @@ impl Host {
                 }),
                 FromController::TermReq(_) => assert!(self.queue.is_closing()),
                 FromController::CapsuleResp(cqe) => {
-                    let cqe = Cqe::read_from_bytes(&cqe).expect("16 bytes");
+                    let cqe = Cqe::read_from_bytes(&*cqe).expect("16 bytes");
                     self.answered(cqe.cid.get());
                 }
                 FromController::C2HData(data) => {

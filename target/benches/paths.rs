@@ -20,7 +20,7 @@ use weft_proto::nvme::command::{NvmCommand, submit};
 use weft_proto::nvme::sgl::SglDescriptor;
 use weft_proto::nvme::sqe::Sqe;
 use weft_proto::nvme::status::Status;
-use weft_proto::tcp::{CapsuleCmd, Digests, FromHost, IcReq};
+use weft_proto::tcp::{Aligned, CapsuleCmd, Digests, FromHost, IcReq};
 use weft_proto::units::{BlockCount, Lba, LbaRange, MIB};
 use weft_target::qpair::{Pieces, QueuePair};
 use weft_target::reservation::ReservedNamespace;
@@ -48,7 +48,7 @@ fn capsule(sqe: &Sqe, data: &Bytes) -> FromHost {
     let mut bytes = [0; 64];
     bytes.copy_from_slice(sqe.as_bytes());
     FromHost::CapsuleCmd(CapsuleCmd {
-        sqe: bytes,
+        sqe: Aligned(bytes),
         data: Ok(data.clone()),
     })
 }

@@ -23,7 +23,7 @@ use zerocopy::FromBytes;
 use crate::controller::IoRequest;
 use crate::fused::{Entry, Kind, Pass};
 use crate::metrics::{self, Op, Tally};
-use crate::namespace::{Admitted, CommandDevice};
+use crate::namespace::{Admitted, CommandDevice, OpenNamespace};
 use crate::request::{Completion, Pieces, TRANSFER_BYTES_MAX};
 use crate::status::{of_block_error, of_reservation_error};
 
@@ -96,9 +96,7 @@ pub(crate) enum Execution {
 /// With a tally, one that is over when this returns is counted there, and must not have been counted as started; all others
 /// count themselves when they are.
 pub(crate) fn start(mut request: IoRequest, tally: Option<&mut Tally>) -> Execution {
-    set_arrived(&mut request);
-    if let Some(mut first) = request.fused_first.take() {
-        set_arrived(&mut first);
+    if let Some(first) = request.fused_first.take() {
         let execution = execute_fused(*first, request);
         return Execution::Running(Running::InSteps(execution.boxed_local()));
     }
@@ -121,7 +119,10 @@ pub(crate) fn start(mut request: IoRequest, tally: Option<&mut Tally>) -> Execut
     // From the device to the completion in as few steps as can be: each is a copy of what was stored a moment ago.
     let completion = match submitted {
         Ok(DeviceIo::Read(io)) => match io.take_ready() {
-            Ok(Ok(data)) => request.complete(Status::SUCCESS).with_data([data]),
+            Ok(Ok(data)) => Completion {
+                data: Pieces::from_buf([data]),
+                ..request.complete(Status::SUCCESS)
+            },
             Ok(Err(error)) => failed(&request, &error),
             Err(io) => return in_device(request, op, received, DeviceIo::Read(io)),
         },
@@ -154,30 +155,24 @@ fn in_device(request: IoRequest, op: Op, received: u64, io: DeviceIo) -> Executi
 
 /// The completion of a request that its device refused.
 fn failed(request: &IoRequest, error: &BlockError) -> Completion {
-    request.complete(status(request.admitted.as_ref(), error))
-}
-
-fn set_arrived(request: &mut IoRequest) {
-    if let Some(admitted) = &mut request.admitted {
-        admitted.access.set_arrived(request.arrived);
-    }
+    request.complete(status(request.admitted.as_ref(), request.arrived, error))
 }
 
 /// What the host is told of an error of the device that its command was admitted to.
-fn status(admitted: Option<&Admitted>, error: &BlockError) -> Status {
+fn status(admitted: Option<&Admitted>, arrived: Instant, error: &BlockError) -> Status {
     match admitted {
-        Some(admitted) => status_of(&admitted.access, error),
+        Some(admitted) => status_of(admitted.at(arrived), error),
         None => of_block_error(error),
     }
 }
 
+#[inline(always)]
 fn start_read(request: &IoRequest, range: BlockRange) -> Result<DeviceIo, Status> {
-    let admitted = admitted(request)?;
-    let info = admitted.open.info();
+    let access = admitted(request)?;
+    let info = access.open.info();
     if transfer_bytes(range, &info)? > u64::from(request.answer_bytes_max) {
         return Err(Status::INVALID_SGL_LENGTH.dnr());
     }
-    let access = &admitted.access;
     let mut parts = parts(range.lba_range(), &info);
     let (first, second) = (parts.next(), parts.next());
     Ok(match (first, second) {
@@ -196,29 +191,30 @@ fn start_write(
     durability: Durability,
     data: Vec<Bytes>,
 ) -> Result<DeviceIo, Status> {
-    let admitted = admitted(request)?;
-    let info = admitted.open.info();
+    let access = admitted(request)?;
+    let info = access.open.info();
     if transfer_bytes(range, &info)? != total(&data) {
         return Err(Status::INVALID_SGL_LENGTH.dnr());
     }
     let range = range.lba_range();
-    match admitted.open.namespace.fused.enter(Kind::Shared) {
+    match access.open.namespace.fused.enter(Kind::Shared) {
         Entry::Entered(pass) => {
             let write = if parts(range, &info).nth(1).is_none() {
-                admitted.access.write(range.start, data, durability)
+                access.write(range.start, data, durability)
             } else {
-                let parts = write_parts(&admitted.access, range, &info, data, durability);
+                let parts = write_parts(access, range, &info, data, durability);
                 Io::running(async move { all(parts).await.map(drop) })
             };
             Ok(DeviceIo::Write(write, pass))
         }
         // Behind a fused pair.
         waiting @ Entry::Waiting(_) => {
-            let access = admitted.access.clone();
+            let (admitted, arrived) = (request.admitted.clone(), request.arrived);
             Ok(DeviceIo::InParts(Io::running(async move {
                 let _pass = waiting.pass().await;
-                not_late(&access)?;
-                write(&access, range, &info, data, durability).await
+                let access = admitted.as_ref().ok_or(BlockError::NotReady)?.at(arrived);
+                not_late(access)?;
+                write(access, range, &info, data, durability).await
             })))
         }
     }
@@ -262,10 +258,10 @@ fn complete(cid: u16, outcome: Outcome) -> Completion {
 }
 
 /// The namespace of a request, if it is there and served on this path.
-fn admitted(request: &IoRequest) -> Result<&Admitted, Status> {
+fn admitted(request: &IoRequest) -> Result<CommandDevice<'_>, Status> {
     let admitted = request.admitted.as_ref().ok_or(Status::INVALID_NAMESPACE.dnr())?;
     match admitted.open.namespace.ana.state.get() {
-        state if state.is_accessible() => Ok(admitted),
+        state if state.is_accessible() => Ok(admitted.at(request.arrived)),
         AnaState::PERSISTENT_LOSS => Err(Status::ANA_PERSISTENT_LOSS),
         AnaState::CHANGE => Err(Status::ANA_TRANSITION),
         _ => Err(Status::ANA_INACCESSIBLE),
@@ -274,13 +270,12 @@ fn admitted(request: &IoRequest) -> Result<&Admitted, Status> {
 
 async fn execute_command(request: &IoRequest, command: NvmCommand, data: Vec<Bytes>) -> Outcome {
     let answer_bytes_max = request.answer_bytes_max;
-    let admitted = admitted(request)?;
-    let access = &admitted.access;
-    let info = admitted.open.info();
+    let access = admitted(request)?;
+    let info = access.open.info();
     let outcome: Result<Pieces, BlockError> = match command {
         NvmCommand::Read { range } => start_read(request, range)?.await,
         NvmCommand::Write { range, fua } => start_write(request, range, durability(fua), data)?.await,
-        NvmCommand::Compare { range } => return compare(admitted, range, &info, &data).await,
+        NvmCommand::Compare { range } => return compare(access, range, &info, &data).await,
         NvmCommand::Verify { range } => {
             let mut done = Ok(Pieces::new());
             // One part at a time: a host may ask for 65536 blocks, and nobody waits for them.
@@ -297,7 +292,7 @@ async fn execute_command(request: &IoRequest, command: NvmCommand, data: Vec<Byt
             range,
             deallocate,
             fua,
-        } => match enter(admitted, Kind::Shared).await {
+        } => match enter(access, Kind::Shared).await {
             Ok(_pass) => {
                 let range = range.lba_range();
                 let done = access.write_zeroes(range, deallocate, durability(fua)).await;
@@ -310,7 +305,7 @@ async fn execute_command(request: &IoRequest, command: NvmCommand, data: Vec<Byt
             if !deallocate || ranges.is_empty() {
                 return Ok(Pieces::new());
             }
-            match enter(admitted, Kind::Shared).await {
+            match enter(access, Kind::Shared).await {
                 Ok(_pass) => access.deallocate(ranges).await.map(|()| Pieces::new()),
                 Err(late) => Err(late),
             }
@@ -319,14 +314,14 @@ async fn execute_command(request: &IoRequest, command: NvmCommand, data: Vec<Byt
         | NvmCommand::ReservationReport { .. }
         | NvmCommand::ReservationAcquire { .. }
         | NvmCommand::ReservationRelease { .. } => {
-            return reservation(admitted, command, &gather(&data), answer_bytes_max).await;
+            return reservation(access.open, command, &gather(&data), answer_bytes_max).await;
         }
     };
     outcome.map_err(|error| status_of(access, &error))
 }
 
 /// What the host is told; a command that a Preempt and Abort ended says so.
-fn status_of(access: &CommandDevice, error: &BlockError) -> Status {
+fn status_of(access: CommandDevice<'_>, error: &BlockError) -> Status {
     if *error == BlockError::ReservationConflict && access.is_aborted() {
         Status::ABORTED_PREEMPT
     } else {
@@ -343,19 +338,19 @@ fn durability(fua: bool) -> Durability {
 }
 
 /// Waits for fused pairs, or for what a fused pair has to wait for.
-async fn enter(admitted: &Admitted, kind: Kind) -> Result<Pass, BlockError> {
-    match admitted.open.namespace.fused.enter(kind) {
+async fn enter(access: CommandDevice<'_>, kind: Kind) -> Result<Pass, BlockError> {
+    match access.open.namespace.fused.enter(kind) {
         Entry::Entered(pass) => Ok(pass),
         waiting @ Entry::Waiting(_) => {
             let pass = waiting.pass().await;
-            not_late(&admitted.access)?;
+            not_late(access)?;
             Ok(pass)
         }
     }
 }
 
 /// Refuses, as not begun, what has waited for so long that its host may have sent it again elsewhere.
-fn not_late(access: &CommandDevice) -> Result<(), BlockError> {
+fn not_late(access: CommandDevice<'_>) -> Result<(), BlockError> {
     if access.is_late() {
         metrics::command_late();
         return Err(BlockError::NotReady);
@@ -415,7 +410,7 @@ async fn all<T>(mut parts: Vec<Io<T>>) -> Result<Vec<T>, BlockError> {
 }
 
 async fn write(
-    access: &CommandDevice,
+    access: CommandDevice<'_>,
     range: LbaRange,
     info: &DeviceInfo,
     data: Vec<Bytes>,
@@ -426,7 +421,7 @@ async fn write(
 }
 
 fn write_parts(
-    access: &CommandDevice,
+    access: CommandDevice<'_>,
     range: LbaRange,
     info: &DeviceInfo,
     data: Vec<Bytes>,
@@ -459,11 +454,10 @@ fn take(rest: &mut std::collections::VecDeque<Bytes>, bytes: u64) -> Vec<Bytes> 
     taken
 }
 
-async fn compare(admitted: &Admitted, range: BlockRange, info: &DeviceInfo, data: &[Bytes]) -> Outcome {
+async fn compare(access: CommandDevice<'_>, range: BlockRange, info: &DeviceInfo, data: &[Bytes]) -> Outcome {
     if transfer_bytes(range, info)? != total(data) {
         return Err(Status::INVALID_SGL_LENGTH.dnr());
     }
-    let access = &admitted.access;
     let reads = parts(range.lba_range(), info)
         .map(|part| access.read(part))
         .collect();
@@ -518,24 +512,23 @@ async fn compare_and_write(
         Ok(_) => return (Err(Status::INVALID_SGL_LENGTH.dnr()), not_written),
         Err(status) => return (Err(status), not_written),
     }
-    let access = &writing.access;
     let _pass = match enter(comparing, Kind::Exclusive).await {
         Ok(pass) => pass,
-        Err(late) => return (Err(status_of(access, &late)), not_written),
+        Err(late) => return (Err(status_of(writing, &late)), not_written),
     };
     if let Err(status) = compare(comparing, range, &info, &first.data).await {
         return (Err(status), not_written);
     }
-    let written = match not_late(access) {
+    let written = match not_late(writing) {
         Ok(()) => {
             let data = second.data.clone();
-            write(access, range.lba_range(), &info, data, durability(fua)).await
+            write(writing, range.lba_range(), &info, data, durability(fua)).await
         }
         Err(late) => Err(late),
     };
     (
         Ok(Pieces::new()),
-        written.map_err(|error| status_of(access, &error)),
+        written.map_err(|error| status_of(writing, &error)),
     )
 }
 
@@ -561,12 +554,12 @@ fn dsm_ranges(data: &[u8], count: u16, info: &DeviceInfo) -> Result<Vec<LbaRange
 }
 
 async fn reservation(
-    admitted: &Admitted,
+    open: &OpenNamespace,
     command: NvmCommand,
     data: &[u8],
     answer_bytes_max: u32,
 ) -> Outcome {
-    let Some((namespace, host)) = admitted.open.reserved() else {
+    let Some((namespace, host)) = open.reserved() else {
         return Err(Status::INVALID_OPCODE.dnr());
     };
     let too_short = |_| Status::INVALID_SGL_LENGTH.dnr();

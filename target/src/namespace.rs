@@ -83,7 +83,7 @@ pub(crate) struct OpenNamespace {
 
 pub(crate) enum Backend {
     Reserved(HostNamespace),
-    Plain(Rc<AssociationDevice>),
+    Plain(AssociationDevice),
 }
 
 impl OpenNamespace {
@@ -93,11 +93,11 @@ impl OpenNamespace {
             Source::PerAssociation(factory) => {
                 let now = Instant::now();
                 let arrival = Arrival::new(now);
-                Backend::Plain(Rc::new(AssociationDevice {
+                Backend::Plain(AssociationDevice {
                     device: factory(association, &arrival),
                     arrival,
                     kato: association.kato,
-                }))
+                })
             }
         };
         Self { namespace, backend }
@@ -117,36 +117,43 @@ impl OpenNamespace {
         }
     }
 
-    /// The device for one command, of which the first part has just arrived.
+    /// Admits one command, of which the first part has just arrived.
     pub(crate) fn admit(self: &Rc<Self>) -> Admitted {
-        let access = match &self.backend {
-            Backend::Reserved(reserved) => CommandDevice::Reserved(reserved.admit()),
-            Backend::Plain(plain) => CommandDevice::Plain {
-                device: Rc::clone(plain),
-                arrived: plain.arrival.get(),
-            },
-        };
         Admitted {
+            generation: match &self.backend {
+                Backend::Reserved(reserved) => reserved.generation(),
+                Backend::Plain(_) => 0,
+            },
             open: Rc::clone(self),
-            access,
         }
     }
 }
 
 /// What a command was admitted to when it arrived. There is one in each command: it is kept small.
+#[derive(Clone)]
 pub(crate) struct Admitted {
     pub(crate) open: Rc<OpenNamespace>,
-    pub(crate) access: CommandDevice,
+    /// [`HostNamespace::generation`] of a drive.
+    generation: u64,
 }
 
-/// A device for the operations of one command.
-#[derive(Clone)]
-pub(crate) enum CommandDevice {
-    Reserved(Admission),
-    Plain {
-        device: Rc<AssociationDevice>,
-        arrived: Instant,
-    },
+impl Admitted {
+    /// The namespace for the command, all of which had arrived at `arrived`.
+    pub(crate) fn at(&self, arrived: Instant) -> CommandDevice<'_> {
+        CommandDevice {
+            open: &self.open,
+            generation: self.generation,
+            arrived,
+        }
+    }
+}
+
+/// A namespace for the operations of one command.
+#[derive(Clone, Copy)]
+pub(crate) struct CommandDevice<'a> {
+    pub(crate) open: &'a OpenNamespace,
+    generation: u64,
+    arrived: Instant,
 }
 
 /// A device of one association.
@@ -157,73 +164,73 @@ pub(crate) struct AssociationDevice {
     kato: Option<Duration>,
 }
 
-impl AssociationDevice {
-    /// The device, for an operation of a command that arrived at `arrived`.
-    fn begin(&self, arrived: Instant) -> &Device {
-        self.arrival.set(arrived);
-        &self.device
-    }
+/// What one command may do it with.
+enum Access<'a> {
+    Reserved(Admission),
+    Plain(&'a Device),
 }
 
-impl CommandDevice {
-    /// The command has arrived whole.
-    pub(crate) fn set_arrived(&mut self, at: Instant) {
-        if let Self::Plain { arrived, .. } = self {
-            *arrived = at;
+impl<'a> CommandDevice<'a> {
+    /// Begins an operation.
+    fn access(&self) -> Access<'a> {
+        match &self.open.backend {
+            Backend::Reserved(reserved) => Access::Reserved(reserved.admitted_in(self.generation)),
+            Backend::Plain(plain) => {
+                plain.arrival.set(self.arrived);
+                Access::Plain(&plain.device)
+            }
         }
     }
 
     /// Whether the command has waited for others until its host may have given it up ([`crate::silence`]): nothing of it may begin any more.
     /// A drive needs no such limit, since who may not change it any more is fenced there.
     pub(crate) fn is_late(&self) -> bool {
-        match self {
-            Self::Reserved(_) => false,
-            Self::Plain { device, arrived } => device.kato.is_some_and(|kato| arrived.elapsed() >= kato / 4),
+        match &self.open.backend {
+            Backend::Reserved(_) => false,
+            Backend::Plain(plain) => plain.kato.is_some_and(|kato| self.arrived.elapsed() >= kato / 4),
         }
     }
 
     /// Whether a Preempt and Abort has ended the command.
     pub(crate) fn is_aborted(&self) -> bool {
-        match self {
-            Self::Reserved(admission) => admission.is_aborted(),
-            Self::Plain { .. } => false,
+        match &self.open.backend {
+            Backend::Reserved(reserved) => reserved.generation() != self.generation,
+            Backend::Plain(_) => false,
         }
     }
 
     pub(crate) fn read(&self, range: LbaRange) -> Io<Bytes> {
-        match self {
-            Self::Reserved(admission) => admission.read(range),
-            Self::Plain { device, arrived } => device.begin(*arrived).read(range),
+        match self.access() {
+            Access::Reserved(admission) => admission.read(range),
+            Access::Plain(device) => device.read(range),
         }
     }
 
     pub(crate) fn write(&self, start: Lba, data: Vec<Bytes>, durability: Durability) -> Io<()> {
-        match self {
-            Self::Reserved(admission) => admission.write(start, data, durability),
-            Self::Plain { device, arrived } => device.begin(*arrived).write(start, data, durability),
+        match self.access() {
+            Access::Reserved(admission) => admission.write(start, data, durability),
+            Access::Plain(device) => device.write(start, data, durability),
         }
     }
 
     pub(crate) fn write_zeroes(&self, range: LbaRange, deallocate: bool, durability: Durability) -> Io<()> {
-        match self {
-            Self::Reserved(admission) => admission.write_zeroes(range, deallocate, durability),
-            Self::Plain { device, arrived } => {
-                device.begin(*arrived).write_zeroes(range, deallocate, durability)
-            }
+        match self.access() {
+            Access::Reserved(admission) => admission.write_zeroes(range, deallocate, durability),
+            Access::Plain(device) => device.write_zeroes(range, deallocate, durability),
         }
     }
 
     pub(crate) fn deallocate(&self, ranges: Vec<LbaRange>) -> Io<()> {
-        match self {
-            Self::Reserved(admission) => admission.deallocate(ranges),
-            Self::Plain { device, arrived } => device.begin(*arrived).deallocate(ranges),
+        match self.access() {
+            Access::Reserved(admission) => admission.deallocate(ranges),
+            Access::Plain(device) => device.deallocate(ranges),
         }
     }
 
     pub(crate) fn flush(&self) -> Io<()> {
-        match self {
-            Self::Reserved(admission) => admission.flush(),
-            Self::Plain { device, arrived } => device.begin(*arrived).flush(),
+        match self.access() {
+            Access::Reserved(admission) => admission.flush(),
+            Access::Plain(device) => device.flush(),
         }
     }
 }

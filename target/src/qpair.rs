@@ -295,7 +295,7 @@ impl<T> QueuePair<T> {
         now: Instant,
         admit: impl FnOnce(&Sqe) -> T,
     ) -> Option<Request<T>> {
-        let sqe: &Sqe = transmute_ref!(&capsule.sqe);
+        let sqe: &Sqe = transmute_ref!(&capsule.sqe.0);
         if !FabricsCommand::is_fabrics(sqe) || sqe.nsid.get() as u8 != fctype::CONNECT {
             self.out_of_sequence();
             return None;
@@ -307,14 +307,9 @@ impl<T> QueuePair<T> {
             return self.refuse(cid, Status::TRANSIENT_TRANSPORT_ERROR);
         };
         match sqe.data_pointer().and_then(|pointer| in_capsule(pointer, data)) {
-            Ok(Some(data)) if data.len() == size_of::<ConnectData>() => Some(Request {
-                sqe: *sqe,
-                data: vec![data],
-                answer_bytes_max: 0,
-                admitted: admit(sqe),
-                arrived: now,
-                fused_first: None,
-            }),
+            Ok(Some(data)) if data.len() == size_of::<ConnectData>() => {
+                Some(Request::new(sqe, vec![data], 0, admit(sqe), now))
+            }
             Ok(_) => self.refuse(cid, Status::INVALID_SGL_LENGTH.dnr()),
             Err(status) => self.refuse(cid, status),
         }
@@ -326,7 +321,7 @@ impl<T> QueuePair<T> {
         now: Instant,
         admit: impl FnOnce(&Sqe) -> T,
     ) -> Option<Request<T>> {
-        let sqe: &Sqe = transmute_ref!(&capsule.sqe);
+        let sqe: &Sqe = transmute_ref!(&capsule.sqe.0);
         let cid = sqe.cid.get();
         if self.inflight.len() >= usize::from(self.entries) || !self.inflight.insert(cid) {
             // More commands than the queue has entries, or one identifier for two of them: completions could not be
@@ -369,20 +364,14 @@ impl<T> QueuePair<T> {
                 }
             }
         };
-        // Made where it goes, once all of it is known: what is moved right after it was stored in parts stalls the processor.
-        let request = || Request {
-            sqe: *sqe,
-            data,
-            answer_bytes_max,
-            admitted,
-            arrived: now,
-            fused_first: None,
-        };
+        // Made in each place: see there.
         match (asked_for, fuse) {
-            (None, Fuse::Normal) => Some(request()),
-            (None, Fuse::First | Fuse::Second) => self.accept_half(request()),
+            (None, Fuse::Normal) => Some(Request::new(sqe, data, answer_bytes_max, admitted, now)),
+            (None, Fuse::First | Fuse::Second) => {
+                self.accept_half(Request::new(sqe, data, answer_bytes_max, admitted, now))
+            }
             (Some(length), _) => {
-                self.receive(request(), length);
+                self.receive(Request::new(sqe, data, answer_bytes_max, admitted, now), length);
                 None
             }
         }

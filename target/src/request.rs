@@ -35,6 +35,27 @@ pub struct Request<T> {
 }
 
 impl<T> Request<T> {
+    /// A command that is no part of a fused pair.
+    ///
+    /// Inlined where it is made: what is moved right after it was stored in parts stalls the processor.
+    #[inline(always)]
+    pub(crate) fn new(
+        sqe: &Sqe,
+        data: Vec<Bytes>,
+        answer_bytes_max: u32,
+        admitted: T,
+        arrived: Instant,
+    ) -> Self {
+        Self {
+            sqe: *sqe,
+            data,
+            answer_bytes_max,
+            admitted,
+            arrived,
+            fused_first: None,
+        }
+    }
+
     /// Command Identifier.
     #[must_use]
     pub fn cid(&self) -> u16 {

@@ -128,7 +128,7 @@ fn capsule(pdu: &FromHost) -> (Sqe, Bytes) {
         panic!("not a command capsule: {pdu:?}");
     };
     (
-        Sqe::read_from_bytes(&capsule.sqe).unwrap(),
+        Sqe::read_from_bytes(&*capsule.sqe).unwrap(),
         capsule.data.clone().unwrap(),
     )
 }

@@ -325,9 +325,7 @@ impl Encoder {
             [whole] => crc32c(whole),
             pieces => crc32c_scattered(pieces.iter().map(|piece| &piece[..])),
         });
-        for piece in data {
-            queue.push_shared(piece);
-        }
+        data.into_iter().for_each(|piece| queue.push_shared(piece));
         if let Some(digest) = digest {
             queue.push_copied(&digest.to_le_bytes());
         }

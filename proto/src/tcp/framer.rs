@@ -15,9 +15,10 @@
 use std::collections::VecDeque;
 use std::marker::PhantomData;
 use std::mem::size_of;
+use std::ops::Deref;
 
 use bytes::{Buf, Bytes, BytesMut};
-use zerocopy::FromBytes;
+use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
 use super::header::{
     COMMON_HEADER_BYTES, CommonHeader, DataPduHeader, IcReq, IcResp, PduFlags, PduType, R2T,
@@ -55,11 +56,24 @@ pub struct DataDigestMismatch {
     pub computed: u32,
 }
 
+/// A header, or what a header carries, in whole words. PDUs are moved a few times on their way, and bytes at odd addresses stall that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(align(8))]
+pub struct Aligned<T>(pub T);
+
+impl<T> Deref for Aligned<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.0
+    }
+}
+
 /// A command capsule.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CapsuleCmd {
     /// Submission queue entry.
-    pub sqe: [u8; 64],
+    pub sqe: Aligned<[u8; 64]>,
     /// In-capsule data, empty if there is none.
     pub data: PduData,
 }
@@ -68,7 +82,7 @@ pub struct CapsuleCmd {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct H2CData {
     /// Which command, which R2T, which bytes.
-    pub header: DataPduHeader,
+    pub header: Aligned<DataPduHeader>,
     /// LAST_PDU: the last one of its R2T.
     pub last: bool,
     /// DATAL bytes.
@@ -79,7 +93,7 @@ pub struct H2CData {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct C2HData {
     /// Which command, which bytes.
-    pub header: DataPduHeader,
+    pub header: Aligned<DataPduHeader>,
     /// LAST_PDU: the last one of its command.
     pub last: bool,
     /// SUCCESS: the command is complete, no response capsule follows. Only meaningful with `last`.
@@ -118,7 +132,7 @@ pub enum FromController {
     /// C2HTermReq.
     TermReq(TermReq),
     /// Response capsule: a completion queue entry.
-    CapsuleResp([u8; 16]),
+    CapsuleResp(Aligned<[u8; 16]>),
     /// Data of a command.
     C2HData(C2HData),
     /// A request for data of a command.
@@ -136,16 +150,16 @@ pub struct Received<'a> {
 
 impl Received<'_> {
     #[inline]
-    fn layout<T: FromBytes>(&self) -> Result<T, PduError> {
+    fn layout<T: FromBytes + KnownLayout + Immutable + Unaligned>(&self) -> Result<&T, PduError> {
         // HLEN has been checked against the type, so this can only fail if the table of HLENs is wrong.
-        T::read_from_bytes(self.specific).map_err(|_| PduError::Hlen {
+        T::ref_from_bytes(self.specific).map_err(|_| PduError::Hlen {
             hlen: self.common.hlen,
             expected: u8::try_from(size_of::<T>() + COMMON_HEADER_BYTES).unwrap_or(u8::MAX),
         })
     }
 
     fn term_req(self) -> Result<TermReq, PduError> {
-        let header: TermReqHeader = self.layout()?;
+        let header = *self.layout::<TermReqHeader>()?;
         Ok(TermReq {
             reason: TermReason {
                 fes: header.fes,
@@ -186,14 +200,14 @@ impl Direction for FromHost {
     fn pdu(received: Received<'_>) -> Result<Self, PduError> {
         let flags = received.common.flags;
         Ok(match received.common.pdu_type {
-            PduType::IC_REQ => Self::IcReq(received.layout()?),
+            PduType::IC_REQ => Self::IcReq(*received.layout()?),
             PduType::H2C_TERM_REQ => Self::TermReq(received.term_req()?),
             PduType::CAPSULE_CMD => Self::CapsuleCmd(CapsuleCmd {
-                sqe: received.layout()?,
+                sqe: Aligned(*received.layout()?),
                 data: received.data,
             }),
             PduType::H2C_DATA => Self::H2CData(H2CData {
-                header: received.layout()?,
+                header: Aligned(*received.layout()?),
                 last: flags.contains(PduFlags::LAST),
                 data: received.data,
             }),
@@ -218,16 +232,16 @@ impl Direction for FromController {
     fn pdu(received: Received<'_>) -> Result<Self, PduError> {
         let flags = received.common.flags;
         Ok(match received.common.pdu_type {
-            PduType::IC_RESP => Self::IcResp(received.layout()?),
+            PduType::IC_RESP => Self::IcResp(*received.layout()?),
             PduType::C2H_TERM_REQ => Self::TermReq(received.term_req()?),
-            PduType::CAPSULE_RESP => Self::CapsuleResp(received.layout()?),
+            PduType::CAPSULE_RESP => Self::CapsuleResp(Aligned(*received.layout()?)),
             PduType::C2H_DATA => Self::C2HData(C2HData {
-                header: received.layout()?,
+                header: Aligned(*received.layout()?),
                 last: flags.contains(PduFlags::LAST),
                 success: flags.contains(PduFlags::SUCCESS),
                 data: received.data,
             }),
-            PduType::R2T => Self::R2T(received.layout()?),
+            PduType::R2T => Self::R2T(*received.layout()?),
             pdu_type => return Err(PduError::Type { pdu_type }),
         })
     }

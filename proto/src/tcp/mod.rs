@@ -19,8 +19,8 @@ pub mod header;
 pub use encoder::{DataAt, Encoder, Scattered, TransmitQueue};
 pub use error::{FatalErrorStatus, PduError, TermReason};
 pub use framer::{
-    C2HData, CapsuleCmd, DataDigestMismatch, Direction, Framer, FramerLimits, FromController, FromHost,
-    H2CData, PduData, Received, TermReq,
+    Aligned, C2HData, CapsuleCmd, DataDigestMismatch, Direction, Framer, FramerLimits, FromController,
+    FromHost, H2CData, PduData, Received, TermReq,
 };
 pub use header::{DataPduHeader, IcReq, IcResp, PduFlags, PduType, R2T};
 

@@ -53,7 +53,8 @@ impl Future for Running {
             Self::InDevice(command) => command,
             Self::InSteps(future) => return future.as_mut().poll(context),
         };
-        let outcome = ready!(Pin::new(io).poll(context)).map_err(|error| status(admitted.as_ref(), &error));
+        let outcome =
+            ready!(Pin::new(io).poll(context)).map_err(|error| status(admitted.as_ref(), *arrived, &error));
         count(*arrived, *op, *received, &outcome);
         Poll::Ready(complete(*cid, outcome).into())
     }

@@ -3,7 +3,7 @@
 use weft_proto::nvme::command::submit;
 use weft_proto::nvme::sgl::SglDescriptor;
 use weft_proto::tcp::header::DigestEnables;
-use weft_proto::tcp::{DataPduHeader, PduFlags, PduType};
+use weft_proto::tcp::{Aligned, DataPduHeader, PduFlags, PduType};
 use weft_proto::units::{BlockCount, Lba};
 use zerocopy::{FromZeros, IntoBytes};
 
@@ -22,7 +22,7 @@ fn capsule(sqe: Sqe, data: &[u8]) -> FromHost {
     let mut bytes = [0; 64];
     bytes.copy_from_slice(sqe.as_bytes());
     FromHost::CapsuleCmd(CapsuleCmd {
-        sqe: bytes,
+        sqe: Aligned(bytes),
         data: Ok(Bytes::copy_from_slice(data)),
     })
 }
@@ -60,7 +60,7 @@ fn data(cid: u16, offset: u32, len: u32, last: bool) -> FromHost {
         ..DataPduHeader::new_zeroed()
     };
     FromHost::H2CData(H2CData {
-        header,
+        header: Aligned(header),
         last,
         data: Ok(Bytes::from(vec![0; len as usize])),
     })

@@ -465,8 +465,20 @@ impl HostNamespace {
     /// the time its data arrives.
     #[must_use]
     pub fn admit(&self) -> Admission {
+        self.admitted_in(self.generation())
+    }
+
+    /// How many Preempt and Aborts there have been against the host: what makes a command one of those that a later one ends.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.0.execution.generation.get()
+    }
+
+    /// A command that was admitted when this was the generation.
+    #[must_use]
+    pub fn admitted_in(&self, generation: u64) -> Admission {
         Admission {
-            generation: self.0.execution.generation.get(),
+            generation,
             host: self.clone(),
         }
     }
@@ -484,7 +496,7 @@ impl Admission {
     /// Whether a Preempt and Abort has come since the command was admitted.
     #[must_use]
     pub fn is_aborted(&self) -> bool {
-        self.host.0.execution.generation.get() != self.generation
+        self.host.generation() != self.generation
     }
 
     /// Whether the command may touch the blocks now.

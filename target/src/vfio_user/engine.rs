@@ -244,14 +244,7 @@ impl Engine {
         } else {
             io_bytes(&sqe, admitted.as_ref().map(|admitted| admitted.open.info()))
         };
-        let mut request = Request {
-            sqe,
-            data: Vec::new(),
-            answer_bytes_max: 0,
-            admitted,
-            arrived: now,
-            fused_first: None,
-        };
+        let mut request = Request::new(&sqe, Vec::new(), 0, admitted, now);
         let gathered = bytes.map_err(Refusal::Status).and_then(|bytes| {
             if sqid == 0 && sqe.uses_sgl()? {
                 return Err(Status::INVALID_FIELD.dnr().into());

@@ -244,7 +244,10 @@ fn digests_are_checked_where_the_specification_puts_them() {
     bytes.extend(digest.to_le_bytes());
     let mut host = framer::<FromController>(BOTH);
     feed(&mut host, &bytes);
-    assert_eq!(host.next_pdu(), Ok(Some(FromController::CapsuleResp([0; 16]))));
+    assert_eq!(
+        host.next_pdu(),
+        Ok(Some(FromController::CapsuleResp(Aligned([0; 16]))))
+    );
 
     bytes[9] ^= 1;
     let computed = crc32c(&bytes[..24]);

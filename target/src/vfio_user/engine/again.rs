@@ -4,13 +4,12 @@ use std::cell::Cell;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use weft_proto::nvme::sqe::Sqe;
 
 use crate::controller::{Controller, IoRequest};
 use crate::io::{self as nvm, Finished};
 use crate::metrics;
-use crate::request::{Completion, Request};
+use crate::request::{Completion, Pieces, Request};
 
 /// Between two attempts of a command that the volume cannot serve at the moment.
 const RETRY_PAUSE: Duration = Duration::from_millis(20);
@@ -24,7 +23,8 @@ pub(super) fn is_passing(completion: &Completion) -> bool {
 /// A command that may have to be tried again.
 pub(super) struct Again {
     sqe: Sqe,
-    data: Vec<Bytes>,
+    /// Mostly one piece, or none: kept for every command, and hardly ever needed.
+    data: Pieces,
     answer_bytes_max: u32,
     arrived: Instant,
     fused: bool,
@@ -37,7 +37,7 @@ impl Again {
     pub(super) fn new(request: &IoRequest, controller: Rc<Controller>, life: Rc<Cell<u64>>) -> Self {
         Self {
             sqe: request.sqe,
-            data: request.data.clone(),
+            data: request.data.iter().cloned().collect(),
             answer_bytes_max: request.answer_bytes_max,
             arrived: request.arrived,
             fused: request.fused_first.is_some(),
@@ -56,14 +56,13 @@ impl Again {
                 break;
             }
             metrics::command_started();
-            let again = Request {
-                sqe: self.sqe,
-                data: self.data.clone(),
-                answer_bytes_max: self.answer_bytes_max,
-                admitted: self.controller.admit(&self.sqe),
-                arrived: self.arrived,
-                fused_first: None,
-            };
+            let again = Request::new(
+                &self.sqe,
+                self.data.to_vec(),
+                self.answer_bytes_max,
+                self.controller.admit(&self.sqe),
+                self.arrived,
+            );
             let attempt = nvm::start(again, None);
             finished = match attempt {
                 nvm::Execution::Finished(completion) => completion.into(),
