@@ -53,7 +53,7 @@ fn capsule(sqe: &Sqe, data: &Bytes) -> FromHost {
     })
 }
 
-/// An I/O queue that takes commands, without flow control, as Linux asks for it.
+/// An I/O queue that takes commands, without flow control, as our own hosts ask for it.
 fn connected(now: Instant) -> QueuePair<Option<Admission>> {
     let mut queue = QueuePair::new(now);
     let nothing = queue.handle_pdu(FromHost::IcReq(IcReq::new(Digests::default(), 1)), now, |_| None);
@@ -61,7 +61,7 @@ fn connected(now: Instant) -> QueuePair<Option<Admission>> {
     let connect = Connect {
         qid: 1,
         sqsize_z: 127,
-        cattr: 4,
+        cattr: Connect::DISABLE_SQ_FLOW_CONTROL,
         kato_ms: 0,
     };
     let sqe = FabricsCommand::Connect(connect)

@@ -97,7 +97,9 @@ pub(super) async fn establish(options: ConnectOptions) -> Result<Controller, Con
             let connect = Connect {
                 qid,
                 sqsize_z: info.queue_depth,
-                cattr: 0,
+                // Commands in flight are counted here anyway. A controller that goes along completes a read with its data, without a
+                // response of its own; one that does not says so by its SQ Head Pointers, which nobody looks at.
+                cattr: Connect::DISABLE_SQ_FLOW_CONTROL,
                 kato_ms: 0,
             };
             fabrics_connect(&connection, connect, &options, cntlid).await?;

@@ -131,7 +131,11 @@ impl Host {
             let command = Connect {
                 qid,
                 sqsize_z,
-                cattr: 0,
+                cattr: if qid > 0 {
+                    Connect::DISABLE_SQ_FLOW_CONTROL
+                } else {
+                    0
+                },
                 kato_ms: 0,
             };
             execute(
