@@ -166,6 +166,7 @@ fn status(admitted: Option<&Admitted>, arrived: Instant, error: &BlockError) -> 
     }
 }
 
+/// Inlined into [`start`], which looks at what it answers at once: a call would have it stored and loaded in between.
 #[inline(always)]
 fn start_read(request: &IoRequest, range: BlockRange) -> Result<DeviceIo, Status> {
     let access = admitted(request)?;

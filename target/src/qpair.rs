@@ -364,7 +364,7 @@ impl<T> QueuePair<T> {
                 }
             }
         };
-        // Made in each place: see there.
+        // Made in each of the places it goes to, for the reason that `Request::new` gives.
         match (asked_for, fuse) {
             (None, Fuse::Normal) => Some(Request::new(sqe, data, answer_bytes_max, admitted, now)),
             (None, Fuse::First | Fuse::Second) => {
