@@ -87,7 +87,7 @@ impl Encode for FromController {
     fn without_reserved(mut self) -> Self {
         if let Self::C2HData(data) = &mut self {
             data.header.0.rsvd20 = [0; 4];
-            data.header.ttag = 0.into();
+            data.header.0.ttag = 0.into();
         }
         self
     }
